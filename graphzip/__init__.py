@@ -1,0 +1,94 @@
+"""Make trained PyTorch models slimmer without changing what they compute.
+
+    import graphzip as gz
+
+    plan = gz.Plan([gz.ClusterMerge(keep=0.5)])
+    compiled = gz.compile(model, plan, example_inputs)
+    compiled.export("slim.onnx")
+
+Every public name is an attribute of this package. It is loaded when it is first used, so `import graphzip` is quick and
+does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from graphzip.analysis.cost import Cost
+    from graphzip.analysis.groups import ChannelGroup, ChannelGroups, ParamSlice
+    from graphzip.api import Compiled, Prepared, channel_groups, compile, cost, load, prepare
+    from graphzip.errors import (
+        ArchiveError,
+        ExampleInputError,
+        ExportError,
+        GraphZipError,
+        InputShapeError,
+        MissingDependencyError,
+        PlanError,
+        RewriteError,
+        TraceError,
+        VerificationError,
+        WeightsError,
+    )
+    from graphzip.export.onnx import ExportReport
+    from graphzip.plan import ClusterMerge, FoldBatchNorm, Plan
+    from passes.clustering import register_clustering
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArchiveError",
+    "ChannelGroup",
+    "ChannelGroups",
+    "ClusterMerge",
+    "Compiled",
+    "Cost",
+    "ExampleInputError",
+    "ExportError",
+    "ExportReport",
+    "FoldBatchNorm",
+    "GraphZipError",
+    "InputShapeError",
+    "MissingDependencyError",
+    "ParamSlice",
+    "Plan",
+    "PlanError",
+    "Prepared",
+    "RewriteError",
+    "TraceError",
+    "VerificationError",
+    "WeightsError",
+    "__version__",
+    "channel_groups",
+    "compile",
+    "cost",
+    "load",
+    "prepare",
+    "register_clustering",
+]
+
+_HOMES: Final = {
+    "graphzip.analysis.cost": ("Cost",),
+    "graphzip.analysis.groups": ("ChannelGroup", "ChannelGroups", "ParamSlice"),
+    "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
+    "graphzip.export.onnx": ("ExportReport",),
+    "graphzip.plan": ("ClusterMerge", "FoldBatchNorm", "Plan"),
+    "passes.clustering": ("register_clustering",),
+}
+"""Where public names live. A public name that is not here is an error class in `graphzip.errors`."""
+
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF.get(name, "graphzip.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,48 @@
+"""What a model costs: parameters, and multiply-accumulates for one sample."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from graphzip.graph.inputs import hint
+from graphzip.graph.trace import Traced
+from graphzip.ops import OPS
+from graphzip.ops.site import Site, bind
+
+__all__ = ["Cost", "cost_of"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`params`: number of trainable and frozen parameters, tied ones once. `macs`: multiply-accumulates of
+    convolutions, linear layers, matrix products and attention, for one sample (batch norm, activations and pooling are
+    not counted, as in the papers)."""
+
+    params: int
+    macs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def cost_of(traced: Traced) -> Cost:
+    """Count a traced model on the shapes it was traced with."""
+    total = 0
+    for node in traced.graph.nodes:
+        spec = OPS.get(node.target) if node.op == "call_function" else None
+        if spec is not None and spec.macs is not None:
+            total += spec.macs(Site.of(node, bind(node)))
+    return Cost(sum(parameter.numel() for parameter in traced.module.parameters()), total // _batch(traced))
+
+
+def _batch(traced: Traced) -> int:
+    """Samples in the example batch: the first dimension of the first tensor input."""
+    for node in traced.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim():
+            return hint(value.shape[0])
+    return 1

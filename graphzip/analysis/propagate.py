@@ -1,0 +1,146 @@
+"""Walk the graph once and let every operator say what it knows about the labels that reach it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from graphzip.graph.inputs import concrete_shape
+from graphzip.labels import IntArray
+from graphzip.ops import MOVES, OPS
+from graphzip.ops.conv import blocked_weights
+from graphzip.ops.rules import opaque
+from graphzip.ops.site import Move, Site, Space, bind, describe
+
+__all__ = ["ParamAxis", "Propagation", "propagate"]
+
+aten = torch.ops.aten
+
+_SHAPE_QUERIES = {aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int}
+
+
+@dataclass(frozen=True)
+class ParamAxis:
+    """Labels of one dimension of a parameter or buffer.
+
+    `labels` has shape `(size,)`; for the input dimension of a grouped convolution `(groups, size)`, because every
+    group of rows has labels of its own there.
+    """
+
+    param: str
+    dim: int
+    labels: IntArray
+
+
+@dataclass
+class Propagation:
+    """Everything the rules said, node by node."""
+
+    axes: dict[fx.Node, Any] = field(default_factory=dict)
+    params: list[ParamAxis] = field(default_factory=list)
+    moves: list[tuple[int, Move]] = field(default_factory=list)
+    blocks: list[tuple[str, IntArray]] = field(default_factory=list)
+    consumed: list[IntArray] = field(default_factory=list)
+    produced: list[IntArray] = field(default_factory=list)
+    pointwise: list[IntArray] = field(default_factory=list)
+    unknown: list[fx.Node] = field(default_factory=list)
+
+
+LabelsOf = Callable[[str, int, int, int], IntArray]
+"""Labels of dimension `dim` (of `size`, in `groups` blocks) of a parameter: fresh ones, or those that survived."""
+
+
+def propagate(graph: fx.Graph, space: Space, labels_of: LabelsOf | None = None) -> Propagation:
+    """Run every rule in execution order. `labels_of` gives the labels of parameters; fresh ones by default."""
+    walk = _Walk(graph, space, labels_of or (lambda param, dim, size, groups: space.fresh(groups * size)))
+    for position, node in enumerate(graph.nodes):
+        walk.visit(position, node)
+    return walk.result
+
+
+class _Walk:
+    def __init__(self, graph: fx.Graph, space: Space, labels_of: LabelsOf) -> None:
+        self.space = space
+        self.labels_of = labels_of
+        self.result = Propagation()
+        self.raw: set[fx.Node] = set()
+        self.groups = blocked_weights(graph)
+        self.blocked: dict[fx.Node, IntArray] = {}
+
+    def visit(self, position: int, node: fx.Node) -> None:
+        axes = self.result.axes
+        if node.op == "get_attr":
+            self._parameter(node)
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                for axis in _flat(axes.get(source, ())):
+                    self.space.pin(axis, "is an output of the model")
+        elif node.target is operator.getitem:
+            found = axes.get(node.args[0], ())
+            axes[node] = found[node.args[1]] if isinstance(found, list) else ()
+        elif node.op == "call_function" and node.target not in _SHAPE_QUERIES and _has_tensors(node):
+            self._call(position, node)
+
+    def _parameter(self, node: fx.Node) -> None:
+        self.raw.add(node)
+        shape = concrete_shape(node.meta["val"])
+        found: list[IntArray] = []
+        for dim, size in enumerate(shape):
+            if size <= 1:
+                continue
+            groups = self.groups.get(node, 1) if dim == 1 else 1
+            labels = self.labels_of(str(node.target), dim, size, groups)
+            if groups > 1:
+                labels = labels.reshape(groups, size)
+                self.blocked[node] = labels
+            else:
+                found.append(labels.reshape([-1 if d == dim else 1 for d in range(len(shape))]))
+            self.result.params.append(ParamAxis(str(node.target), dim, labels))
+        self.result.axes[node] = tuple(found)
+
+    def _call(self, position: int, node: fx.Node) -> None:
+        spec = OPS.get(node.target)
+        args = bind(node) if hasattr(node.target, "_schema") else {}
+        site = Site(node, args, self.space, self.result.axes, self.raw, self.blocked)
+        operands = site.tensors()
+        if spec is None:
+            self.result.unknown.append(node)
+            self.result.axes[node] = opaque(site)
+            for operand in operands:
+                if operand in self.blocked:
+                    site.pin(self.blocked[operand], "is not understood")
+        else:
+            self.result.axes[node] = spec.propagate(site)
+        if node.target in MOVES and operands and all(operand in self.raw for operand in operands):
+            self.raw.add(node)
+        else:
+            self._roles(site, operands)
+        self.result.moves.extend((position, move) for move in site.moves)
+        self.result.blocks.extend((describe(node), block) for block in site.blocks)
+
+    def _roles(self, site: Site, operands: list[fx.Node]) -> None:
+        """Labels of parameters that enter as values, neither summed over nor making channels, are pointwise."""
+        self.result.consumed.extend(site.consumed)
+        self.result.produced.extend(site.produced)
+        named = [labels.ravel() for labels in (*site.consumed, *site.produced)]
+        known = np.concatenate(named) if named else np.empty(0, np.int64)
+        for operand in operands:
+            if operand in self.raw:
+                for axis in site.axes(operand):
+                    self.result.pointwise.append(np.setdiff1d(axis.ravel(), known) if known.size else axis.ravel())
+
+
+def _flat(found: Any) -> list[IntArray]:
+    if isinstance(found, list):
+        return [axis for axes in found for axis in axes]
+    return list(found)
+
+
+def _has_tensors(node: fx.Node) -> bool:
+    return any(isinstance(source.meta.get("val"), torch.Tensor | list | tuple) for source in node.all_input_nodes)

@@ -1,0 +1,318 @@
+"""The command line: `graphzip inspect`, `graphzip compile`, `graphzip demo`.
+
+stdout carries data, stderr carries progress, logs and errors. Exit codes: 0 done, 1 failure, 2 wrong usage or plan,
+3 the exported file failed its verification, 4 the plan changed nothing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from graphzip.errors import (
+    ArchiveError,
+    ExampleInputError,
+    ExportError,
+    GraphZipError,
+    MissingDependencyError,
+    PlanError,
+    VerificationError,
+)
+from graphzip.files import check_target
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from graphzip.models import InputShape, ModelSpec
+
+__all__ = ["ExitCode", "app", "main"]
+
+
+class ExitCode(IntEnum):
+    """What a command's exit status says."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    VERIFICATION = 3
+    UNCHANGED = 4
+    INTERRUPTED = 130
+
+
+class UsageError(GraphZipError):
+    """A command line that asks for what does not exist."""
+
+
+_USAGE_ERRORS = (PlanError, ExampleInputError, UsageError)
+
+app = typer.Typer(
+    name="graphzip",
+    help="Make trained PyTorch models slimmer without changing what they compute.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="torchvision:NAME, timm:NAME or path/to/file.py:factory")
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="shape of an input, such as 1x3x224x224 or 1x16:int64; once per input"),
+]
+WeightsOption = Annotated[Path | None, typer.Option("--weights", help="state dict to load: .pt, .pth or .safetensors")]
+ScopeOption = Annotated[str | None, typer.Option("--scope", help="name of the submodule to look at, the rest stays")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+SeedOption = Annotated[int, typer.Option("--seed", help="seed of everything random")]
+VerboseOption = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="logs on stderr, and where an error came from; -vv: more")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import graphzip
+
+        typer.echo(f"graphzip {graphzip.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Make trained PyTorch models slimmer without changing what they compute."""
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    inputs: InputOption = None,
+    weights: WeightsOption = None,
+    scope: ScopeOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Print the channel groups of a model: what is coupled, and what can shrink."""
+    with _at_work(verbose) as tell:
+        import graphzip as gz
+
+        spec = _find(model)
+        shapes = _shapes(inputs)
+        tell(f"building {model}")
+        module = _build(spec, weights)
+        example = _example_inputs(spec, module, shapes)
+        tell(f"tracing {model}")
+        groups = gz.channel_groups(module, example, scope=scope)
+        text = _json(groups.to_dict()) if as_json else str(groups)
+    typer.echo(text)
+
+
+@app.command(name="compile")
+def compile_(
+    model: ModelArgument,
+    plan_file: Annotated[Path, typer.Option("--plan", help="plan file (YAML)")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write")],
+    save: Annotated[Path | None, typer.Option("--save", help="also save the trainable module to this file")] = None,
+    inputs: InputOption = None,
+    weights: WeightsOption = None,
+    scope: ScopeOption = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset; default: what the exporter advises")] = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Carry out a plan and export the slim model as verified ONNX."""
+    with _at_work(verbose) as tell:
+        import graphzip as gz
+        from graphzip.report import compile_dict, compile_text
+
+        plan = gz.Plan.load(plan_file)
+        _check_targets(output, save)
+        spec = _find(model)
+        shapes = _shapes(inputs)
+        tell(f"building {model}")
+        module = _build(spec, weights, seed)
+        example = None if plan.inputs and not shapes else _example_inputs(spec, module, shapes, seed)
+        tell(f"compiling {model}")
+        compiled = gz.compile(module, plan, example, seed=seed, scope=scope)
+        exported = saved = None
+        if compiled.report.changed:
+            tell(f"exporting {output} and verifying it")
+            exported = compiled.export(output, opset=opset)
+            if save is not None:
+                compiled.save(save)
+                saved = save
+        text = _json(compile_dict(compiled, exported, saved)) if as_json else compile_text(compiled, exported, saved)
+    typer.echo(text)
+    if exported is None:
+        _say(f"the plan changes nothing in {model}; nothing was written")
+        raise typer.Exit(ExitCode.UNCHANGED)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", help="directory to keep both ONNX files in")] = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Train a small network, halve it, export and verify it, and compare before and after. Takes under a minute."""
+    with _at_work(verbose) as tell:
+        from graphzip.demo import run
+        from graphzip.report import demo_dict, demo_text
+
+        result = run(seed=seed, out=out, tell=tell)
+        text = _json(demo_dict(result)) if as_json else demo_text(result)
+    typer.echo(text)
+
+
+def main() -> None:
+    """Entry point of the `graphzip` script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+# ------------------------------------------------------------------------------------------------- while working
+
+
+class _Progress:
+    """Says on stderr what is being done: a spinner on a terminal, nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._status = console.status("starting")
+
+    def __enter__(self) -> _Progress:
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        logging.getLogger(__name__).info(text)
+        self._status.update(text)
+
+
+@contextlib.contextmanager
+def _at_work(verbose: int) -> Iterator[_Progress]:
+    """Logs and whatever the work prints go to stderr; an error becomes one line there and an exit code."""
+    console = Console(stderr=True)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _logging(console, verbose), _Progress(console) as progress:
+            yield progress
+    except (KeyboardInterrupt, Exception) as error:
+        if verbose:
+            console.print_exception()
+        _say(_message(error))
+        raise typer.Exit(_exit_code(error)) from None
+
+
+@contextlib.contextmanager
+def _logging(console: Console, verbose: int) -> Iterator[None]:
+    root = logging.getLogger()
+    handler = RichHandler(console=console, show_path=False, markup=False)
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if verbose else "ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def _exit_code(error: BaseException) -> ExitCode:
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    if isinstance(error, VerificationError):
+        return ExitCode.VERIFICATION
+    return ExitCode.USAGE if isinstance(error, _USAGE_ERRORS) else ExitCode.FAILURE
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, GraphZipError):
+        return f"error: {error}"
+    return f"error: unexpected {type(error).__name__}: {error}; a fault of graphzip, run again with -v to see where"
+
+
+def _say(text: str) -> None:
+    typer.echo(f"graphzip: {text}", err=True)
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2)
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+def _find(model: str) -> ModelSpec:
+    from graphzip.models import find_model
+
+    try:
+        return find_model(model)
+    except MissingDependencyError:
+        raise
+    except GraphZipError as error:
+        raise UsageError(str(error)) from error
+
+
+def _build(spec: ModelSpec, weights: Path | None, seed: int = 0) -> nn.Module:
+    import torch
+
+    from graphzip.models import load_weights
+
+    torch.manual_seed(seed)
+    module = spec.build()
+    if weights is not None:
+        load_weights(module, weights)
+    return module
+
+
+def _shapes(inputs: list[str] | None) -> tuple[InputShape, ...]:
+    from graphzip.models import parse_shape
+
+    return tuple(parse_shape(text) for text in inputs or ())
+
+
+def _example_inputs(
+    spec: ModelSpec, module: nn.Module, shapes: tuple[InputShape, ...], seed: int = 0
+) -> tuple[Tensor, ...]:
+    from graphzip.models import make_inputs
+
+    known = shapes or spec.inputs(module)
+    if not known:
+        raise ExampleInputError(
+            f"what {spec.name} takes is not known; give the shape of every input: --input 1x3x224x224"
+        )
+    return make_inputs(module, known, seed=seed)
+
+
+def _check_targets(output: Path, save: Path | None) -> None:
+    check_target(output, ExportError)
+    if save is not None:
+        check_target(save, ArchiveError)
+        if save.resolve() == output.resolve():
+            raise UsageError(f"--output and --save both name {output}; give the saved module another name")

@@ -1,0 +1,65 @@
+"""What can go wrong, in the user's words.
+
+Every error that graphzip raises on purpose derives from `GraphZipError`. A message names the module, node or plan
+key, says what is wrong, and says what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArchiveError",
+    "ExampleInputError",
+    "ExportError",
+    "GraphZipError",
+    "InputShapeError",
+    "MissingDependencyError",
+    "PlanError",
+    "RewriteError",
+    "TraceError",
+    "VerificationError",
+    "WeightsError",
+]
+
+
+class GraphZipError(Exception):
+    """Base class of every refusal of graphzip."""
+
+
+class PlanError(GraphZipError, ValueError):
+    """A plan that cannot be read, is invalid, or does not fit the model."""
+
+
+class ExampleInputError(GraphZipError, ValueError):
+    """Example inputs that are missing or that the model does not accept."""
+
+
+class InputShapeError(GraphZipError, ValueError):
+    """A compiled module was called with an input whose shape it was not compiled for."""
+
+
+class TraceError(GraphZipError):
+    """A model that `torch.export` cannot turn into a graph."""
+
+
+class RewriteError(GraphZipError):
+    """A rewrite that cannot be carried out without changing what the model computes."""
+
+
+class ExportError(GraphZipError):
+    """A model that cannot be written as ONNX, or a place that cannot be written to."""
+
+
+class VerificationError(ExportError):
+    """An exported file that does not compute what the module computes. The file has been removed."""
+
+
+class ArchiveError(GraphZipError):
+    """A saved model that cannot be written or read."""
+
+
+class WeightsError(GraphZipError):
+    """A weights file that cannot be read or does not fit the model."""
+
+
+class MissingDependencyError(GraphZipError, ImportError):
+    """An optional package is needed; the message gives the pip line that installs it."""

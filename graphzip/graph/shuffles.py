@@ -1,0 +1,121 @@
+"""Recognise channel shuffles.
+
+`view -> transpose -> view` permutes the channels without needing them to form a rectangle. As one `index_select` the
+permutation can follow any choice of channels, so nothing is coupled by it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.state import attach, get_tensor
+
+__all__ = ["fuse_shuffles"]
+
+aten = torch.ops.aten
+
+_RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default}
+_MOVES = {aten.permute.default, aten.transpose.int}
+_COPIES = {aten.contiguous.default, aten.clone.default}
+_LARGEST = 1 << 26
+
+
+def fuse_shuffles(module: fx.GraphModule) -> None:
+    """Replace each chain that only permutes one dimension by `index_select` with a constant index."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.index.Tensor:
+            _select_instead(module, node)
+            continue
+        if node.target in {aten.channel_shuffle.default, aten.native_channel_shuffle.default}:
+            chain = [node]
+        elif node.target in _RESHAPES:
+            chain = _chain_ending_at(node)
+        else:
+            continue
+        if chain:
+            _fuse(module, chain)
+
+
+def _chain_ending_at(last: fx.Node) -> list[fx.Node]:
+    """`[view, transpose, (contiguous,) view]` with no other reader in between, or nothing."""
+    chain = [last]
+    while True:
+        before = chain[0].args[0]
+        if not isinstance(before, fx.Node) or before.target not in _MOVES | _COPIES | _RESHAPES or len(before.users) != 1:
+            return []
+        chain.insert(0, before)
+        if before.target in _RESHAPES:
+            return chain if any(node.target in _MOVES for node in chain) else []
+
+
+def _select_instead(module: fx.GraphModule, node: fx.Node) -> None:
+    """`x[:, order]` with one constant list of positions is an `index_select`."""
+    source, indices = node.args
+    assert isinstance(source, fx.Node) and isinstance(indices, list | tuple)
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].op != "get_attr":
+        return
+    dim, fetch = given[0]
+    index = get_tensor(module, str(fetch.target))
+    if index.is_meta or index.dim() != 1 or index.dtype not in {torch.int32, torch.int64}:
+        return
+    _replace(module, node, source, dim, index.detach().cpu().long() % concrete_shape(source.meta["val"])[dim])
+
+
+def _fuse(module: fx.GraphModule, chain: list[fx.Node]) -> None:
+    source, last = chain[0].args[0], chain[-1]
+    assert isinstance(source, fx.Node)
+    shape = concrete_shape(source.meta["val"])
+    if shape != concrete_shape(last.meta["val"]):
+        return
+    found = _permuted_dim(shape, chain)
+    if found is None:
+        return
+    _replace(module, last, source, *found)
+    for node in reversed(chain[:-1]):
+        module.graph.erase_node(node)
+
+
+def _replace(module: fx.GraphModule, last: fx.Node, source: fx.Node, dim: int, index: torch.Tensor) -> None:
+    name = f"{last.name}_index"
+    attach(module, name, index.to(last.meta["val"].device), persistent=False)
+    graph = module.graph
+    with graph.inserting_before(last):
+        fetch = graph.get_attr(name)
+        value = last.meta["val"].fake_mode.from_tensor(index.to(last.meta["val"].device))
+        fetch.meta.update(val=value, owner="", source="", numbers=index.numpy())
+        select = graph.call_function(aten.index_select.default, (source, dim, fetch))
+    select.meta.update(last.meta)
+    last.replace_all_uses_with(select)
+    graph.erase_node(last)
+
+
+def _permuted_dim(shape: tuple[int, ...], chain: list[fx.Node]) -> tuple[int, torch.Tensor] | None:
+    """Run the chain on numbered positions: which single dimension does it permute, and how?"""
+    count = math.prod(shape)
+    if count > _LARGEST or len(shape) < 2:
+        return None
+    numbered = torch.arange(count, dtype=torch.int32).reshape(shape)
+    moved = numbered
+    for node in chain:
+        moved = _run(node, moved)
+    for dim in range(1, len(shape)):
+        line = moved.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
+        start = numbered.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
+        index = torch.searchsorted(start, line)
+        if bool((index < shape[dim]).all()) and bool((start[index] == line).all()):
+            if torch.equal(numbered.index_select(dim, index), moved) and not torch.equal(numbered, moved):
+                return dim, index
+    return None
+
+
+def _run(node: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    if node.target in _RESHAPES:
+        return value.reshape(concrete_shape(node.meta["val"]))
+    result: torch.Tensor = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return result

@@ -1,0 +1,91 @@
+"""Parameters and buffers under their original names, tied ones once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+__all__ = ["Aliases", "attach", "find_aliases", "get_tensor", "is_persistent", "named_state", "rebuild_state"]
+
+Aliases = dict[str, str]
+"""Name of a tied parameter or buffer -> the first name of the same tensor."""
+
+
+def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every name of every parameter and buffer, tied ones under each of their names, parameters first."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def find_aliases(module: nn.Module) -> Aliases:
+    """Names that stand for a tensor which has an earlier name: same object, or same memory seen the same way."""
+    first: dict[object, str] = {}
+    aliases: Aliases = {}
+    for name, tensor in named_state(module):
+        key = _identity(tensor)
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def attach(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bool = True) -> None:
+    """Register a parameter or buffer under a dotted name, making plain containers on the way."""
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        owner.register_buffer(leaf, value, persistent=persistent)
+
+
+def is_persistent(root: nn.Module, name: str) -> bool:
+    """Whether a buffer is part of the state dict (a parameter always is)."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf not in root.get_submodule(owner)._non_persistent_buffers_set
+
+
+def rebuild_state(source: nn.Module, unlifted: fx.GraphModule, aliases: Aliases) -> nn.Module:
+    """A tree of plain containers that holds the source's tensors, and what `torch.export` lifted, under their names."""
+    root = nn.Module()
+    for prefix, module in source.named_modules(remove_duplicate=False):
+        for leaf in module._parameters | module._buffers:
+            tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+            if tensor is None:
+                continue
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            shared = get_tensor(root, aliases[name]) if name in aliases and _holds(root, aliases[name]) else tensor
+            attach(root, name, shared, persistent=leaf not in module._non_persistent_buffers_set)
+    for node in unlifted.graph.nodes:
+        if node.op == "get_attr" and not _holds(root, node.target):
+            value = get_tensor(unlifted, node.target)
+            attach(root, node.target, value.detach(), persistent=False)
+    return root
+
+
+def _holds(root: nn.Module, name: str) -> bool:
+    try:
+        get_tensor(root, name)
+    except (AttributeError, AssertionError):
+        return False
+    return True

@@ -1,0 +1,145 @@
+"""The algebra of channel labels: plain arrays, no graphs.
+
+Every index of every parameter dimension has an integer *label*. A tensor carries *axes*: integer arrays that broadcast
+to its shape and say which label each position holds. Operators say which labels are the same (`unify`), which must
+stay as they are (`pin`) and which lie inside another (`contain`). `LabelSpace.solve` turns that into channels:
+connected components of the equalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+__all__ = ["Hashes", "IntArray", "LabelSpace", "Solution", "collapse", "mix", "ranks", "support"]
+
+IntArray = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+
+
+def support(axis: IntArray) -> tuple[int, ...]:
+    """The dimensions along which an axis has more than one position."""
+    return tuple(dim for dim, size in enumerate(axis.shape) if size > 1)
+
+
+def collapse(axis: IntArray) -> IntArray:
+    """Shrink to size one every dimension along which the labels do not vary."""
+    for dim, size in enumerate(axis.shape):
+        if size > 1:
+            first = np.take(axis, [0], axis=dim)
+            if np.array_equal(np.broadcast_to(first, axis.shape), axis):
+                axis = first
+    return axis
+
+
+def ranks(classes: IntArray) -> IntArray | None:
+    """For each position its rank among the positions of the same class; `None` where every class occurs once."""
+    flat = classes.ravel()
+    order = np.argsort(flat, kind="stable")
+    ordered = flat[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    if starts.size == flat.size:
+        return None
+    counts = np.diff(np.r_[starts, flat.size])
+    rank = np.empty_like(flat)
+    rank[order] = np.arange(flat.size) - np.repeat(starts, counts)
+    return rank.reshape(classes.shape)
+
+
+def mix(*parts: int | IntArray) -> Hashes:
+    """Hash integers (broadcast against each other) to 64 bits with the finaliser of splitmix64."""
+    state = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = state * np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64) + np.uint64(0x632BE59BD9B4E019)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+@dataclass
+class Solution:
+    """`classes[label]` is the channel of a label; `pins[channel]` says why a channel must stay."""
+
+    classes: IntArray
+    pins: dict[int, str]
+    containers: list[tuple[IntArray, IntArray]]
+
+    @property
+    def count(self) -> int:
+        return int(self.classes.max(initial=-1)) + 1
+
+
+@dataclass
+class LabelSpace:
+    """Labels made so far and everything that is known about them."""
+
+    size: int = 0
+    _equal: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _pins: list[tuple[IntArray, str]] = field(default_factory=list)
+    _contain: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+
+    def fresh(self, count: int) -> IntArray:
+        labels = np.arange(self.size, self.size + count, dtype=np.int64)
+        self.size += count
+        return labels
+
+    def unify(self, left: IntArray, right: IntArray) -> None:
+        """Labels at the same position (after broadcasting) are the same."""
+        if left is not right:
+            left, right = np.broadcast_arrays(left, right)
+            self._equal.append((left.ravel(), right.ravel()))
+
+    def pin(self, labels: IntArray, reason: str) -> None:
+        self._pins.append((labels.ravel(), reason))
+
+    def contain(self, outer: IntArray, inner: IntArray) -> None:
+        """Each label of `outer` holds the labels of `inner` at the same positions: a block of them."""
+        outer, inner = np.broadcast_arrays(outer, inner)
+        self._contain.append((outer.ravel(), inner.ravel()))
+
+    def solve(self) -> Solution:
+        """Close the equalities. A container whose whole content is one channel joins that channel."""
+        edges = list(self._equal)
+        while True:
+            classes = self._components(edges)
+            joined = [_single(classes, outer, inner) for outer, inner in self._contain]
+            new = [pair for pair in joined if not np.array_equal(classes[pair[0]], classes[pair[1]])]
+            if not new:
+                break
+            edges.extend(new)
+        pins: dict[int, str] = {}
+        for labels, reason in self._pins:
+            for channel in np.unique(classes[labels]).tolist():
+                pins.setdefault(channel, reason)
+        containers = []
+        for outer, inner in self._contain:
+            open_ = classes[outer] != classes[inner]
+            if open_.any():
+                containers.append((classes[outer[open_]], classes[inner[open_]]))
+        return Solution(classes, pins, containers)
+
+    def _components(self, edges: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
+        left = np.concatenate([edge[0] for edge in edges]) if edges else np.empty(0, np.int64)
+        right = np.concatenate([edge[1] for edge in edges]) if edges else np.empty(0, np.int64)
+        graph = coo_array((np.ones(left.size, dtype=bool), (left, right)), shape=(self.size, self.size))
+        _, components = connected_components(graph, directed=False)
+        return components.astype(np.int64)
+
+
+def _single(classes: IntArray, outer: IntArray, inner: IntArray) -> tuple[IntArray, IntArray]:
+    """One (container, content) pair for each container all of whose contents are in one class."""
+    order = np.argsort(outer, kind="stable")
+    outer, inner = outer[order], inner[order]
+    content = classes[inner]
+    starts = np.flatnonzero(np.r_[True, outer[1:] != outer[:-1]])
+    low = np.minimum.reduceat(content, starts)
+    high = np.maximum.reduceat(content, starts)
+    single = low == high
+    return outer[starts][single], inner[starts][single]

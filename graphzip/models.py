@@ -1,0 +1,306 @@
+"""Models, weights and inputs by the names that a command line gives them.
+
+A model is `torchvision:NAME`, `timm:NAME` or `path/to/file.py:factory`, built without downloading weights; weights are
+a `.pt`, `.pth` or `.safetensors` file; an input is a shape such as `2x3x224x224`, with a dtype where it is not the
+model's own: `2x16:int64`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError, WeightsError
+from graphzip.tables import closest
+
+__all__ = ["InputShape", "ModelSpec", "find_model", "load_model", "load_weights", "make_inputs", "parse_shape"]
+
+_LISTED = 5
+_FUNCTIONS = 20
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_FORMS = "torchvision:NAME, timm:NAME or path/to/file.py:factory"
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """One tensor input, in elements per dimension, batch first; `dtype` is `None` where the model's own is meant."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that was found but not built. `inputs(module)` are its usual input shapes, `None` where unknown."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[nn.Module], tuple[InputShape, ...] | None]
+
+
+def load_model(spec: str) -> nn.Module:
+    """Build the model that `spec` names, with random weights.
+
+    Raises `GraphZipError` where there is no such model or it cannot be built, `MissingDependencyError` where the
+    package that has it is not installed.
+    """
+    return find_model(spec).build()
+
+
+def find_model(spec: str) -> ModelSpec:
+    """Look `spec` up without building the model. Raises as `load_model` does."""
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise GraphZipError(f"{spec!r} is not a model; write {_FORMS}")
+    if source == "torchvision":
+        return _torchvision(name)
+    if source == "timm":
+        return _timm(name)
+    if source.endswith(".py"):
+        return _from_file(Path(source), name)
+    raise GraphZipError(
+        f"{spec!r} is not a model: {source!r} is not torchvision, timm or a .py file; write {_FORMS}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- model libraries
+
+
+def _library(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise MissingDependencyError(
+            f"{package} is not installed, and models named {package}:NAME come from it; "
+            'run: pip install "graphzip[models]"',
+            name=package,
+        ) from None
+
+
+def _torchvision(name: str) -> ModelSpec:
+    models: Any = _library("torchvision").models
+    known = models.list_models()
+    if name not in known:
+        raise GraphZipError(f"torchvision has no model {name!r}; {closest(name, known)}")
+    builder = models.get_model_builder(name)
+    accepted = inspect.signature(builder).parameters
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in accepted:
+        options["weights_backbone"] = None
+    if name in {"googlenet", "inception_v3"}:
+        options["init_weights"] = False
+
+    def inputs(module: nn.Module) -> tuple[InputShape, ...] | None:
+        home = builder.__module__
+        if ".video" in home:
+            side = 112 if ".resnet" in home else 224
+            return (InputShape((2, 3, 16, side, side)),)
+        if ".optical_flow" in home:
+            return None
+        side = 299 if name == "inception_v3" else 224
+        return (InputShape((2, 3, side, side)),)
+
+    return ModelSpec(name, lambda: _built(f"torchvision:{name}", lambda: builder(**options)), inputs)
+
+
+def _timm(name: str) -> ModelSpec:
+    timm: Any = _library("timm")
+    if not timm.is_model(name):
+        raise GraphZipError(f"timm has no model {name!r}; {closest(name, timm.list_models())}")
+
+    def inputs(module: nn.Module) -> tuple[InputShape, ...] | None:
+        config = getattr(module, "default_cfg", None) or {}
+        size = config.get("input_size")
+        return None if size is None else (InputShape((2, *size)),)
+
+    return ModelSpec(name, lambda: _built(f"timm:{name}", lambda: timm.create_model(name, pretrained=False)), inputs)
+
+
+# ------------------------------------------------------------------------------------------------- a user's file
+
+
+def _from_file(path: Path, name: str) -> ModelSpec:
+    if not path.is_file():
+        raise GraphZipError(f"{path} does not exist or is not a file; give the path of the file that builds the model")
+    module = _imported(path)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        found = _callables(module)
+        listed = ", ".join(found[:_FUNCTIONS]) + (f" and {len(found) - _FUNCTIONS} more" * (len(found) > _FUNCTIONS))
+        raise GraphZipError(f"{path} has no function {name!r}; it has {listed or 'none at all'}")
+
+    def build() -> nn.Module:
+        return _built(f"{path}:{name}", factory)
+
+    return ModelSpec(name, build, lambda _: None)
+
+
+def _imported(path: Path) -> ModuleType:
+    """Run the file as `python file.py` would: its own folder comes first in the search path."""
+    name = "_graphzip_model_" + re.sub(r"\W", "_", str(path.resolve().with_suffix("")))
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise GraphZipError(f"{path} cannot be imported: {_cause(error)}; fix the file and try again") from error
+    return module
+
+
+def _callables(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def _built(what: str, factory: Callable[[], Any]) -> nn.Module:
+    try:
+        model = factory()
+    except GraphZipError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise GraphZipError(f"{what} could not be built: {_cause(error)}; it is called without arguments") from error
+    if not isinstance(model, nn.Module):
+        raise GraphZipError(f"{what} returned {type(model).__name__}; it must return an nn.Module")
+    return model
+
+
+def _cause(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Load a state dict into `module`, in place; every name and shape must fit.
+
+    `.pt` and `.pth` files hold a state dict, or a checkpoint that has one under `state_dict`, `model_state_dict` or
+    `model`; nothing but tensors is unpickled. Prefixes that wrappers put before every name (`module.`) are taken off.
+
+    Raises `WeightsError` where the file cannot be read, or its names or shapes do not fit the model.
+    """
+    path = Path(path)
+    state = _unwrapped(_read_state(path), path)
+    own = module.state_dict()
+    shapes = [
+        f"{name}: {_shape(value)} in the file, {_shape(own[name])} in the model"
+        for name, value in state.items()
+        if name in own and own[name].shape != value.shape
+    ]
+    if shapes:
+        raise WeightsError(_misfit(path, {"other shapes": shapes}))
+    try:
+        result = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit the model: {_cause(error)}") from error
+    wrong = {"missing": result.missing_keys, "unexpected": result.unexpected_keys}
+    if any(wrong.values()):
+        raise WeightsError(_misfit(path, wrong))
+
+
+def _read_state(path: Path) -> Any:
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist or is not a file; give a .pt, .pth or .safetensors file")
+    if path.suffix not in {".pt", ".pth", ".bin", ".safetensors"}:
+        raise WeightsError(f"{path} is not a weights file; weights are .pt, .pth or .safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or holds more than tensors; "
+            "write it with torch.save(model.state_dict(), ...) or safetensors"
+        ) from error
+
+
+def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(state, Mapping):
+        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
+        if inner and all(isinstance(value, Tensor) for value in inner.values()):
+            return _without_prefix({str(name): value for name, value in inner.items()})
+    raise WeightsError(
+        f"{path} holds no state dict; it must hold names and tensors, as torch.save(model.state_dict(), ...) writes, "
+        f"itself or under one of the keys {', '.join(_WRAPPERS)}"
+    )
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            return _without_prefix({name.removeprefix(prefix): value for name, value in state.items()})
+    return state
+
+
+def _misfit(path: Path, wrong: Mapping[str, Sequence[str]]) -> str:
+    parts = []
+    for what, names in wrong.items():
+        if names:
+            rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            parts.append(f"{what} ({len(names)}): {', '.join(names[:_LISTED])}{rest}")
+    return f"{path} does not fit the model; {'; '.join(parts)}; give the weights of this very model"
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "a scalar"
+
+
+# ------------------------------------------------------------------------------------------------- inputs
+
+
+def parse_shape(text: str) -> InputShape:
+    """`2x3x224x224`, or with a dtype `2x16:int64`. Raises `ExampleInputError` where it is neither."""
+    sizes, _, dtype = text.partition(":")
+    if not re.fullmatch(r"[0-9]+(x[0-9]+)*", sizes) or (":" in text and dtype not in _DTYPES):
+        known = ", ".join(_DTYPES)
+        raise ExampleInputError(
+            f"{text!r} is not an input shape; write 1x3x224x224, or with a dtype 1x16:int64 (one of {known})"
+        )
+    shape = tuple(int(size) for size in sizes.split("x"))
+    if not all(shape):
+        raise ExampleInputError(f"{text!r} has an empty dimension; every size must be at least 1")
+    return InputShape(shape, getattr(torch, dtype) if dtype else None)
+
+
+def make_inputs(module: nn.Module, shapes: Sequence[InputShape], *, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs on the model's device: normal floats in the model's dtype, integers 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [*module.parameters(), *module.buffers()]
+    floating = next((value.dtype for value in values if value.is_floating_point()), torch.float32)
+    device = values[0].device if values else torch.device("cpu")
+    return tuple(_random(shape.sizes, shape.dtype or floating, generator).to(device) for shape in shapes)
+
+
+def _random(sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.randn(sizes, generator=generator, dtype=torch.float32).to(dtype)
+    return (torch.rand(math.prod(sizes), generator=generator) < 0.5).reshape(sizes).to(dtype)

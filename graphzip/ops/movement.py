@@ -1,0 +1,492 @@
+"""Data movement: the operator itself runs on the numbered positions of each axis.
+
+Concatenation offsets, packed projections, patch merging and channel permutations need no special case that way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphzip.labels import IntArray, support
+from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, split_axes
+from graphzip.ops.site import Site
+from graphzip.ops.spec import Axes, OpSpec, Patch, Result
+
+__all__ = ["SPECS"]
+
+aten = torch.ops.aten
+
+
+def regroup(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Minimal runs of dimensions with equal products: a view acts on each run alone."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
+        i, j = i + len(left), j + len(right)
+        have, want = math.prod(before[d] for d in left), math.prod(after[d] for d in right)
+        while have != want:
+            if have < want and i < len(before):
+                left.append(i)
+                have, i = have * before[i], i + 1
+            elif j < len(after):
+                right.append(j)
+                want, j = want * after[j], j + 1
+            else:
+                left += range(i, len(before))
+                have, i = want, len(before)
+        runs.append((left, right))
+    return runs
+
+
+def reshape_axis(axis: IntArray, before: Sequence[int], after: Sequence[int]) -> IntArray:
+    """The axis under a view; only runs of dimensions along which it extends are spelled out."""
+    sizes: dict[int, int] = {}
+    shape = [1] * len(after)
+    for left, right in regroup(before, after):
+        if any(axis.shape[dim] > 1 for dim in left):
+            sizes.update({dim: before[dim] for dim in left})
+            for dim in right:
+                shape[dim] = after[dim]
+    return broadcast_dims(axis, sizes).reshape(shape)
+
+
+def view(site: Site) -> Result:
+    source = site.tensors()[0]
+    before, after = site.shape(source), site.shape()
+    axes = _separable(site, site.axes(source), regroup(before, after))
+    return moved(site, axes, lambda array: reshape_axis(array, before, after))
+
+
+def _separable(site: Site, axes: Axes, runs: Sequence[tuple[list[int], list[int]]]) -> Axes:
+    """Two axes that a view would lay into each other are pinned."""
+    clashing = [
+        axis
+        for left, right in runs
+        for axis in axes
+        if right and len([other for other in axes if set(support(other)) & set(left)]) > 1 and set(support(axis)) & set(left)
+    ]
+    for axis in clashing:
+        site.pin(axis, "merges two labelled dimensions")
+    return tuple(axis for axis in axes if not any(axis is other for other in clashing))
+
+
+def permute(site: Site) -> Result:
+    rank = len(site.shape())
+    order = [dim % rank for dim in site.args["dims"]]
+    return moved(site, site.axes(site.args["self"]), lambda array: array.transpose(order))
+
+
+def transpose(site: Site) -> Result:
+    rank = len(site.shape())
+    if rank < 2:
+        return same(site)
+    first, second = (site.args["dim0"] % rank, site.args["dim1"] % rank) if "dim0" in site.args else (rank - 2, rank - 1)
+    return moved(site, site.axes(site.args["self"]), lambda array: np.swapaxes(array, first, second))
+
+
+def unsqueeze(site: Site) -> Result:
+    dim = site.dim(site.args["dim"])
+    return moved(site, site.axes(site.args["self"]), lambda array: np.expand_dims(array, dim))
+
+
+def squeeze(site: Site) -> Result:
+    source, after = site.args["self"], site.shape()
+    return moved(site, site.axes(source), lambda array: reshape_axis(array, site.shape(source), after))
+
+
+def expand(site: Site) -> Result:
+    """Spread dimensions get labels of their own: all positions along them are alike."""
+    source, after = site.tensors()[0], site.shape()
+    before = (1,) * (len(after) - len(site.shape(source))) + site.shape(source)
+    axes = moved(site, site.axes(source), lambda array: array.reshape((1,) * (len(after) - array.ndim) + array.shape))
+    spread = [dim for dim in range(1, len(after)) if before[dim] == 1 and after[dim] > 1]
+    return axes + tuple(_along(site, dim, after) for dim in spread)
+
+
+def _along(site: Site, dim: int, shape: Sequence[int]) -> IntArray:
+    return site.fresh([size if position == dim else 1 for position, size in enumerate(shape)])
+
+
+def select(site: Site) -> Result:
+    source = site.args["self"]
+    dim = site.dim(site.args["dim"], len(site.shape(source)))
+    index = site.size(site.args["index"])
+
+    def pick(array: IntArray) -> IntArray:
+        return np.take(array, index if array.shape[dim] > 1 else 0, axis=dim)
+
+    return moved(site, _unique_position(site, site.axes(source), dim), pick)
+
+
+def _unique_position(site: Site, axes: Axes, dim: int) -> Axes:
+    """Taking one position along an axis of its own would let the choice depend on what is merged."""
+    alone = [axis for axis in axes if support(axis) == (dim,)]
+    for axis in alone:
+        site.pin(axis, "picks single channels")
+    return tuple(axis for axis in axes if not any(axis is other for other in alone))
+
+
+def slice_(site: Site) -> Result:
+    source = site.args["self"]
+    shape = site.shape(source)
+    dim = site.dim(site.args["dim"], len(shape))
+    start, end, step = _slice_bounds(site, shape[dim])
+    axes = site.axes(source)
+    if len(range(start, end, step)) == 1:
+        axes = _unique_position(site, axes, dim)
+    return moved(site, axes, lambda array: _cut(array, dim, slice(start, end, step)))
+
+
+def _slice_bounds(site: Site, size: int) -> tuple[int, int, int]:
+    start = 0 if site.args["start"] is None else site.size(site.args["start"])
+    if "length" in site.args:
+        return start % size, start % size + site.size(site.args["length"]), 1
+    end = size if site.args["end"] is None else site.size(site.args["end"])
+    return slice(start, end, site.size(site.args["step"])).indices(size)
+
+
+def _cut(array: IntArray, dim: int, part: slice) -> IntArray:
+    if array.shape[dim] == 1:
+        return array
+    return array[(slice(None),) * dim + (part,)]
+
+
+def patch_slice(patch: Patch) -> None:
+    source = patch.args["self"]
+    rank = len(source.meta["val"].shape)
+    dim = patch.args["dim"] % rank
+    if not patch.shrinks(source, dim):
+        return
+    size = int(source.meta["val"].shape[dim])
+    if "length" in patch.args:
+        start, end, step = patch.args["start"] % size, patch.args["start"] % size + patch.args["length"], 1
+    else:
+        start, end, step = slice(patch.args["start"], patch.args["end"], patch.args["step"]).indices(size)
+    kept = patch.kept(source, dim)
+    chosen = np.flatnonzero(np.isin(kept, np.arange(start, end, step)))
+    if chosen.size and np.array_equal(chosen, np.arange(chosen[0], chosen[0] + chosen.size)):
+        patch.replace(aten.slice.Tensor, (source, dim, int(chosen[0]), int(chosen[0] + chosen.size)))
+    else:
+        patch.replace(aten.index_select.default, (source, dim, patch.constant(chosen.astype(np.int64))))
+
+
+def scatter(site: Site) -> Result:
+    """`slice_scatter`, `select_scatter`: part of the first operand is replaced by the second."""
+    base, part = site.args["self"], site.args["src"]
+    shape = site.shape(base)
+    dim = site.dim(site.args["dim"], len(shape))
+    if "index" in site.args:
+        index = site.size(site.args["index"]) % shape[dim]
+        start, end, step = index, index + 1, 1
+    else:
+        start, end, step = _slice_bounds(site, shape[dim])
+    if (start, end, step) == (0, shape[dim], 1):
+        return merge(site, [(site.axes(base), shape), (site.axes(part), site.shape(part))])
+    along, _ = split_axes(site.axes(base) + site.axes(part), [dim])
+    if along or "index" in site.args:
+        for axis in site.axes(base) + site.axes(part):
+            site.pin(axis, "writes into some of the channels")
+        return ()
+    return merge(site, [(site.axes(base), _without(shape, dim)), (site.axes(part), _without(site.shape(part), dim))])
+
+
+def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return tuple(1 if position == dim else size for position, size in enumerate(shape))
+
+
+def parts(site: Site) -> list[Axes]:
+    """`split`, `chunk`, `unbind`: the list of slices along one dimension."""
+    source = site.args["self"]
+    shape = site.shape(source)
+    dim = site.dim(site.args["dim"], len(shape))
+    results: list[Axes] = []
+    start = 0
+    drop = "split_size" not in site.args and "split_sizes" not in site.args and "chunks" not in site.args
+    axes = _unique_position(site, site.axes(source), dim) if drop else site.axes(source)
+    for value in site.node.meta["val"]:
+        size = 1 if drop else int(value.shape[dim])
+
+        def cut(array: IntArray, part: slice = slice(start, start + size)) -> IntArray:
+            piece = _cut(array, dim, part)
+            return np.take(piece, 0, axis=dim) if drop else piece
+
+        results.append(moved(site, axes, cut))
+        start += size
+    return results
+
+
+def patch_parts(patch: Patch) -> None:
+    source = patch.args["self"]
+    dim = patch.args["dim"] % len(source.meta["val"].shape)
+    if not patch.shrinks(source, dim):
+        return
+    sizes = [int(value.shape[dim]) for value in patch.node.meta["val"]]
+    ends = np.cumsum(sizes)
+    counts = np.bincount(np.searchsorted(ends, patch.kept(source, dim), side="right"), minlength=len(sizes))
+    patch.replace(aten.split_with_sizes.default, (source, [int(count) for count in counts], dim))
+
+
+def cat(site: Site) -> Result:
+    shape = site.shape()
+    dim = site.dim(site.args["dim"], len(shape))
+    values = [value for value in site.args["tensors"] if len(site.shape(value)) == len(shape)]
+    along = [split_axes(site.axes(value), [dim])[0] for value in values]
+    across = merge(
+        site, [(tuple(split_axes(site.axes(value), [dim])[1]), _without(site.shape(value), dim)) for value in values]
+    )
+    if not any(along):
+        return across
+    pieces = []
+    for value, found in zip(values, along, strict=True):
+        if found:
+            pieces.append(broadcast_dims(found[0], {dim: site.shape(value)[dim]}))
+        else:
+            bare = _along(site, dim, site.shape(value))
+            site.pin(bare, "joins channels that are fixed")
+            pieces.append(bare)
+    wide = {d: max(piece.shape[d] for piece in pieces) for d in range(len(shape)) if d != dim}
+    joined = site.move(pieces, lambda arrays: np.concatenate([broadcast_dims(a, wide) for a in arrays], axis=dim))
+    crossing = [axis for axis in across if set(support(axis)) & set(support(joined))]
+    for axis in crossing:
+        site.pin(axis, "joins axes that cut across each other")
+    if crossing:
+        site.pin(joined, "joins axes that cut across each other")
+        return tuple(axis for axis in across if not any(axis is other for other in crossing))
+    return (*across, joined)
+
+
+def stack(site: Site) -> Result:
+    """New positions along a new dimension; the operands must agree on all others."""
+    shape = site.shape()
+    dim = site.dim(site.args["dim"], len(shape))
+    values = site.args["tensors"]
+    along = [site.move([axis], lambda arrays: np.expand_dims(arrays[0], dim)) for value in values for axis in site.axes(value)]
+    counts = [len(site.axes(value)) for value in values]
+    ends = np.cumsum([0, *counts])
+    return merge(
+        site,
+        [
+            (tuple(along[ends[k] : ends[k + 1]]), _with(site.shape(value), dim, 1))
+            for k, value in enumerate(values)
+        ],
+    )
+
+
+def _with(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim:])
+
+
+def pad(site: Site) -> Result:
+    """Constant padding along channels makes channels that are constant; other modes mix positions."""
+    source = site.args["self"]
+    rank = len(site.shape(source))
+    amounts = [site.size(amount) for amount in site.args["pad"]]
+    padded = {rank - 1 - k // 2: (amounts[k], amounts[k + 1]) for k in range(0, len(amounts), 2) if any(amounts[k : k + 2])}
+    axes = site.axes(source)
+    if site.args.get("mode", "constant") != "constant" or any(low < 0 or high < 0 for low, high in padded.values()):
+        return mixing(site, axes, list(padded), "pads it with values of other positions")
+
+    def run(array: IntArray) -> IntArray:
+        widths = [padded.get(dim, (0, 0)) if array.shape[dim] > 1 else (0, 0) for dim in range(rank)]
+        return np.pad(array, widths, constant_values=-1)
+
+    return moved(site, axes, run)
+
+
+def patch_pad(patch: Patch) -> None:
+    source = patch.args["self"]
+    rank = len(source.meta["val"].shape)
+    amounts = list(patch.args["pad"])
+    changed = False
+    for k in range(0, len(amounts), 2):
+        dim = rank - 1 - k // 2
+        if amounts[k] or amounts[k + 1]:
+            if patch.shrinks(patch.node, dim):
+                kept = patch.kept(patch.node, dim)
+                size = int(source.meta["val"].shape[dim])
+                amounts[k : k + 2] = [int((kept < amounts[k]).sum()), int((kept >= amounts[k] + size).sum())]
+                changed = True
+    if changed:
+        patch.set("pad", amounts)
+
+
+def index_select(site: Site) -> Result:
+    source, index = site.args["self"], site.args["index"]
+    dim = site.dim(site.args["dim"], len(site.shape(source)))
+    positions = numbers_of(index)
+    for axis in site.axes(index):
+        site.pin(axis, "uses it as an index")
+    if positions is None:
+        return mixing(site, site.axes(source), [dim], "picks channels by an index that is computed")
+    return moved(site, site.axes(source), lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array)
+
+
+def numbers_of(value: Any) -> IntArray | None:
+    """The numbers of an integer constant of the model."""
+    if getattr(value, "op", "") != "get_attr":
+        return None
+    if "numbers" in value.meta:
+        return np.asarray(value.meta["numbers"], dtype=np.int64)
+    found: Any = value.graph.owning_module
+    for part in value.target.split("."):
+        found = getattr(found, part)
+    if found.is_meta or found.is_floating_point() or isinstance(found, torch.nn.Parameter):
+        return None
+    numbers: IntArray = found.detach().cpu().numpy().astype(np.int64).ravel()
+    return numbers
+
+
+def patch_index_select(patch: Patch) -> None:
+    source = patch.args["self"]
+    dim = patch.args["dim"] % len(source.meta["val"].shape)
+    if not patch.shrinks(source, dim):
+        return
+    numbers = numbers_of(patch.args["index"])
+    assert numbers is not None
+    old = patch.kept(source, dim)
+    place = np.full(int(source.meta["val"].shape[dim]), -1, dtype=np.int64)
+    place[old] = np.arange(old.size)
+    moved_to = place[numbers[patch.kept(patch.node, dim)]]
+    patch.replace(aten.index_select.default, (source, dim, patch.constant(moved_to)))
+
+
+def flip(site: Site) -> Result:
+    dims = [site.dim(dim) for dim in site.args["dims"]]
+    return moved(site, site.axes(site.args["self"]), lambda array: np.flip(array, dims))
+
+
+def roll(site: Site) -> Result:
+    shifts, dims = list(site.args["shifts"]), [site.dim(dim) for dim in site.args["dims"]]
+    if not dims:
+        return mixing(site, site.axes(site.args["self"]), range(len(site.shape())), "rolls over all positions")
+
+    def run(array: IntArray) -> IntArray:
+        for shift, dim in zip(shifts, dims, strict=True):
+            array = np.roll(array, shift, axis=dim)
+        return array
+
+    return moved(site, site.axes(site.args["self"]), run)
+
+
+def patch_roll(patch: Patch) -> None:
+    source = patch.args["self"]
+    rank = len(source.meta["val"].shape)
+    shifts, dims = list(patch.args["shifts"]), [dim % rank for dim in patch.args["dims"]]
+    for position, dim in enumerate(dims):
+        if patch.shrinks(source, dim):
+            size = int(source.meta["val"].shape[dim])
+            shifts[position] = int((patch.kept(source, dim) >= size - shifts[position] % size).sum())
+    patch.set("shifts", shifts)
+
+
+def repeat(site: Site) -> Result:
+    source, after = site.args["self"], site.shape()
+    before = (1,) * (len(after) - len(site.shape(source))) + site.shape(source)
+    times = [new // old for new, old in zip(after, before, strict=True)]
+
+    def run(array: IntArray) -> IntArray:
+        array = array.reshape((1,) * (len(after) - array.ndim) + array.shape)
+        return np.tile(array, [count if array.shape[dim] > 1 else 1 for dim, count in enumerate(times)])
+
+    return moved(site, site.axes(source), run)
+
+
+def pixel_shuffle(site: Site) -> Result:
+    """`(.., C r r, H, W) -> (.., C, H r, W r)`."""
+    source, r = site.args["self"], int(site.args["upscale_factor"])
+    *lead, channels, height, width = site.shape(source)
+    k = len(lead)
+
+    def run(array: IntArray) -> IntArray:
+        if all(array.shape[d] == 1 for d in (k, k + 1, k + 2)):
+            return array
+        whole = np.broadcast_to(array, (*array.shape[:k], channels, height, width))
+        cells = whole.reshape(*array.shape[:k], channels // (r * r), r, r, height, width)
+        order = [*range(k), k, k + 3, k + 1, k + 4, k + 2]
+        return cells.transpose(order).reshape(*array.shape[:k], channels // (r * r), height * r, width * r)
+
+    return moved(site, site.axes(source), run)
+
+
+def pixel_unshuffle(site: Site) -> Result:
+    """`(.., C, H r, W r) -> (.., C r r, H, W)`."""
+    source, r = site.args["self"], int(site.args["downscale_factor"])
+    *lead, channels, height, width = site.shape(source)
+    k = len(lead)
+
+    def run(array: IntArray) -> IntArray:
+        if all(array.shape[d] == 1 for d in (k, k + 1, k + 2)):
+            return array
+        whole = np.broadcast_to(array, (*array.shape[:k], channels, height, width))
+        cells = whole.reshape(*array.shape[:k], channels, height // r, r, width // r, r)
+        order = [*range(k), k, k + 2, k + 4, k + 1, k + 3]
+        return cells.transpose(order).reshape(*array.shape[:k], channels * r * r, height // r, width // r)
+
+    return moved(site, site.axes(source), run)
+
+
+def patch_sizes(name: str) -> Any:
+    """Patch a list of sizes: dimensions that shrink get their new size."""
+
+    def patch_view(patch: Patch) -> None:
+        rank = len(patch.node.meta["val"].shape)
+        given = list(patch.args[name])
+        if not any(patch.shrinks(patch.node, dim) for dim in range(rank)):
+            return
+        offset = rank - len(given)
+        for dim in range(offset, rank):
+            old = given[dim - offset]
+            if patch.shrinks(patch.node, dim) and old != -1:
+                given[dim - offset] = patch.size(patch.node, dim) if isinstance(old, int) else -1
+        patch.set(name, given)
+
+    return patch_view
+
+
+def patch_unflatten(patch: Patch) -> None:
+    dim = patch.args["dim"] % len(patch.args["self"].meta["val"].shape)
+    sizes = list(patch.args["sizes"])
+    for position in range(len(sizes)):
+        if patch.shrinks(patch.node, dim + position) and sizes[position] != -1:
+            sizes[position] = patch.size(patch.node, dim + position)
+    patch.set("sizes", sizes)
+
+
+SPECS = (
+    OpSpec(
+        (aten.view.default, aten.reshape.default, aten._unsafe_view.default),
+        view,
+        patch=lambda patch: patch_sizes("size" if "size" in patch.args else "shape")(patch),
+    ),
+    OpSpec((aten.flatten.using_ints,), view),
+    OpSpec((aten.unflatten.int,), view, patch=patch_unflatten),
+    OpSpec((aten.permute.default,), permute),
+    OpSpec((aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default), transpose),
+    OpSpec((aten.unsqueeze.default,), unsqueeze),
+    OpSpec((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze),
+    OpSpec((aten.expand.default,), expand, patch=patch_sizes("size")),
+    OpSpec((aten.expand_as.default,), expand),
+    OpSpec((aten.select.int,), select),
+    OpSpec((aten.slice.Tensor, aten.narrow.default), slice_, patch=patch_slice),
+    OpSpec((aten.slice_scatter.default, aten.select_scatter.default), scatter),
+    OpSpec(
+        (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
+        parts,
+        patch=patch_parts,
+    ),
+    OpSpec((aten.cat.default, aten.concat.default, aten.concatenate.default), cat),
+    OpSpec((aten.stack.default,), stack),
+    OpSpec((aten.pad.default, aten.constant_pad_nd.default), pad, patch=patch_pad),
+    OpSpec((aten.index_select.default,), index_select, patch=patch_index_select),
+    OpSpec((aten.flip.default,), flip),
+    OpSpec((aten.roll.default,), roll, patch=patch_roll),
+    OpSpec((aten.repeat.default, aten.tile.default), repeat),
+    OpSpec((aten.pixel_shuffle.default,), pixel_shuffle),
+    OpSpec((aten.pixel_unshuffle.default,), pixel_unshuffle),
+)

@@ -1,0 +1,94 @@
+"""Operators that act on each position by itself: activations, arithmetic with broadcasting, casts, copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphzip.labels import IntArray
+from graphzip.ops.rules import merge, moved, pointwise, same
+from graphzip.ops.site import Site
+from graphzip.ops.spec import OpSpec, Result
+
+__all__ = ["IDENTITY", "SPECS"]
+
+aten = torch.ops.aten
+
+_IDENTITY = (
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_dropout.default,
+    aten.feature_alpha_dropout.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.lift_fresh_copy.default,
+)
+
+_UNARY = """
+abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh deg2rad elu erf erfc erfinv
+exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma log
+log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg ones_like positive pow rad2deg reciprocal relu relu6
+round rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt square tan tanh tanhshrink threshold
+trunc zeros_like full_like special_expit
+""".split()
+
+_BINARY = """
+add atan2 bitwise_and bitwise_or bitwise_xor copy copysign div divide eq floor_divide fmax fmin fmod ge gt hypot le lerp
+logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter pow remainder rsub
+sub subtract true_divide where xlogy addcmul addcdiv clamp clamp_max clamp_min max min heaviside
+""".split()
+
+_NOT_POINTWISE = {("max", "dim"), ("max", "default"), ("max", "names_dim"), ("min", "dim"), ("min", "default"), ("min", "names_dim")}
+
+
+def _overloads(names: list[str], *, tensors: int) -> tuple[Any, ...]:
+    """Functional overloads of `names` that take at least (or, for one, exactly) `tensors` tensor arguments."""
+    found: list[Any] = []
+    for name in dict.fromkeys(names):
+        packet = getattr(aten, name, None)
+        for overload_name in packet.overloads() if packet is not None else ():
+            overload = getattr(packet, overload_name)
+            schema = overload._schema
+            count = sum(str(argument.type) in {"Tensor", "Optional[Tensor]"} for argument in schema.arguments)
+            fits = count == 1 if tensors == 1 else count >= 2
+            single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+            writes = schema.is_mutable or any(argument.is_out for argument in schema.arguments)
+            if fits and single and not writes and (name, overload_name) not in _NOT_POINTWISE and "dim" not in overload_name:
+                found.append(overload)
+    return tuple(found)
+
+
+def glu(site: Site) -> Result:
+    """`a * sigmoid(b)` with `a`, `b` the halves of one dimension."""
+    source = site.args["self"]
+    dim = int(site.args["dim"]) % len(site.shape())
+    half = site.shape()[dim]
+    operands = []
+    for start in (0, half):
+        part = (slice(None),) * dim + (slice(start, start + half),)
+
+        def cut(array: IntArray, part: tuple[slice, ...] = part) -> IntArray:
+            return array[part] if array.shape[dim] > 1 else array
+
+        operands.append((moved(site, site.axes(source), cut), site.shape()))
+    return merge(site, operands)
+
+
+_unary = _overloads(_UNARY + _BINARY, tensors=1)
+_binary = tuple(target for target in _overloads(_BINARY, tensors=2) if target not in set(_unary))
+
+IDENTITY = OpSpec(_IDENTITY, same)
+
+SPECS = (
+    IDENTITY,
+    OpSpec(_unary, same),
+    OpSpec(_binary, pointwise),
+    OpSpec((aten.glu.default,), glu),
+)

@@ -1,0 +1,124 @@
+"""The few ways in which labels pass through operators; the rows of the table are made of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from graphzip.labels import IntArray, support
+from graphzip.ops.site import Site
+from graphzip.ops.spec import Axes, Result
+
+__all__ = ["align", "broadcast_dims", "merge", "mixing", "moved", "opaque", "pointwise", "same", "split_axes"]
+
+
+def same(site: Site) -> Result:
+    """The result is the first operand, position by position, whatever else is passed."""
+    return site.axes(site.tensors()[0])
+
+
+def opaque(site: Site) -> Result:
+    """Nothing is known about the operator: every label that reaches it stays."""
+    for operand in site.tensors():
+        for axis in site.axes(operand):
+            site.pin(axis, "is not understood; add an OpSpec for it in graphzip/ops/")
+    return ()
+
+
+def align(axis: IntArray, rank: int) -> IntArray:
+    """Broadcasting adds leading dimensions."""
+    return axis.reshape((1,) * (rank - axis.ndim) + axis.shape)
+
+
+def pointwise(site: Site) -> Result:
+    """Each output position depends on the same position of every operand (after broadcasting)."""
+    rank = len(site.shape())
+    operands = [
+        (tuple(align(axis, rank) for axis in site.axes(value)), (1,) * (rank - len(site.shape(value))) + site.shape(value))
+        for value in site.tensors()
+        if len(site.shape(value)) <= rank
+    ]
+    return merge(site, operands)
+
+
+def merge(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
+    """Meet the axes of operands of equal rank; each operand is its axes and its shape.
+
+    Axes over the same dimensions are unified. An axis over fewer dimensions than another is unified with it when it
+    has the innermost of them (a scale per head width), otherwise it contains it (a scale per head). Where an operand
+    extends along a dimension without labels, the others are pinned.
+    """
+    remaining = [axis for axes, _ in operands for axis in axes if support(axis)]
+    result: list[IntArray] = []
+    while remaining:
+        cluster = [remaining.pop(0)]
+        dims = set(support(cluster[0]))
+        grew = True
+        while grew:
+            overlapping = [axis for axis in remaining if dims & set(support(axis))]
+            remaining = [axis for axis in remaining if not dims & set(support(axis))]
+            cluster += overlapping
+            dims |= {dim for axis in overlapping for dim in support(axis)}
+            grew = bool(overlapping)
+        met = _meet(site, cluster, dims, operands)
+        if met is not None:
+            result.append(met)
+    return tuple(result)
+
+
+def _meet(
+    site: Site, cluster: list[IntArray], dims: set[int], operands: Sequence[tuple[Axes, tuple[int, ...]]]
+) -> IntArray | None:
+    widest = max(cluster, key=lambda axis: len(support(axis)))
+    bare = any(
+        shape[dim] > 1 and not any(dim in support(axis) for axis in axes) for axes, shape in operands for dim in dims
+    )
+    if bare or set(support(widest)) != dims:
+        why = "combines it with a tensor whose channels are fixed" if bare else "combines axes that cut across each other"
+        for axis in cluster:
+            site.pin(axis, why)
+        return None
+    inner = support(widest)[-1]
+    for axis in cluster:
+        if axis is widest:
+            continue
+        if inner in support(axis):
+            site.unify(axis, widest)
+        else:
+            site.contain(axis, widest)
+    return widest
+
+
+def split_axes(axes: Axes, dims: Sequence[int]) -> tuple[list[IntArray], list[IntArray]]:
+    """Axes that extend along one of `dims`, and the others."""
+    touching = [axis for axis in axes if set(support(axis)) & set(dims)]
+    return touching, [axis for axis in axes if not set(support(axis)) & set(dims)]
+
+
+def mixing(site: Site, axes: Axes, dims: Sequence[int], why: str) -> Axes:
+    """Positions along `dims` are mixed or treated unevenly.
+
+    An axis along those dimensions only is pinned; one that also extends along others becomes one channel per position
+    of those others.
+    """
+    touching, result = split_axes(axes, dims)
+    for axis in touching:
+        if set(support(axis)) <= set(dims):
+            site.pin(axis, why)
+        else:
+            result.append(site.tie(axis, [dim for dim in support(axis) if dim in dims]))
+    return tuple(result)
+
+
+def moved(site: Site, axes: Axes, run: Any) -> Axes:
+    """Rearrange every axis of one operand by the same numpy function."""
+    result = tuple(site.move([axis], lambda arrays: run(arrays[0])) for axis in axes)
+    return tuple(axis for axis in result if support(axis))
+
+
+def broadcast_dims(axis: IntArray, sizes: dict[int, int]) -> IntArray:
+    """The axis spelled out along some dimensions."""
+    shape = tuple(sizes.get(dim, size) for dim, size in enumerate(axis.shape))
+    return np.broadcast_to(axis, shape)

@@ -1,0 +1,172 @@
+"""One operator call as its rule sees it: operands, shapes, labels, and what the rule may say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import fx
+
+from graphzip.graph.inputs import concrete_shape, hint
+from graphzip.labels import IntArray, collapse
+from graphzip.ops.spec import Axes
+
+__all__ = ["Move", "Site", "Space", "bind", "describe"]
+
+
+class Space(Protocol):
+    """What a rule says about labels: recorded while analysing, checked after a rewrite."""
+
+    def fresh(self, count: int) -> IntArray: ...
+    def unify(self, left: IntArray, right: IntArray) -> None: ...
+    def pin(self, labels: IntArray, reason: str) -> None: ...
+    def contain(self, outer: IntArray, inner: IntArray) -> None: ...
+
+
+class _NoSpace:
+    def fresh(self, count: int) -> IntArray:
+        return np.zeros(count, dtype=np.int64)
+
+    def unify(self, left: IntArray, right: IntArray) -> None: ...
+    def pin(self, labels: IntArray, reason: str) -> None: ...
+    def contain(self, outer: IntArray, inner: IntArray) -> None: ...
+
+
+_NO_SPACE = _NoSpace()
+
+
+@dataclass
+class Move:
+    """Data movement: output position `p` holds what stood at `origin[p]` of the sources laid end to end."""
+
+    sources: tuple[IntArray, ...]
+    origin: IntArray
+    result: IntArray
+
+
+@dataclass
+class Site:
+    """One call in the graph."""
+
+    node: fx.Node
+    args: Mapping[str, Any]
+    space: Space
+    known: Mapping[fx.Node, Any]
+    raw_nodes: frozenset[fx.Node] | set[fx.Node]
+    blocked: Mapping[fx.Node, IntArray]
+    moves: list[Move] = field(default_factory=list)
+    consumed: list[IntArray] = field(default_factory=list)
+    produced: list[IntArray] = field(default_factory=list)
+    blocks: list[IntArray] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, node: fx.Node, args: Mapping[str, Any]) -> Site:
+        """A call without labels, for what needs shapes only."""
+        return cls(node, args, _NO_SPACE, {}, frozenset(), {})
+
+    def axes(self, value: Any) -> Axes:
+        """Labelled axes of an operand; none for a scalar or a missing operand."""
+        found = self.known.get(value, ()) if isinstance(value, fx.Node) else ()
+        return found if isinstance(found, tuple) else ()
+
+    def shape(self, value: Any = None) -> tuple[int, ...]:
+        """Shape of an operand (of the result, without argument) on the example inputs."""
+        tensor = (self.node if value is None else value).meta["val"]
+        return concrete_shape(tensor)
+
+    def is_tensor(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+    def tensors(self) -> list[fx.Node]:
+        """Every tensor operand, lists included, in order."""
+        return [value for value in self.node.all_input_nodes if self.is_tensor(value)]
+
+    def is_raw(self, value: Any) -> bool:
+        """Whether an operand is a parameter or buffer itself, at most rearranged."""
+        return value in self.raw_nodes
+
+    def size(self, value: Any) -> int:
+        """A possibly symbolic integer argument as a number."""
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        return hint(value)
+
+    def dim(self, value: int, rank: int | None = None) -> int:
+        rank = len(self.shape()) if rank is None else rank
+        return value % max(rank, 1)
+
+    def pin(self, axis: IntArray, why: str) -> None:
+        self.space.pin(axis, f"{describe(self.node)} {why}")
+
+    def unify(self, left: IntArray, right: IntArray) -> None:
+        self.space.unify(left, right)
+
+    def contain(self, outer: IntArray, inner: IntArray) -> None:
+        self.space.contain(outer, inner)
+
+    def fresh(self, shape: Sequence[int]) -> IntArray:
+        return self.space.fresh(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+    def consume(self, labels: IntArray) -> None:
+        """These labels of a weight are summed over: merged channels add up their slices."""
+        self.consumed.append(labels)
+
+    def produce(self, labels: IntArray) -> None:
+        """These labels of a weight make channels: one slice is kept of merged ones."""
+        self.produced.append(labels)
+
+    def block(self, labels: IntArray) -> None:
+        """Rows of a 2-D array of labels: each row must keep the same number of channels."""
+        self.blocks.append(labels)
+
+    def tie(self, axis: IntArray, dims: Sequence[int]) -> IntArray:
+        """Make the labels along `dims` the same, and give the axis without them."""
+        first = axis
+        for dim in dims:
+            first = np.take(first, [0], axis=dim)
+        self.unify(np.broadcast_to(first, axis.shape), axis)
+        return first
+
+    def move(self, sources: Sequence[IntArray], run: Callable[[list[IntArray]], IntArray]) -> IntArray:
+        """Rearrange axes: `run` gets numbered positions and returns them where they end up, -1 where nothing is."""
+        offset, numbered = 0, []
+        for source in sources:
+            numbered.append(np.arange(offset, offset + source.size, dtype=np.int64).reshape(source.shape))
+            offset += source.size
+        origin = run(numbered)
+        labels = np.concatenate([source.ravel() for source in sources])
+        holes = origin < 0
+        result = labels[np.where(holes, 0, origin)]
+        if holes.any():
+            result[holes] = self.space.fresh(int(holes.sum()))
+        small = collapse(result)
+        if small.shape != result.shape:
+            cut = tuple(slice(0, size) for size in small.shape)
+            origin = origin[cut]
+        self.moves.append(Move(tuple(sources), origin, small))
+        return small
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen call by name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def describe(node: fx.Node) -> str:
+    """`softmax (node softmax_1, vit.py:88 in forward)`: how an operator is named in a reason."""
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", None) or str(node.target)
+    source = node.meta.get("source")
+    return f"{name} (node {node.name}{f', {source}' if source else ''})"
+

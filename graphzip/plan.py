@@ -1,0 +1,524 @@
+"""The plan: which passes run, in which order, with which options. Plain data, no pass code.
+
+A plan is a YAML file, or the same thing built in Python:
+
+    version: 1
+    inputs:
+      - [2, 3, 224, 224]
+    passes:
+      - cluster_merge: {keep: 0.5, clustering: kmeans}
+      - fold_batch_norm: {}
+
+A new pass is one subclass of `PassOptions` and one entry in `PASS_OPTIONS`. What is wrong with a plan is said with the
+path of its key, such as `passes[0].cluster_merge.keep['fc*']`, and all problems are said at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeGuard
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from graphzip.errors import PlanError
+from graphzip.files import write_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["PASS_OPTIONS", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan", "closest", "plan_error"]
+
+VERSION: Final = 1
+_LISTED: Final = 10  # problems or names that one message lists before it only counts the rest
+
+Shape = tuple[int, ...]
+
+
+# ---------------------------------------------------------------------------------------------------- messages
+
+
+def closest(name: str, known: Collection[str]) -> str:
+    """The end of a message on an unknown name: the known names nearest to it, or some of them where none is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    if not known:
+        return "there are none to choose from"
+    listed = [repr(each) for each in list(known)[:_LISTED]]
+    rest = [f"{len(known) - _LISTED} more"] if len(known) > _LISTED else []
+    return f"there are: {', '.join(listed + rest)}"
+
+
+def plan_error(problems: Sequence[str], source: str = "") -> PlanError:
+    """One `PlanError` for one or several problems; `source` (a file) goes before them."""
+    if len(problems) == 1:
+        return PlanError(f"{source}: {problems[0]}" if source else problems[0])
+    listed = list(problems[:_LISTED])
+    if len(problems) > _LISTED:
+        listed.append(f"and {len(problems) - _LISTED} more")
+    head = f"{source or 'the plan'}: {len(problems)} problems"
+    return PlanError("\n  - ".join([head, *listed]))
+
+
+class _Wrong(ValueError):
+    """What is wrong with the value of one option."""
+
+
+class _Problems(_Wrong):
+    """What is wrong at several places of one option: pairs of the path below the option and the text."""
+
+    def __init__(self, items: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{path} {text}".strip() for path, text in items))
+        self.items = tuple(items)
+
+
+def _show(value: object) -> str:
+    return reprlib.repr(value)
+
+
+# ---------------------------------------------------------------------------------------------------- field checks
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _named(value: Mapping[Any, Any], check: Callable[[Any], Any]) -> dict[str, Any]:
+    """A mapping from names to checked values; the problems of all its entries are raised together."""
+    checked: dict[str, Any] = {}
+    problems: list[tuple[str, str]] = []
+    for name, entry in value.items():
+        if not isinstance(name, str):
+            problems.append((f"[{_show(name)}]", "a name must be text; put it in quotes"))
+            continue
+        try:
+            checked[name] = check(entry)
+        except _Wrong as error:
+            problems.append((f"[{name!r}]", str(error)))
+    if problems:
+        raise _Problems(problems)
+    return checked
+
+
+def _check_amount(value: Any) -> float | int:
+    if _is_int(value):
+        if value < 1:
+            raise _Wrong(f"{value} is out of range; an int is the number of channels to keep, at least 1")
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        share = float(value)
+        if not 0.0 < share <= 1.0:
+            raise _Wrong(
+                f"{share} is out of range; a float is the share of the channels to keep, above 0 and at most 1 "
+                "(write an int to keep a number of channels)"
+            )
+        return share
+    raise _Wrong(
+        f"{_show(value)} is not an amount; write a float above 0 and at most 1 (a share of the channels) "
+        "or an int of at least 1 (a number of channels)"
+    )
+
+
+def _check_keep(value: Any) -> Any:
+    return _named(value, _check_amount) if isinstance(value, Mapping) else _check_amount(value)
+
+
+def _check_partition(value: Any) -> tuple[tuple[int, ...], ...]:
+    """The clusters of one group. Whether a channel is missing is for those to say who know the group's size."""
+    if not _is_list(value) or not all(_is_list(cluster) for cluster in value):
+        raise _Wrong(f"{_show(value)} is not a list of lists of channels, such as [[0, 3], [1], [2]]")
+    if not value:
+        raise _Wrong("no clusters; leave the group out to keep it whole")
+    seen: set[int] = set()
+    for cluster in value:
+        if not cluster:
+            raise _Wrong("a cluster is empty; every cluster keeps one channel, so remove it")
+        for channel in cluster:
+            if not _is_int(channel) or channel < 0:
+                raise _Wrong(f"{_show(channel)} is not a channel; channels are ints from 0")
+            if channel in seen:
+                raise _Wrong(f"channel {channel} is named twice; every channel belongs to exactly one cluster")
+            seen.add(int(channel))
+    return tuple(tuple(int(channel) for channel in cluster) for cluster in value)
+
+
+def _check_clusters(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _Wrong(f"{_show(value)} is not a mapping from group names to lists of clusters")
+    return _named(value, _check_partition)
+
+
+def _check_globs(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise _Wrong(f"{value!r} is one glob; write a list: [{value!r}]")
+    if not _is_list(value):
+        raise _Wrong(f"{_show(value)} is not a list of group-name globs")
+    for glob in value:
+        if not isinstance(glob, str):
+            raise _Wrong(f"{_show(glob)} is not a glob; a glob is text")
+    return tuple(value)
+
+
+def _check_name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _Wrong(f"{_show(value)} is not the name of a clustering, such as 'kmeans'")
+    return value
+
+
+def _check_multiple(value: Any) -> int:
+    if not _is_int(value) or value < 1:
+        raise _Wrong(f"{_show(value)} is not a number of channels; write an int of at least 1")
+    return int(value)
+
+
+def _check_strength(value: Any) -> float | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) < math.inf:
+        return float(value)
+    raise _Wrong(f"{_show(value)} is not a strength; write a number above 0, or 'auto'")
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+class PassOptions(BaseModel):
+    """Base of the options of one pass: frozen, and no option is accepted that the pass does not have.
+
+    Two are equal when they ask for the same: `keep=1` (one channel) differs from `keep=1.0` (all of them), and the
+    order of a mapping's keys counts, for the first glob that matches wins.
+
+    Raises `PlanError` when an option is unknown or its value is wrong.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str]
+    """The name of the pass in a plan file and in reports."""
+
+    def __init__(self, **options: Any) -> None:
+        problems = _fill(self, options, self.kind)
+        if problems:
+            raise plan_error(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that were given (not the defaults), as plain lists, dicts, strings and numbers."""
+        return {name: _plain(value) for name, value in self if name in self.model_fields_set}
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other options in place of those named in `update`. Raises `PlanError` as the constructor does."""
+        return type(self)(**(self.to_dict() | dict(update))) if update else super().model_copy(deep=deep)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, value) for name, value in self if name in self.model_fields_set]
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def _identity(self) -> str:
+        return json.dumps({name: _plain(value) for name, value in self})
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._identity()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _fill(options: PassOptions, given: Mapping[str, Any], where: str) -> list[str]:
+    """Validate `given` into the empty `options`; the problems, each with its path below `where`."""
+    try:
+        options.__pydantic_validator__.validate_python(given, self_instance=options)
+    except ValidationError as error:
+        return [problem for detail in error.errors() for problem in _problems(type(options), detail, where)]
+    return []
+
+
+def _problems(options: type[PassOptions], detail: Mapping[str, Any], where: str) -> list[str]:
+    key = str(detail["loc"][0]) if detail["loc"] else ""
+    cause = detail.get("ctx", {}).get("error")
+    if detail["type"] == "default_factory_not_called":  # follows from a problem of another field
+        return []
+    if detail["type"] == "extra_forbidden":
+        known = list(options.model_fields)
+        return [f"{where}.{key}: unknown option; " + (closest(key, known) if known else f"{where} has no options")]
+    if isinstance(cause, _Problems):
+        return [f"{where}.{key}{path}: {text}" for path, text in cause.items]
+    return [f"{where}.{key}: {cause or detail['msg']}"]
+
+
+Amount = float | int
+
+
+class ClusterMerge(PassOptions):
+    """Merge channels into clusters and keep one channel per cluster (C-SGD, "Manipulating Identical Filter Redundancy
+    for Efficient Pruning on Deep and Complicated CNN", section 3.2).
+
+    - `keep`: how many channels a group keeps. A float in (0, 1] is a share: `max(1, floor(size * keep))` channels. An
+      int of at least 1 is a number of channels: 1 keeps one channel, 1.0 keeps all. A mapping from group-name globs
+      (`fnmatch.fnmatchcase`) to either: the first match wins and groups that no key matches stay whole. Default 0.5;
+      but `{}`, every group whole, when `clusters` is given and `keep` is not.
+    - `clustering`: `"kmeans"` (on the flattened kernels), `"even"`, `"imbalanced"`, or a registered name.
+    - `clusters`: clusters by hand, group name to lists of channels, `{"conv1": [[0, 3], [1], [2, 5, 4]]}`; every
+      channel of the group once.
+    - `exclude`: globs of the groups that stay whole.
+    - `round_to`: the kept width is rounded up to a multiple of this number of channels, at most to the group's size.
+    - `strength`: the centripetal strength of training, epsilon of C-SGD's Eq. 6 (per step, before the learning rate
+      is applied), above 0; or `"auto"`.
+
+    Raises `PlanError` when a value is out of range or of the wrong type, or a channel is named twice.
+    """
+
+    kind: ClassVar[str] = "cluster_merge"
+
+    clusters: Annotated[Mapping[str, Sequence[Sequence[int]]] | None, BeforeValidator(_check_clusters)] = None
+    keep: Annotated[Amount | Mapping[str, Amount], BeforeValidator(_check_keep)] = Field(
+        default_factory=lambda given: 0.5 if given.get("clusters") is None else {}
+    )
+    clustering: Annotated[str, BeforeValidator(_check_name)] = "kmeans"
+    exclude: Annotated[Sequence[str], BeforeValidator(_check_globs)] = ()
+    round_to: Annotated[int, BeforeValidator(_check_multiple)] = 1
+    strength: Annotated[float | Literal["auto"], BeforeValidator(_check_strength)] = 3e-3
+
+
+class FoldBatchNorm(PassOptions):
+    """Fold every batch normalisation that alone reads a convolution or a linear layer into its weight and bias."""
+
+    kind: ClassVar[str] = "fold_batch_norm"
+
+
+PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
+    options.kind: options
+    for options in (
+        ClusterMerge,
+        FoldBatchNorm,
+    )
+}
+"""The passes a plan can name."""
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+class Plan:
+    """Passes in the order in which they run, and optionally the shapes of the model's inputs.
+
+    `inputs` has one shape per positional input, in elements per dimension, batch first: `[[2, 3, 224, 224]]`.
+    A plan does not change once made. Raises `PlanError` when a pass or a shape is not one.
+    """
+
+    __slots__ = ("_inputs", "_passes")
+
+    def __init__(self, passes: Iterable[PassOptions], *, inputs: Iterable[Sequence[int]] | None = None) -> None:
+        if isinstance(passes, (PassOptions, str, Mapping)) or not isinstance(passes, Iterable):
+            raise PlanError(f"passes: {_show(passes)} is not a list of passes; write Plan([ClusterMerge()])")
+        self._passes = tuple(passes)
+        problems: list[str] = []
+        for position, options in enumerate(self._passes):
+            if isinstance(options, type) and issubclass(options, PassOptions):
+                problems.append(f"passes[{position}]: {options.__name__} is a class; write {options.__name__}()")
+            elif not isinstance(options, PassOptions):
+                problems.append(f"passes[{position}]: {_show(options)} is not a pass, such as ClusterMerge()")
+        self._inputs = _shapes(inputs, problems)
+        if problems:
+            raise plan_error(problems)
+
+    @property
+    def passes(self) -> tuple[PassOptions, ...]:
+        """The passes' options, in the order in which they run."""
+        return self._passes
+
+    @property
+    def inputs(self) -> tuple[Shape, ...] | None:
+        """One shape per positional input, or None when the plan leaves the inputs to the caller."""
+        return self._inputs
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `data`, in the layout of the plan file, describes.
+
+        Raises `PlanError`, naming the key, on an unknown version, pass or option and on a wrong value.
+        """
+        return _read(data, source="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in the layout of the plan file: JSON-ready, only the options that were given."""
+        data: dict[str, Any] = {"version": VERSION}
+        if self._inputs is not None:
+            data["inputs"] = _plain(self._inputs)
+        data["passes"] = [{options.kind: options.to_dict()} for options in self._passes]
+        return data
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file (YAML, UTF-8).
+
+        Raises `PlanError`, naming the file, when it cannot be read or is not a valid plan.
+        """
+        source = os.fspath(path)
+        try:
+            data = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), Loader=_Loader)
+        except OSError as error:
+            raise PlanError(f"{source}: cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{source}: not UTF-8 text (byte {error.start}); save the plan as UTF-8") from None
+        except yaml.YAMLError as error:
+            raise PlanError(f"{source}: not valid YAML: {_yaml_problem(error)}") from None
+        except (ValueError, LookupError, AttributeError, RecursionError) as error:  # PyYAML, on hostile scalars
+            raise PlanError(f"{source}: not valid YAML: {error}") from None
+        return _read(data, source)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan file. It is written whole or not at all.
+
+        Raises `PlanError`, naming the file, when it cannot be written.
+        """
+        text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+        write_text(path, text, PlanError)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return self._passes == other._passes and self._inputs == other._inputs
+
+    def __hash__(self) -> int:
+        return hash((self._passes, self._inputs))
+
+    def __repr__(self) -> str:
+        inputs = "" if self._inputs is None else f", inputs={_plain(self._inputs)}"
+        return f"Plan({list(self._passes)}{inputs})"
+
+
+def _shapes(value: Any, problems: list[str]) -> tuple[Shape, ...] | None:
+    if value is None:
+        return None
+    shapes = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else []
+    if not shapes or not all(_is_list(shape) and len(shape) for shape in shapes):
+        problems.append(f"inputs: {_show(value)} is not a list of shapes, such as [[2, 3, 224, 224]]")
+        return None
+    for position, shape in enumerate(shapes):
+        for dim, size in enumerate(shape):
+            if not _is_int(size) or size < 1:
+                problems.append(f"inputs[{position}][{dim}]: {_show(size)} is not a size; write an int of at least 1")
+    return None if problems else tuple(tuple(int(size) for size in shape) for shape in shapes)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def _read(data: Any, source: str) -> Plan:
+    if not isinstance(data, Mapping):
+        raise plan_error([f"a plan is a mapping with 'version' and 'passes', got {_show(data)}"], source)
+    if "version" not in data:
+        raise plan_error([f"version: missing; write 'version: {VERSION}'"], source)
+    version = data["version"]
+    if not _is_int(version) or version != VERSION:
+        text = f"version: {_show(version)} is unknown; this graphzip reads version {VERSION}"
+        raise plan_error([text], source)
+    known = ("version", "inputs", "passes")
+    problems = [f"{key}: unknown key; {closest(str(key), known)}" for key in data if key not in known]
+    shapes = _shapes(data.get("inputs"), problems)
+    listed = data.get("passes")
+    passes: list[PassOptions] = []
+    if "passes" not in data:
+        problems.append("passes: missing; write a list of passes, such as 'passes: [{cluster_merge: {keep: 0.5}}]'")
+    elif not _is_list(listed):
+        problems.append(f"passes: {_show(listed)} is not a list of passes")
+    else:
+        for position, item in enumerate(listed):
+            passes += _read_pass(item, f"passes[{position}]", problems)
+    if problems:
+        raise plan_error(problems, source)
+    return Plan(passes, inputs=shapes)
+
+
+def _read_pass(item: Any, where: str, problems: list[str]) -> list[PassOptions]:
+    """One item of `passes`: `{name: options}`, where `name` or `{name: null}` stands for the defaults."""
+    if isinstance(item, str):
+        item = {item: None}
+    if not isinstance(item, Mapping) or not item:
+        problems.append(f"{where}: {_show(item)} is not a pass; write its name and options: 'cluster_merge: {{}}'")
+        return []
+    if len(item) > 1:
+        keys = ", ".join(map(str, item))
+        problems.append(
+            f"{where}: one item names one pass, this one has the keys {keys}; indent options below the name"
+        )
+        return []
+    ((name, given),) = item.items()
+    options_type = PASS_OPTIONS.get(name) if isinstance(name, str) else None
+    if options_type is None:
+        problems.append(f"{where}.{name}: unknown pass; {closest(str(name), PASS_OPTIONS)}")
+        return []
+    where = f"{where}.{name}"
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        problems.append(f"{where}: {_show(given)} is not a mapping of options")
+        return []
+    options = options_type.__new__(options_type)
+    found = _fill(options, {str(key): value for key, value in given.items()}, where)
+    problems += found
+    return [] if found else [options]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, where a key given twice is an error and `3e-3` is a number (YAML 1.2), not text."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                text = f"the key {key.value!r} is given twice"
+                raise yaml.composer.ComposerError(None, None, text, key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper, with the items of a list indented below its key and nothing written by reference."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    text = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark is not None else text

@@ -1,0 +1,77 @@
+"""What a compilation reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from graphzip.analysis.cost import Cost
+from graphzip.tables import Before, change, comparison_table, quantity, widths_table
+
+__all__ = ["GroupChange", "Report"]
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """Channels of a group before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plan did to a model.
+
+    `drift` is the largest difference between outputs before and after on the calibration data, relative to the largest
+    output; `None` where there was no calibration data. `notes` says what the result lacks, such as branches that exist
+    only in training.
+    """
+
+    before: Cost
+    after: Cost
+    groups: tuple[GroupChange, ...] = ()
+    changed: bool = False
+    drift: float | None = None
+    notes: tuple[str, ...] = ()
+    passes: tuple[dict[str, Any], ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [
+            comparison_table(
+                [
+                    Before(what, quantity(old), quantity(new), change(old, new))
+                    for what, old, new in (
+                        ("parameters", self.before.params, self.after.params),
+                        ("MACs per sample", self.before.macs, self.after.macs),
+                    )
+                ]
+            )
+        ]
+        if self.groups:
+            lines += ["", widths_table([(group.name, group.before, group.after) for group in self.groups])]
+        if not self.changed:
+            lines += ["", "nothing changed: the plan names no group that can shrink"]
+        if self.drift is not None:
+            lines += ["", f"outputs moved by at most {self.drift:.2e} of the largest output on the calibration data"]
+        if self.notes:
+            lines += ["", *self.notes]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The report that `to_dict` described."""
+        return cls(
+            before=Cost(**data["before"]),
+            after=Cost(**data["after"]),
+            groups=tuple(GroupChange(**group) for group in data["groups"]),
+            changed=data["changed"],
+            drift=data["drift"],
+            notes=tuple(data["notes"]),
+            passes=tuple(data["passes"]),
+        )

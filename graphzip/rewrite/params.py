@@ -1,0 +1,77 @@
+"""Keep and add up slices of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphzip.analysis.channels import CONSUMER
+from graphzip.analysis.propagate import ParamAxis
+from graphzip.labels import IntArray, ranks
+from graphzip.rewrite.layout import Layout
+
+__all__ = ["shrink_parameters"]
+
+
+def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """New values of the parameters and buffers that lose slices; `tensors` has the old ones by name.
+
+    Consumer slices of a merged channel are added to those of the channel that stays, all others are dropped.
+    """
+    made: dict[str, torch.Tensor] = {}
+    owned = sorted(layout.analysis.propagation.params, key=lambda axis: axis.labels.ndim, reverse=True)
+    for axis in owned:
+        if not layout.mask(axis.labels).all():
+            current = made.get(axis.param, tensors[axis.param].detach())
+            made[axis.param] = _shrink(layout, axis, current)
+    return {name: _like(value, tensors[name]) for name, value in made.items()}
+
+
+def _like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    value = value.to(old.dtype).contiguous()
+    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+def _shrink(layout: Layout, axis: ParamAxis, value: torch.Tensor) -> torch.Tensor:
+    if axis.labels.ndim == 1:
+        return _merge_dim(layout, axis.labels, value, axis.dim)
+    groups, size = axis.labels.shape
+    rows, _, *kernel = value.shape
+    spread = value.reshape(groups, rows // groups, size, *kernel).transpose(1, 2).reshape(groups * size, -1)
+    merged = _merge_dim(layout, axis.labels.ravel(), spread, 0)
+    left = merged.shape[0] // groups
+    return merged.reshape(groups, left, rows // groups, *kernel).transpose(1, 2).reshape(rows, left, *kernel)
+
+
+def _merge_dim(layout: Layout, labels: IntArray, value: torch.Tensor, dim: int) -> torch.Tensor:
+    mask = layout.mask(labels)
+    kept = np.flatnonzero(mask)
+    result = value.index_select(dim, _index(kept, value))
+    gone = np.flatnonzero(~mask & (layout.analysis.roles[labels] & CONSUMER > 0))
+    if gone.size:
+        target = _heirs(layout, labels)[gone]
+        place = np.full(labels.size, -1, dtype=np.int64)
+        place[kept] = np.arange(kept.size)
+        wide = result.float() if result.dtype in {torch.float16, torch.bfloat16} else result
+        result = wide.index_add(dim, _index(place[target], value), value.index_select(dim, _index(gone, value)).to(wide.dtype))
+    return result
+
+
+def _heirs(layout: Layout, labels: IntArray) -> IntArray:
+    """For each position the position of the channel that stays, at the same rank among its occurrences."""
+    classes = layout.analysis.classes[labels]
+    rank = ranks(classes)
+    rank = np.zeros_like(classes) if rank is None else rank
+    span = int(rank.max()) + 1
+    own = classes * span + rank
+    order = np.argsort(own)
+    wanted = layout.keeper[classes] * span + rank
+    heirs: IntArray = order[np.searchsorted(own[order], wanted)]
+    return heirs
+
+
+def _index(positions: IntArray, value: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(positions, dtype=torch.int64, device=value.device)

@@ -1,0 +1,38 @@
+"""What every pass can do between `prepare` and `convert`."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from graphzip.graph.trace import Traced
+
+__all__ = ["Pass"]
+
+
+class Pass(Protocol):
+    """One pass of a plan, bound to a model.
+
+    It decides when it is made. Until `convert` the model computes what it did, and may be trained.
+    """
+
+    stages: tuple[str, ...]
+
+    def convert(self, traced: Traced) -> Traced:
+        """Carry the decision out on the graph, which holds the trained weights."""
+
+    def collapse_(self, model: nn.Module) -> None:
+        """Bring `model` into the state that `convert` will give it, keeping its shapes."""
+
+    def pull_(self, model: nn.Module, fraction: float) -> None:
+        """Move `model` a part of the way that `collapse_` goes."""
+
+    def deviation(self, model: nn.Module) -> float:
+        """How far `model` is from that state."""
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Channels before and after, by the name of each group that changes."""
+
+    def summary(self) -> dict[str, Any]:
+        """What was decided, JSON-ready."""

@@ -1,0 +1,221 @@
+"""Which channels share a cluster: the registry of clusterings.
+
+A clustering divides n channels into exactly k non-empty clusters, one cluster per channel that is kept (C-SGD,
+section 3.2). It is given one feature vector per channel (the flattened kernels of the group's producers, for k-means)
+and need not look at it:
+
+- `kmeans` looks for clusters with a small sum of squared distances to their centres;
+- `even` makes runs of neighbours whose sizes differ by at most one: 6 channels in 4 clusters are {0, 1} {2, 3} {4} {5};
+- `imbalanced` puts the first n - k + 1 channels into one cluster: {0, 1, 2} {3} {4} {5}.
+
+A new clustering is a function and a line: `@register_clustering("name")`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphzip.errors import PlanError, WeightsError
+from graphzip.plan import closest
+
+__all__ = ["Clustering", "check_clustering", "cluster", "clusterings", "register_clustering"]
+
+Features = NDArray[np.floating[Any]]
+Labels = NDArray[np.intp]
+
+Clustering = Callable[[Features, int, int], Iterable[Iterable[int]]]
+"""`(features (n, d), k, seed) -> k lists of channels`, every channel of `range(n)` in exactly one of them."""
+
+_Function = TypeVar("_Function", bound=Clustering)
+
+_BUILT_IN: Final = ("kmeans", "even", "imbalanced")
+_CLUSTERINGS: Final[dict[str, Clustering]] = {}
+
+
+def register_clustering(name: str) -> Callable[[_Function], _Function]:
+    """Decorator that makes a function available to plans as `clustering: name`. A later one replaces an earlier one.
+
+    Raises `PlanError` for the name of a clustering that graphzip brings.
+    """
+    if name in _BUILT_IN and name in _CLUSTERINGS:
+        raise PlanError(f"clustering {name!r} is built in and cannot be replaced; register under another name")
+
+    def register(function: _Function) -> _Function:
+        _CLUSTERINGS[name] = function
+        return function
+
+    return register
+
+
+def clusterings() -> tuple[str, ...]:
+    """The names that a plan can give as `clustering`."""
+    return tuple(_CLUSTERINGS)
+
+
+def check_clustering(name: str, where: str = "clustering") -> None:
+    """Raises `PlanError`, which names the plan key `where` and the closest names, for an unknown clustering."""
+    if name not in _CLUSTERINGS:
+        raise PlanError(f"{where}: unknown clustering {name!r}; {closest(name, _CLUSTERINGS)}")
+
+
+def cluster(name: str, features: Features, k: int, *, seed: int = 0, what: str = "the group") -> list[list[int]]:
+    """Divide the n rows of `features` (n, d) into exactly `k` non-empty clusters by the clustering `name`.
+
+    Clusters are sorted, and ordered by their smallest member. The same arguments give the same clusters. `what` is
+    what messages call the rows' owner, such as "group 'layer1.0.conv1'".
+
+    Raises `PlanError` for an unknown name, for k outside [1, n], and when a registered clustering returns anything but
+    k clusters with every channel once; `WeightsError` when a feature is NaN or infinite.
+    """
+    check_clustering(name)
+    n = len(features)
+    if not 1 <= k <= n:
+        raise PlanError(f"{what}: {n} channels cannot be divided into {k} clusters; keep between 1 and {n}")
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise WeightsError(
+            f"{what}: {n - int(finite.sum())} of {n} channels have NaN or infinite weights, the first is channel "
+            f"{int(np.argmin(finite))}; load weights that are finite"
+        )
+    if k == n:
+        return [[channel] for channel in range(n)]
+    view = features.view()
+    view.flags.writeable = False
+    return _checked(_CLUSTERINGS[name](view, k, seed), n, k, f"{what}: clustering {name!r}")
+
+
+def _checked(clusters: Iterable[Iterable[int]], n: int, k: int, what: str) -> list[list[int]]:
+    """The clusters in canonical order. Raises `PlanError` unless they are k and hold each of n channels once."""
+    try:
+        members = [np.asarray(list(each)) for each in clusters]
+    except (TypeError, ValueError):
+        raise PlanError(f"{what} returned no list of lists of channels, such as [[0, 3], [1], [2]]") from None
+    if len(members) != k or not all(each.size for each in members):
+        kept = sum(bool(each.size) for each in members)
+        raise PlanError(f"{what} returned {kept} non-empty clusters of {len(members)}; it must return exactly {k}")
+    if not all(each.ndim == 1 and np.issubdtype(each.dtype, np.integer) for each in members):
+        raise PlanError(f"{what} returned clusters that do not hold ints; a cluster is a list of channels")
+    channels = np.concatenate(members)
+    outside = channels[(channels < 0) | (channels >= n)]
+    if outside.size:
+        raise PlanError(f"{what} returned channel {outside[0]}; the channels are 0 to {n - 1}")
+    counts = np.bincount(channels, minlength=n)
+    if counts.max() > 1:
+        raise PlanError(f"{what} returned channel {counts.argmax()} more than once; every channel is in one cluster")
+    if counts.min() < 1:
+        raise PlanError(f"{what} left out channel {counts.argmin()}; every channel is in one cluster")
+    return sorted(sorted(int(channel) for channel in each) for each in members)
+
+
+def _members(labels: Labels, k: int) -> list[list[int]]:
+    return [np.flatnonzero(labels == label).tolist() for label in range(k)]
+
+
+@register_clustering("even")
+def _even(features: Features, k: int, seed: int) -> list[list[int]]:
+    return [part.tolist() for part in np.array_split(np.arange(len(features)), k)]
+
+
+@register_clustering("imbalanced")
+def _imbalanced(features: Features, k: int, seed: int) -> list[list[int]]:
+    n = len(features)
+    return [list(range(n - k + 1)), *([channel] for channel in range(n - k + 1, n))]
+
+
+@register_clustering("kmeans")
+def _kmeans(features: Features, k: int, seed: int) -> list[list[int]]:
+    """k-means of the distinct rows, each weighted by how often it occurs: identical channels stay together.
+
+    Where there are at most k distinct rows no cluster mixes different ones.
+    """
+    dtype = np.float64 if features.dtype == np.float64 else np.float32
+    first, owner = _distinct(features)
+    if len(first) <= k:
+        return _split_largest(_members(owner, len(first)), k)
+    rows: Features = np.asarray(features[first], dtype=dtype)
+    rows = rows / np.abs(rows).max()  # clusters do not change with scale, and squares neither overflow nor vanish
+    labels = _lloyd(rows, np.bincount(owner).astype(dtype), k, seed)
+    return _members(labels[owner], k)
+
+
+def _distinct(features: Features) -> tuple[Labels, Labels]:
+    """The first channel of every distinct row (u,), and for every channel the position of its row there (n,)."""
+    seen: dict[bytes, int] = {}
+    first: list[int] = []
+    owner = np.empty(len(features), dtype=np.intp)
+    for channel, row in enumerate(features):
+        key = hashlib.blake2b((row + 0.0).tobytes()).digest()  # + 0.0: -0.0 equals 0.0
+        owner[channel] = seen.setdefault(key, len(first))
+        if owner[channel] == len(first):
+            first.append(channel)
+    return np.asarray(first, dtype=np.intp), owner
+
+
+def _split_largest(clusters: list[list[int]], k: int) -> list[list[int]]:
+    """k clusters, made by taking channels off the largest ones, whose members are all alike."""
+    clusters = [list(each) for each in clusters]
+    while len(clusters) < k:
+        clusters.append([max(clusters, key=len).pop()])
+    return clusters
+
+
+def _lloyd(rows: Features, weights: Features, k: int, seed: int) -> Labels:
+    """Labels (u,) of k-means on distinct rows (u, d), u > k. Deterministic: sums are taken by one thread."""
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    def seeding(centred: Features, count: int, random_state: np.random.RandomState) -> Features:
+        return centred[_spread(centred, weights, count, random_state)]
+
+    solver = KMeans(k, init=seeding, n_init=1, random_state=seed)
+    with warnings.catch_warnings(), threadpool_limits(limits=1, user_api="openmp"):
+        warnings.simplefilter("ignore")  # fewer clusters than asked for: repaired below
+        labels = solver.fit(rows, sample_weight=weights).labels_
+    return _repaired(rows, labels.astype(np.intp), k)
+
+
+def _spread(rows: Features, weights: Features, k: int, random: np.random.RandomState) -> list[int]:
+    """Rows that are far from each other: the seeds of greedy k-means++ (Arthur and Vassilvitskii, 2007).
+
+    Every next seed is the best of some rows drawn in proportion to their squared distance from the nearest seed. All
+    pairs' distances are taken once, as one matrix product, which is what makes many clusters of long rows affordable.
+    """
+    square = np.einsum("ij,ij->i", rows, rows)
+    distances = square[:, None] + square[None, :] - 2.0 * (rows @ rows.T)
+    np.maximum(distances, 0.0, out=distances)
+    np.fill_diagonal(distances, 0.0)
+    trials = 2 + int(math.log(k))
+    share: NDArray[np.float64] = np.asarray(weights, dtype=np.float64) / float(weights.sum())
+    seeds = [int(random.choice(len(rows), p=share))]
+    nearest = distances[seeds[0]]
+    while len(seeds) < k:
+        potential = np.cumsum(nearest * weights, dtype=np.float64)
+        draws = np.searchsorted(potential, random.random_sample(trials) * potential[-1])
+        candidates = np.minimum(draws, len(rows) - 1)
+        options = np.minimum(distances[candidates], nearest)
+        best = int(np.argmin(options @ weights))
+        seeds.append(int(candidates[best]))
+        nearest = options[best]
+    return seeds
+
+
+def _repaired(rows: Features, labels: Labels, k: int) -> Labels:
+    """Labels 0 to k - 1, all in use: while some are not, the row farthest from its centre gets a cluster of its own."""
+    _, labels = np.unique(labels, return_inverse=True)
+    labels = labels.reshape(-1).astype(np.intp)
+    for missing in range(int(labels.max()) + 1, k):
+        counts = np.bincount(labels, minlength=missing)
+        centres = np.zeros((missing, rows.shape[1]), dtype=np.float64)
+        np.add.at(centres, labels, rows)
+        centres /= counts[:, None]
+        distance = np.square(rows - centres[labels]).sum(axis=1)
+        distance[counts[labels] == 1] = -1.0
+        labels[int(distance.argmax())] = missing
+    return labels

@@ -1,0 +1,236 @@
+"""How far each channel group shrinks: the options of `ClusterMerge` resolved against a model's groups.
+
+Pure functions on names and numbers. The width of a group of `size` channels in B blocks:
+
+- a share `keep` keeps B * max(1, floor(size / B * keep)) channels, exactly (0.7 of 10 is 7);
+- a count keeps that many, and must divide by B, for every block keeps the same number;
+- then the width is rounded up to a multiple of lcm(round_to, B), at most to `size`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Final, Protocol
+
+from graphzip.plan import ClusterMerge, closest, plan_error
+
+__all__ = ["Clusters", "Group", "Width", "matches", "resolve"]
+
+_NAMED: Final = 5  # channels or groups that one message names
+
+
+class Group(Protocol):
+    """What is asked of a channel group."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def mergeable(self) -> bool: ...
+    @property
+    def reason(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Width:
+    """The group keeps `count` channels; a clustering says which ones go together. A multiple of its blocks' number."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The group keeps one channel of each of these clusters. Every cluster is sorted; ordered by smallest channel."""
+
+    clusters: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """How many channels the group keeps."""
+        return len(self.clusters)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the glob matches a group's name, with or without its `#2`, `#3` ... (`fnmatch.fnmatchcase`)."""
+    return fnmatchcase(name, pattern) or fnmatchcase(re.sub(r"#\d+$", "", name), pattern)
+
+
+def resolve(
+    options: ClusterMerge, groups: Iterable[Group], *, where: str = "cluster_merge"
+) -> dict[str, Width | Clusters]:
+    """What every group that shrinks keeps, by name, in the order of `groups`. Groups that stay whole are not listed.
+
+    `where` is the path of the options in the plan, for messages.
+
+    Raises `PlanError`, with all problems, where a name or glob fits no group, a group that cannot be merged is asked
+    for by name, a count is above a group's size or does not divide by its blocks, or clusters are not a partition.
+    """
+    by_name = {group.name: group for group in groups}
+    problems: list[str] = []
+    excluded = _excluded(options.exclude, by_name, f"{where}.exclude", problems)
+    by_hand = _by_hand(options.clusters or {}, by_name, excluded, f"{where}.clusters", problems)
+    free = [group for name, group in by_name.items() if name not in excluded and name not in by_hand]
+    kept = _kept(options, free, by_name, excluded, f"{where}.keep", problems)
+    if problems:
+        raise plan_error(problems)
+    counts: dict[str, Width | Clusters] = {**by_hand, **kept}
+    return {name: counts[name] for name, group in by_name.items() if name in counts and counts[name].count < group.size}
+
+
+def _excluded(globs: Sequence[str], by_name: Mapping[str, Group], where: str, problems: list[str]) -> frozenset[str]:
+    found: set[str] = set()
+    for position, glob in enumerate(globs):
+        matched = {name for name in by_name if matches(glob, name)}
+        if not matched:
+            problems.append(f"{where}[{position}]: {glob!r} matches no channel group; {closest(glob, by_name)}")
+        found |= matched
+    return frozenset(found)
+
+
+# ---------------------------------------------------------------------------------------------------- clusters by hand
+
+
+def _by_hand(
+    clusters: Mapping[str, Sequence[Sequence[int]]],
+    by_name: Mapping[str, Group],
+    excluded: Collection[str],
+    where: str,
+    problems: list[str],
+) -> dict[str, Clusters]:
+    resolved: dict[str, Clusters] = {}
+    for name, given in clusters.items():
+        group = by_name.get(name)
+        if group is None:
+            problem = f"no channel group has this name; {closest(name, by_name)}"
+        elif name in excluded:
+            problem = "the group is excluded too; take it out of one of the two"
+        else:
+            problem = _partition_problem(group, given) or ""
+            resolved[name] = Clusters(tuple(sorted(tuple(sorted(each)) for each in given)))
+        if problem:
+            problems.append(f"{where}[{name!r}]: {problem}")
+    return resolved
+
+
+def _partition_problem(group: Group, clusters: Sequence[Sequence[int]]) -> str | None:
+    channels = [channel for each in clusters for channel in each]
+    outside = sorted(channel for channel in set(channels) if not 0 <= channel < group.size)
+    if outside:
+        return f"{_channels(outside)} outside the group, whose {group.size} channels are 0 to {group.size - 1}"
+    if len(set(channels)) < len(channels):
+        repeated = sorted(channel for channel, count in Counter(channels).items() if count > 1)
+        return f"{_channels(repeated)} in more than one place; name every channel once"
+    missing = sorted(set(range(group.size)) - set(channels))
+    if missing:
+        return f"{_channels(missing)} in no cluster; name every one of the {group.size} channels once"
+    if not group.mergeable and len(clusters) < group.size:
+        return f"the group cannot be merged: {group.reason}"
+    return _blocks_problem(group, clusters)
+
+
+def _blocks_problem(group: Group, clusters: Sequence[Sequence[int]]) -> str | None:
+    if len(group.blocks) < 2:
+        return None
+    block_of = {channel: number for number, block in enumerate(group.blocks) for channel in block}
+    counts = [0] * len(group.blocks)
+    for each in clusters:
+        blocks = sorted({block_of[channel] for channel in each})
+        if len(blocks) > 1:
+            return f"the cluster {sorted(each)} spans blocks {blocks[0]} and {blocks[1]}; keep it inside one block"
+        counts[blocks[0]] += 1
+    for block, count in enumerate(counts):
+        if count != counts[0]:
+            return f"block {block} has {count} clusters and block 0 has {counts[0]}; give every block the same number"
+    return None
+
+
+def _channels(channels: Sequence[int]) -> str:
+    listed = ", ".join(map(str, channels[:_NAMED]))
+    more = f" and {len(channels) - _NAMED} more" if len(channels) > _NAMED else ""
+    return f"channel {listed} is" if len(channels) == 1 else f"channels {listed}{more} are"
+
+
+# ---------------------------------------------------------------------------------------------------- widths
+
+
+def _kept(
+    options: ClusterMerge,
+    free: Sequence[Group],
+    by_name: Mapping[str, Group],
+    excluded: Collection[str],
+    where: str,
+    problems: list[str],
+) -> dict[str, Width]:
+    """The widths of the groups that are neither excluded nor clustered by hand."""
+    if isinstance(options.keep, Mapping):
+        for pattern, amount in options.keep.items():
+            problem = _key_problem(pattern, amount, by_name, excluded)
+            if problem:
+                problems.append(f"{where}[{pattern!r}]: {problem}")
+        keep = options.keep
+    else:
+        keep = {"*": options.keep}
+    widths: dict[str, Width] = {}
+    for group in free:
+        key = next((pattern for pattern in keep if matches(pattern, group.name)), None)
+        if key is None or not group.mergeable:
+            continue
+        path = f"{where}[{key!r}]" if keep is options.keep else where
+        try:
+            widths[group.name] = Width(_width(group, keep[key], options.round_to))
+        except _Misfit as misfit:
+            problems.append(f"{path}: {misfit}")
+    return widths
+
+
+def _key_problem(pattern: str, amount: float, by_name: Mapping[str, Group], excluded: Collection[str]) -> str | None:
+    matched = [group for name, group in by_name.items() if matches(pattern, name)]
+    if not matched:
+        return f"matches no channel group; {closest(pattern, by_name)}"
+    asked = [group for group in matched if group.name not in excluded and not _whole(group, amount)]
+    if asked and not any(group.mergeable for group in matched):
+        others = f" (and {len(asked) - 1} more)" if len(asked) > 1 else ""
+        return f"group {asked[0].name!r}{others} cannot be merged: {asked[0].reason}; take the key out"
+    return None
+
+
+def _whole(group: Group, amount: float) -> bool:
+    return amount == (group.size if isinstance(amount, int) else 1.0)
+
+
+class _Misfit(ValueError):
+    """Why an amount does not fit a group."""
+
+
+def _width(group: Group, amount: float, round_to: int) -> int:
+    blocks = len(group.blocks)
+    if isinstance(amount, int):
+        width = _count(group, amount)
+    else:
+        share = Fraction(repr(amount))  # the decimal that was written, not the binary number nearest to it
+        width = blocks * max(1, math.floor(group.size // blocks * share))
+    multiple = math.lcm(round_to, blocks)
+    return min(group.size, -(-width // multiple) * multiple)
+
+
+def _count(group: Group, count: int) -> int:
+    blocks = len(group.blocks)
+    if count > group.size:
+        raise _Misfit(f"{count} channels cannot be kept of group {group.name!r}, which has {group.size}")
+    if count % blocks:
+        below, above = count // blocks * blocks, -(-count // blocks) * blocks
+        nearest = " or ".join(str(each) for each in (below, above) if 0 < each <= group.size)
+        raise _Misfit(
+            f"{count} channels cannot be kept of group {group.name!r}, whose {blocks} blocks keep the same number "
+            f"each; keep {nearest}"
+        )
+    return count

@@ -1,0 +1,378 @@
+"""The command line: what goes to stdout and to stderr, exit codes, and that failures write nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import graphzip as gz
+from graphzip import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK = """
+import torch
+from torch import nn
+
+print("this file prints when it is imported")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def net():
+    return Net()
+
+
+class Undecided(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def broken():
+    raise RuntimeError("no such layer")
+"""
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "network.py"
+    path.write_text(NETWORK)
+    return f"{path}:net"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text("version: 1\ninputs: [[2, 3, 8, 8]]\npasses:\n  - cluster_merge: {keep: 0.5}\n")
+    return path
+
+
+@pytest.fixture
+def run() -> Run:
+    runner = CliRunner()
+
+    def invoke(*arguments: object) -> Result:
+        return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def folder_of(model: str) -> set[str]:
+    """The names of the files beside the model's source."""
+    return {path.name for path in Path(model.rpartition(":")[0]).parent.iterdir() if path.name != "__pycache__"}
+
+
+# ------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect(run: Run, model: str) -> None:
+    result = run("inspect", model, "--input", "1x3x8x8")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["group", "channels", "producers", "consumers", "mergeable"]
+    assert lines[2].split() == ["body.0", "8", "body.0", "body.3", "yes,", "exact"]
+    assert lines[3].split() == ["body.3", "6", "body.3", "head", "yes,", "exact"]
+    assert lines[4].split()[:4] == ["head", "5", "head", "no:"]
+    assert lines[-1].startswith("2 of 3 groups can shrink: 73.7 % of the channels, ")
+
+
+def test_stdout_is_for_data(run: Run, model: str) -> None:
+    result = run("inspect", model, "--input", "1x3x8x8", "--json")
+    assert json.loads(result.stdout)
+    assert "this file prints when it is imported" in result.stderr
+
+
+def test_inspect_json(run: Run, model: str) -> None:
+    result = run("inspect", model, "--input", "2x3x8x8", "--json")
+    groups = json.loads(result.stdout)["groups"]
+    assert [(group["name"], group["size"], group["mergeable"]) for group in groups] == [
+        ("body.0", 8, True),
+        ("body.3", 6, True),
+        ("head", 5, False),
+    ]
+
+
+def test_inspect_a_submodule(run: Run, model: str) -> None:
+    result = run("inspect", model, "--input", "1x3x8x8", "--scope", "body", "--json")
+    names = [group["name"] for group in json.loads(result.stdout)["groups"]]
+    assert names == ["body.0", "body.3"]
+
+
+def test_inspect_needs_no_input_for_torchvision(run: Run) -> None:
+    pytest.importorskip("torchvision")
+    result = run("inspect", "torchvision:squeezenet1_1")
+    assert result.exit_code == 0, result.stderr
+    assert "features.3.squeeze" in result.stdout
+
+
+def test_the_script_in_tools_is_the_same_command(run: Run, model: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "inspect_groups.py"), model, "--input", "1x3x8x8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == run("inspect", model, "--input", "1x3x8x8").stdout
+
+
+# ------------------------------------------------------------------------------------------------- compile
+
+
+def test_compile(run: Run, model: str, plan: Path, tmp_path: Path) -> None:
+    result = run("compile", model, "--plan", plan, "-o", tmp_path / "slim.onnx", "--save", tmp_path / "slim.gz")
+    assert result.exit_code == 0, result.stderr
+    assert onnx.load(tmp_path / "slim.onnx").graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3
+    assert gz.load(tmp_path / "slim.gz").module(torch.zeros(4, 3, 8, 8)).shape == (4, 5)
+    assert "body.0" in result.stdout
+    assert f"{tmp_path / 'slim.onnx'}: " in result.stdout
+    assert f"{tmp_path / 'slim.gz'}: the trainable module; read it with graphzip.load" in result.stdout
+
+
+def test_compile_json(run: Run, model: str, plan: Path, tmp_path: Path) -> None:
+    result = run("compile", model, "--plan", plan, "-o", tmp_path / "slim.onnx", "--opset", 18, "--json")
+    data = json.loads(result.stdout)
+    assert data["report"]["changed"] is True
+    assert data["report"]["after"]["params"] < data["report"]["before"]["params"]
+    assert data["export"]["opset"] == 18
+    assert data["export"]["path"] == str(tmp_path / "slim.onnx")
+    assert data["saved"] is None
+
+
+def test_input_option_goes_before_the_plan(run: Run, model: str, plan: Path, tmp_path: Path) -> None:
+    plan.write_text("version: 1\ninputs: [[2, 7, 8, 8]]\npasses: [cluster_merge]\n")
+    result = run("compile", model, "--plan", plan, "-o", tmp_path / "slim.onnx", "--input", "2x3x9x9")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_weights_are_loaded(run: Run, model: str, plan: Path, tmp_path: Path) -> None:
+    from graphzip.models import load_model
+
+    source = load_model(model)
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    plan.write_text("version: 1\ninputs: [[2, 3, 8, 8]]\npasses: [fold_batch_norm]\n")
+    out = tmp_path / "slim.onnx"
+    assert run("compile", model, "--plan", plan, "-o", out, "--weights", tmp_path / "w.pt").exit_code == 0
+    stored = {value.name: onnx.numpy_helper.to_array(value) for value in onnx.load(out).graph.initializer}
+    assert (stored["head.bias"] == source.head.bias.detach().numpy()).all()
+
+
+def test_same_seed_same_file(run: Run, model: str, plan: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("compile", model, "--plan", plan, "-o", tmp_path / f"{name}.onnx", "--seed", seed)
+    first, again, other = ((tmp_path / f"{name}.onnx").read_bytes() for name in "abc")
+    assert first == again
+    assert first != other
+
+
+def test_nothing_changed(run: Run, model: str, plan: Path, tmp_path: Path) -> None:
+    plan.write_text("version: 1\ninputs: [[2, 3, 8, 8]]\npasses: [cluster_merge: {keep: 1.0}]\n")
+    before = folder_of(model)
+    result = run("compile", model, "--plan", plan, "-o", tmp_path / "slim.onnx", "--json")
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["report"]["changed"] is False
+    assert f"graphzip: the plan changes nothing in {model}; nothing was written" in result.stderr
+    assert folder_of(model) == before
+
+
+# ------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["keras:net", "--input", "1x3"], 2, "'keras:net' is not a model: 'keras' is not torchvision, timm or a .py"),
+        (["{folder}/network.py:nets", "--input", "1x3"], 2, "network.py has no function 'nets'; it has Net, net, "),
+        (["{model}"], 2, "what net takes is not known; give the shape of every input: --input 1x3x224x224"),
+        (["{model}", "--input", "1,3"], 2, "'1,3' is not an input shape; write 1x3x224x224"),
+        (["{model}", "--input", "2x7x8x8"], 2, "7"),
+        (["{model}", "--input", "2x3x8x8", "--scope", "bodi"], 2, "body"),
+        (["{model}", "--input", "2x3x8x8", "--weights", "{folder}/w.pt"], 1, "w.pt does not exist or is not a file"),
+        (["{folder}/network.py:broken", "--input", "1x3"], 1, "could not be built: RuntimeError: no such layer"),
+        (["{folder}/network.py:Undecided", "--input", "2x3"], 1, "network.py:23"),
+    ],
+)
+def test_inspect_fails(run: Run, model: str, arguments: list[str], code: int, message: str) -> None:
+    folder = Path(model).parent
+    result = run("inspect", *[argument.format(model=model, folder=folder) for argument in arguments])
+    assert result.exit_code == code, result.stderr
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "graphzip: error: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "plan_text", "code", "message"),
+    [
+        ({"--plan": "no.yaml"}, None, 2, "no.yaml: cannot be read: No such file or directory"),
+        ({}, "version: 1\npasses: [prune]\n", 2, "plan.yaml: passes[0].prune: unknown pass; "),
+        ({}, "version: 1\npasses: [cluster_merge: {keep: 1.5}]\n", 2, "passes[0].cluster_merge.keep: 1.5 is out of"),
+        ({}, "version: 1\npasses: [cluster_merge: {keep: {bodi.0: 0.5}}]\n", 2, "body.0"),
+        ({"-o": "no/slim.onnx"}, None, 1, "the directory no does not exist; create it first"),
+        ({"--save": "no/slim.gz"}, None, 1, "the directory no does not exist; create it first"),
+        ({"--save": "slim.onnx"}, None, 2, "--output and --save both name slim.onnx"),
+        ({"--weights": "plan.yaml"}, None, 1, "plan.yaml is not a weights file"),
+        ({"--input": "2x3x2x2"}, None, 2, "2"),
+    ],
+)
+def test_compile_fails_and_writes_nothing(
+    run: Run,
+    model: str,
+    plan: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, str],
+    plan_text: str | None,
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(plan.parent)
+    if plan_text is not None:
+        plan.write_text(plan_text)
+    before = folder_of(model)
+    given = {"--plan": "plan.yaml", "-o": "slim.onnx", "--input": "2x3x8x8", **options}
+    result = run("compile", model, *[word for pair in given.items() for word in pair])
+    assert result.exit_code == code, result.stderr
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "graphzip: error: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert folder_of(model) == before
+
+
+@pytest.mark.parametrize("argument", ["--plan", "-o"])
+def test_missing_option_is_wrong_usage(run: Run, model: str, argument: str) -> None:
+    given = {"--plan": "plan.yaml", "-o": "slim.onnx"}
+    del given[argument]
+    result = run("compile", model, *[word for pair in given.items() for word in pair])
+    assert result.exit_code == 2
+    assert "Missing option" in result.stderr
+
+
+def test_missing_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    result = run("inspect", "torchvision:resnet18")
+    assert result.exit_code == 1
+    assert 'run: pip install "graphzip[models]"' in result.stderr
+
+
+def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(gz, "channel_groups", fail)
+    monkeypatch.setattr(gz, "compile", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (gz.VerificationError("outputs differ"), 3, "graphzip: error: outputs differ\n"),
+        (gz.ExportError("no such opset"), 1, "graphzip: error: no such opset\n"),
+        (KeyboardInterrupt(), 130, "graphzip: interrupted\n"),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "graphzip: error: unexpected ZeroDivisionError: division by zero; "
+            "a fault of graphzip, run again with -v to see where\n",
+        ),
+    ],
+)
+def test_exit_codes(
+    run: Run,
+    model: str,
+    plan: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    fails_with(monkeypatch, error)
+    result = run("compile", model, "--plan", plan, "-o", tmp_path / "slim.onnx")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.endswith(message)
+    assert "Traceback" not in result.stderr
+
+
+def test_verbose_shows_where_an_error_came_from(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_with(monkeypatch, gz.ExportError("no such opset"))
+    result = run("inspect", model, "--input", "1x3x8x8", "-v")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("graphzip: error: no such opset\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [([], {"warning"}), (["-v"], {"warning", "info", "python warning"}), (["-vv"], {"warning", "info", "debug"})],
+)
+def test_logs_go_to_stderr(
+    run: Run, model: str, monkeypatch: pytest.MonkeyPatch, flags: list[str], shown: set[str]
+) -> None:
+    def groups(*_: Any, **__: Any) -> str:
+        log = logging.getLogger("graphzip.test")
+        log.debug("said: debug")
+        log.info("said: info")
+        log.warning("said: warning")
+        warnings.warn("said: python warning", stacklevel=1)
+        return "the groups"
+
+    monkeypatch.setattr(gz, "channel_groups", groups)
+    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    result = run("inspect", model, "--input", "1x3x8x8", *flags)
+    assert result.stdout == "the groups\n"
+    said = {word for word in ("debug", "info", "warning", "python warning") if f"said: {word}" in result.stderr}
+    assert shown <= said
+    assert not {"debug", "info", "python warning"} & (said - shown) or "-vv" in flags
+    assert (logging.getLogger().handlers, logging.getLogger().level) == (handlers, level)
+
+
+def test_interrupt_outside_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "graphzip: interrupted\n"
+
+
+# ------------------------------------------------------------------------------------------------- help
+
+
+def test_version() -> None:
+    command = [sys.executable, "-m", "graphzip", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"graphzip {gz.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "compile", "demo"])
+def test_help(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+    assert "--verbose" in result.stdout
+
+
+def test_unknown_command(run: Run) -> None:
+    result = run("prune")
+    assert result.exit_code == 2
+    assert "No such command 'prune'" in result.stderr

@@ -1,0 +1,518 @@
+"""ONNX files: what is in them, how they are checked, and that nothing is left behind when a check fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from graphzip.errors import ExportError, MissingDependencyError, PlanError, VerificationError
+from graphzip.export import onnx as exporter
+from graphzip.export import verify
+from graphzip.export.onnx import ExportReport, export_onnx
+from graphzip.files import staged, write_text
+
+
+class Net(nn.Module):
+    """Convolution, batch norm, dropout; one weight tied, and one equal to it without being tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 40, 3)
+        self.norm = nn.BatchNorm2d(40)
+        self.drop = nn.Dropout(0.5)
+        self.first = nn.Linear(40, 40)
+        self.tied = nn.Linear(40, 40)
+        self.tied.weight = self.first.weight
+        self.equal = nn.Linear(40, 40)
+        self.equal.weight = nn.Parameter(self.first.weight.detach().clone())
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        hidden = self.drop(torch.relu(self.norm(self.stem(image))).mean((2, 3)))
+        hidden = torch.tanh(self.first(hidden))
+        return self.equal(torch.relu(self.tied(hidden)))
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class Lambda(nn.Module):
+    """A module without weights; `forward` is given."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x)
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    return torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Exported:
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.module = Net().train()
+        self.state = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+        self.path = folder / "net.onnx"
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            self.report = export_onnx(self.module, (torch.randn(1, 3, 6, 6),), self.path)
+        self.printed = printed.getvalue()
+        self.model = onnx.load(self.path)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("net"))
+
+
+def sizes(value: Any) -> list[int | str]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+def run(path: Path, **inputs: torch.Tensor) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()}))
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_report_says_what_was_written(net: Exported) -> None:
+    report = net.report
+    assert report.path == net.path
+    assert report.bytes == net.path.stat().st_size
+    assert report.opset == next(entry.version for entry in net.model.opset_import if entry.domain == "")
+    assert not report.external_data
+    assert report.dynamic_batch
+    assert report.verified
+    assert report.batches == (1, 2, 3)
+    assert report.max_abs_diff is not None
+    assert report.tolerance is not None
+    assert report.max_abs_diff <= report.tolerance < 1e-4
+    assert "verified in onnxruntime at batch 1, 2, 3: largest difference" in str(report)
+    assert report.to_dict()["path"] == str(net.path)
+
+
+def test_nothing_is_printed_and_nothing_else_is_written(net: Exported) -> None:
+    assert net.printed == ""
+    assert left_in(net.path.parent) == ["net.onnx"]
+
+
+def test_the_module_is_left_alone(net: Exported) -> None:
+    assert all(part.training for part in net.module.modules())
+    for name, tensor in net.module.state_dict().items():
+        assert torch.equal(tensor, net.state[name])
+    assert "forward" not in vars(net.module)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.module.parameters())
+
+
+def test_no_path_of_this_machine_is_in_the_file(net: Exported) -> None:
+    data = net.path.read_bytes()
+    for place in (os.getcwd(), str(Path.home()), str(net.path.parent), torch.__path__[0], __file__, "site-packages"):
+        assert place.encode() not in data
+    assert not net.model.metadata_props
+    assert not any(node.doc_string or node.metadata_props for node in net.model.graph.node)
+
+
+def test_inputs_and_outputs_are_named_and_the_batch_is_free(net: Exported) -> None:
+    (image,), (output,) = net.model.graph.input, net.model.graph.output
+    assert (image.name, sizes(image)) == ("image", ["batch", 3, 6, 6])
+    assert (output.name, sizes(output)) == ("output", ["batch", 40])
+    x = torch.randn(7, 3, 6, 6)
+    with torch.no_grad():
+        expected = net.module.eval()(x)
+    net.module.train()
+    np.testing.assert_allclose(run(net.path, image=x)[0], expected.numpy(), atol=1e-6)
+
+
+def test_equal_weights_are_stored_once(net: Exported) -> None:
+    square = [tensor.name for tensor in net.model.graph.initializer if list(tensor.dims) == [40, 40]]
+    assert len(square) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_callers_grad_mode_does_not_matter(mode: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Linear()
+    x = torch.randn(2, 4, requires_grad=True)
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        export_onnx(module, (x,), tmp_path / "a.onnx", verify=False)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    export_onnx(module, (x,), tmp_path / "b.onnx", verify=False)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+class Structured(nn.Module):
+    def forward(self, parts: dict[str, torch.Tensor], *, scale: torch.Tensor) -> dict[str, Any]:
+        left, right = parts["left"], parts["right"]
+        return {"left": left * scale, "both": [right, left + right], "none": None, "five": 5, "twice": left * scale}
+
+
+def test_nested_inputs_and_outputs(rows: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "dict.onnx"
+    parts = {"left": rows, "right": rows}
+    report = export_onnx(Structured(), (parts,), path, example_kwargs={"scale": rows[:1].repeat(2, 1)})
+    graph = onnx.load(path).graph
+    assert report.verified
+    assert [value.name for value in graph.input] == ["parts_left", "parts_right", "scale"]
+    assert [value.name for value in graph.output] == ["left", "both_0", "both_1", "twice"]
+    assert all(sizes(value) == ["batch", 4] for value in (*graph.input, *graph.output))
+    left, right, scale = torch.randn(3, 5, 4)
+    found = run(path, parts_left=left, parts_right=right, scale=scale)
+    np.testing.assert_allclose(found[2], (left + right).numpy(), rtol=1e-6)
+
+
+def test_tuple_outputs_are_numbered(rows: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "tuple.onnx"
+    export_onnx(Lambda(lambda x: (x, x + 1, None, torch.cat([x, x]))), (rows,), path)
+    outputs = onnx.load(path).graph.output
+    assert {value.name: sizes(value) for value in outputs} == {
+        "output": ["batch", 4],
+        "output_1": ["batch", 4],
+        "output_3": ["2*batch", 4],
+    }
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden = self.embed(ids).mean(1) * weights.sum()
+        return hidden, hidden.argmax(1), hidden > 0
+
+
+def test_integers_stay_in_range_and_integer_outputs_are_equal(tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 9, 3]])
+    report = export_onnx(Tokens(), (ids, torch.ones(2)), tmp_path / "tokens.onnx")
+    graph = onnx.load(tmp_path / "tokens.onnx").graph
+    assert report.batches == (1, 2, 3)
+    assert {value.name: sizes(value) for value in graph.input} == {"ids": ["batch", 3], "weights": [2]}
+
+
+def test_variations_keep_to_the_range_of_the_example() -> None:
+    ids, image = torch.tensor([[1, 9], [4, 2]]), torch.rand(2, 3, 4, 4)
+    example = verify.Example.of((ids, image, ids), {"side": torch.ones(5)})
+    cases = verify.make_cases(example, dynamic=True)
+    assert [case.batch for case in cases] == [2, 2, 2, 3, 1]
+    for case in cases:
+        assert set(case.args[0].flatten().tolist()) <= {1, 9, 4, 2}
+        assert case.args[0].dtype == torch.int64
+        assert image.min() <= case.args[1].min()
+        assert case.args[1].max() <= image.max()
+        assert case.kwargs["side"] is example.kwargs["side"]
+    assert not torch.equal(cases[0].args[1], cases[1].args[1])
+    assert len({id(tensor) for tensor in (*example.args, ids)}) == 4
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_the_requested_opset_is_written(opset: int, rows: torch.Tensor, tmp_path: Path) -> None:
+    report = export_onnx(Linear(), (rows,), tmp_path / "model.onnx", opset=opset)
+    written = onnx.load(tmp_path / "model.onnx").opset_import[0].version
+    assert report.opset == written == opset
+
+
+def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"cannot be written in ONNX opset 11; the exporter can write opset 18 to \d+"
+    ):
+        export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "model.onnx", opset=11)
+    assert left_in(tmp_path) == []
+
+
+@pytest.fixture
+def two_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 1000)
+
+
+@pytest.mark.usefixtures("two_files")
+def test_large_weights_go_to_a_second_file(tmp_path: Path) -> None:
+    report = export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "big.onnx")
+    assert left_in(tmp_path) == ["big.onnx", "big.onnx.data"]
+    assert report.external_data
+    assert "in two files" in str(report)
+    assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert run(tmp_path / "big.onnx", image=torch.randn(3, 3, 6, 6))[0].shape == (3, 40)
+
+
+def perturb_weight(monkeypatch: pytest.MonkeyPatch, scale: np.ndarray) -> None:
+    """Make the writer multiply the first weight by `scale`."""
+    save = exporter._save
+
+    def corrupt(model: Any, path: Path, *, external: bool) -> None:
+        ir = importlib.import_module("onnx_ir")
+        value = next(value for name, value in model.graph.initializers.items() if name.endswith("weight"))
+        array = value.const_value.numpy()
+        value.const_value = ir.tensor((array * np.broadcast_to(scale, array.shape)).astype(array.dtype))
+        save(model, path, external=external)
+
+    monkeypatch.setattr(exporter, "_save", corrupt)
+
+
+@pytest.mark.parametrize("elements", ["all", "one"])
+def test_a_weight_off_by_a_thousandth_is_found(
+    elements: str, rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = np.full((3, 4), 1.001) if elements == "all" else np.ones((3, 4))
+    scale[1, 2] = 1.001
+    perturb_weight(monkeypatch, scale)
+    with pytest.raises(VerificationError, match=r"'output' .* at batch \d: by .* rounding explains at most"):
+        export_onnx(Linear(), (rows,), tmp_path / "model.onnx")
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("two_files")
+def test_a_mismatch_keeps_the_files_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "big.onnx", verify=False)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    perturb_weight(monkeypatch, np.float32(1.01))
+    with pytest.raises(VerificationError):
+        export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "big.onnx")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_without_verification_the_report_says_so(rows: torch.Tensor, tmp_path: Path) -> None:
+    report = export_onnx(Linear(), (rows,), tmp_path / "model.onnx", verify=False)
+    assert report.max_abs_diff is None
+    assert report.tolerance is None
+    assert report.batches == ()
+    assert not report.verified
+    assert str(report).endswith("not verified")
+
+
+def test_a_batch_that_is_baked_in_is_refused(rows: torch.Tensor, tmp_path: Path) -> None:
+    module = Lambda(lambda x: x.reshape(2, 2, 2).sum(-1))
+    with pytest.raises(
+        ExportError, match=r"dynamic batch: .* constant \(2\); pass dynamic_batch=False to fix the batch"
+    ):
+        export_onnx(module, (rows,), tmp_path / "model.onnx")
+    assert left_in(tmp_path) == []
+    report = export_onnx(module, (rows,), tmp_path / "model.onnx", dynamic_batch=False)
+    assert not report.dynamic_batch
+    assert report.batches == (2,)
+    assert "a fixed batch" in str(report)
+    assert sizes(onnx.load(tmp_path / "model.onnx").graph.input[0]) == [2, 4]
+
+
+def test_nan_and_infinity_are_compared(tmp_path: Path) -> None:
+    x = torch.tensor([[1.0, -1.0], [2.0, 0.5]])
+    report = export_onnx(Lambda(lambda x: (x.log(), 1 / (x * 0))), (x,), tmp_path / "model.onnx")
+    assert report.verified
+    case = verify.Case(2, (x,), {})
+    with pytest.raises(VerificationError, match=r"'output' .* NaN or infinity at other positions"):
+        verify.verify_onnx(tmp_path / "model.onnx", Lambda(lambda x: (x.abs().log(), 1 / (x * 0))), [case])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: (x + 1)[:, :2], r"shape \[2, 4\] instead of \[2, 2\]"),
+        (lambda x: (x + 1).double(), r"torch.float32 instead of torch.float64"),
+    ],
+)
+def test_shape_and_dtype_are_compared(wrong: Any, message: str, rows: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(Lambda(lambda x: x + 1), (rows,), path, verify=False)
+    with pytest.raises(VerificationError, match=message):
+        verify.verify_onnx(path, Lambda(wrong), [verify.Case(2, (rows,), {})])
+
+
+def test_a_file_that_fails_at_another_batch_is_refused(rows: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    module = Lambda(lambda x: x + 1)
+    export_onnx(module, (rows,), path, dynamic_batch=False)
+    with pytest.raises(VerificationError, match=r"fails in onnxruntime at batch 3: .*dynamic_batch=False"):
+        verify.verify_onnx(path, module, verify.make_cases(verify.Example.of((rows,), {}), dynamic=True))
+
+
+def test_a_module_that_takes_one_batch_only_is_refused(rows: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(Lambda(lambda x: x + 1), (rows,), path)
+    fixed = Lambda(lambda x: x.reshape(2, 4) + 1)
+    with pytest.raises(ExportError, match="Lambda accepts no batch other than 2; pass dynamic_batch=False"):
+        verify.verify_onnx(path, fixed, verify.make_cases(verify.Example.of((rows,), {}), dynamic=True))
+
+
+def test_half_precision_is_verified_where_onnxruntime_can(rows: torch.Tensor, tmp_path: Path) -> None:
+    report = export_onnx(Linear().half(), (rows.half(),), tmp_path / "half.onnx")
+    assert report.verified
+
+
+def test_what_onnxruntime_cannot_run_is_not_called_verified(tmp_path: Path) -> None:
+    module, x = Net().bfloat16(), torch.randn(2, 3, 6, 6).bfloat16()
+    with pytest.raises(ExportError, match=r"onnxruntime cannot load .* convert the module to float32 .* verify=False"):
+        export_onnx(module, (x,), tmp_path / "model.onnx")
+    assert left_in(tmp_path) == []
+
+
+def test_bfloat16_inputs_cannot_be_fed(tmp_path: Path) -> None:
+    x = torch.randn(2, 4).bfloat16()
+    with pytest.raises(ExportError, match=r"bfloat16 inputs cannot be fed to onnxruntime .* verify=False"):
+        export_onnx(Lambda(lambda x: x.reshape(-1, 2, 2)), (x,), tmp_path / "model.onnx")
+
+
+class MixedPrecision(nn.Module):
+    """Refuses to run in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.float()  # type: ignore[operator]
+
+
+def test_noise_without_float64(rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = MixedPrecision()
+    report = export_onnx(module, (rows,), tmp_path / "model.onnx")
+    assert report.tolerance is not None
+    assert 0 < report.tolerance < 2e-5
+    module.weight.mul_(1.001)  # type: ignore[operator]
+    with pytest.raises(VerificationError, match="rounding explains at most"):
+        verify.verify_onnx(tmp_path / "model.onnx", module, [verify.Case(2, (rows,), {})])
+
+
+def test_a_graph_that_spells_out_float32_still_gets_a_float64_reference() -> None:
+    module = torch.fx.symbolic_trace(Lambda(lambda x: x.to(torch.float32).exp()))
+    double = verify._in_float64(module)
+    assert double is not None
+    assert double(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+    assert module(torch.ones(2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "message"),
+    [
+        (Linear(), (torch.ones(2, 5),), "Linear fails on the example inputs: .*; pass inputs it accepts"),
+        (Linear(), [torch.ones(2, 4)], r"must be a tuple of positional arguments, got list; .* write \(x,\)"),
+        (Lambda(lambda x: None), (torch.ones(2, 4),), "Lambda returns no tensor"),
+        (
+            Lambda(lambda x: torch.complex(x, x)),
+            (torch.ones(2, 4),),
+            "no complex numbers; pass and return torch.view_as_real",
+        ),
+        (
+            Lambda(lambda x: x if x.sum() > 0 else -x),
+            (torch.ones(2, 4),),
+            "Lambda cannot be traced for export: .*; make its control flow independent",
+        ),
+        (
+            Lambda(torch.special.bessel_j0),
+            (torch.ones(2, 4),),
+            "exporter of PyTorch cannot convert the model: No ONNX function found for .*bessel_j0.*; replace that part",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_says_why(module: nn.Module, example: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_onnx(module, example, tmp_path / "model.onnx")
+    assert left_in(tmp_path) == []
+
+
+def test_a_missing_package_names_the_pip_line(
+    rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match="onnxruntime is not installed; run: pip install onnxruntime"):
+        export_onnx(Linear(), (rows,), tmp_path / "model.onnx")
+    assert export_onnx(Linear(), (rows,), tmp_path / "model.onnx", verify=False).bytes > 0
+
+
+class Untouched(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the place is checked before the module runs")
+
+
+def refuse(path: Path, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_onnx(Untouched(), (torch.ones(2),), path)
+
+
+def test_the_place_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    refuse(tmp_path / "missing" / "model.onnx", "the directory .*missing does not exist; create it first")
+    refuse(tmp_path, "is a directory; give the name of a file in it")
+    refuse(tmp_path / "file" / "model.onnx", "file is not a directory; choose another place")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    refuse(tmp_path / "model.onnx", "is not writable; choose another place")
+
+
+def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    write_text(path, "old", PlanError)
+    with pytest.raises(ZeroDivisionError), staged(path, PlanError) as temporary:
+        temporary.write_text(f"new {1 // 0}")
+    assert path.read_text() == "old"
+    with (
+        pytest.raises(PlanError, match=r"cannot write .*plan\.yaml: disk full; free some space"),
+        staged(path, PlanError),
+    ):
+        raise OSError(28, "disk full")
+    write_text(path, "new", PlanError)
+    assert path.read_text() == "new"
+    assert left_in(tmp_path) == ["plan.yaml"]
+
+
+def write_three(path: Path) -> None:
+    with staged(path, ExportError) as temporary:
+        temporary.write_text("new a")
+        temporary.with_name("a.data").write_text("new data")
+        temporary.with_name("a.more").write_text("more")
+
+
+def test_companion_files_are_replaced_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("old a")
+    replace = os.replace
+
+    def fail_on_the_last(source: Path, target: Path) -> None:
+        if Path(source).parent.name == "new" and Path(target).name == "a.more":
+            raise OSError(5, "input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_on_the_last)
+    with pytest.raises(ExportError, match="input/output error"):
+        write_three(tmp_path / "a")
+    assert left_in(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old a"
+
+
+def test_a_directory_that_cannot_hold_a_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_all(**_: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse_all)
+    with pytest.raises(PlanError, match=r"cannot write .*: Permission denied; .* choose another place"):
+        write_text(tmp_path / "plan.yaml", "text", PlanError)
+
+
+def test_report_is_plain_data() -> None:
+    report = ExportReport(Path("m.onnx"), 2_500_000, 20, True, 1e-6, 5e-6, (1, 2), True)
+    assert str(report) == (
+        "m.onnx: 2.50 MB in two files, opset 20, any batch, verified in onnxruntime at batch 1, 2: "
+        "largest difference 1e-06 (tolerance 5e-06)"
+    )

@@ -1,0 +1,395 @@
+"""Models, weights and inputs by name, and the message of everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError, WeightsError
+from graphzip.models import InputShape, find_model, load_model, load_weights, make_inputs, parse_shape
+
+NETWORK = """
+import torch
+from torch import nn
+from sizes_beside import WIDTH
+
+
+def small():
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH))
+
+
+class Whole(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 3)
+
+
+def broken():
+    raise RuntimeError("no such layer\\nsecond line")
+
+
+def leaves():
+    raise SystemExit(3)
+
+
+def not_a_module():
+    return 7
+
+
+def _private():
+    return None
+
+
+constant = 5
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "sizes_beside.py").write_text("WIDTH = 4\n")
+    path = tmp_path / "network.py"
+    path.write_text(NETWORK)
+    return path
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+def test_factory_of_a_file(file: Path) -> None:
+    model = load_model(f"{file}:small")
+    assert isinstance(model, nn.Sequential)
+    assert model[0].out_channels == 4
+    assert find_model(f"{file}:small").inputs(model) is None
+
+
+def test_class_of_a_file(file: Path) -> None:
+    assert load_model(f"{file}:Whole").in_features == 2
+
+
+def test_torchvision_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("downloads weights"))
+    spec = find_model("torchvision:lraspp_mobilenet_v3_large")
+    model = spec.build()
+    assert sum(parameter.numel() for parameter in model.parameters()) > 3_000_000
+    assert spec.inputs(model) == (InputShape((2, 3, 224, 224)),)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("resnet50", (2, 3, 224, 224)),
+        ("inception_v3", (2, 3, 299, 299)),
+        ("r3d_18", (2, 3, 16, 112, 112)),
+        ("s3d", (2, 3, 16, 224, 224)),
+    ],
+)
+def test_usual_inputs_of_torchvision(name: str, sizes: tuple[int, ...]) -> None:
+    pytest.importorskip("torchvision")
+    assert find_model(f"torchvision:{name}").inputs(nn.Identity()) == (InputShape(sizes),)
+
+
+def test_two_image_models_have_no_usual_input() -> None:
+    pytest.importorskip("torchvision")
+    assert find_model("torchvision:raft_small").inputs(nn.Identity()) is None
+
+
+class FakeTimm:
+    """The part of timm that is used; the real one is an extra."""
+
+    @staticmethod
+    def is_model(name: str) -> bool:
+        return name in FakeTimm.list_models()
+
+    @staticmethod
+    def list_models() -> list[str]:
+        return ["vit_tiny", "resnet10t"]
+
+    @staticmethod
+    def create_model(name: str, *, pretrained: bool) -> nn.Module:
+        assert not pretrained
+        model = nn.Identity()
+        model.default_cfg = {"input_size": (3, 176, 176)}
+        return model
+
+
+def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", FakeTimm)
+    spec = find_model("timm:resnet10t")
+    assert spec.inputs(spec.build()) == (InputShape((2, 3, 176, 176)),)
+    assert spec.inputs(nn.Identity()) is None
+    with pytest.raises(GraphZipError, match=r"^timm has no model 'resnet10'; did you mean 'resnet10t'\?$"):
+        find_model("timm:resnet10")
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_missing_package(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError) as error:
+        load_model(f"{package}:resnet18")
+    assert str(error.value) == (
+        f'{package} is not installed, and models named {package}:NAME come from it; run: pip install "graphzip[models]"'
+    )
+
+
+def test_package_that_is_broken_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr("importlib.import_module", lambda _: (_ for _ in ()).throw(ModuleNotFoundError(name="inner")))
+    with pytest.raises(ModuleNotFoundError) as error:
+        load_model("timm:resnet18")
+    assert error.value.name == "inner"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet18", "'resnet18' is not a model; write torchvision:NAME, timm:NAME or path/to/file.py:factory"),
+        (
+            "keras:resnet18",
+            "'keras:resnet18' is not a model: 'keras' is not torchvision, timm or a .py file; "
+            "write torchvision:NAME, timm:NAME or path/to/file.py:factory",
+        ),
+        ("no/such.py:f", "no/such.py does not exist or is not a file; give the path of the file that builds the model"),
+    ],
+)
+def test_unknown_model(spec: str, message: str) -> None:
+    with pytest.raises(GraphZipError) as error:
+        find_model(spec)
+    assert str(error.value) == message
+
+
+def test_unknown_torchvision_model() -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(GraphZipError, match=r"^torchvision has no model 'resnet51'; did you mean 'resnet50' or"):
+        find_model("torchvision:resnet51")
+
+
+@pytest.mark.parametrize("name", ["medium", "constant"])
+def test_missing_factory(file: Path, name: str) -> None:
+    with pytest.raises(GraphZipError) as error:
+        find_model(f"{file}:{name}")
+    listed = "small, Whole, broken, leaves, not_a_module"
+    assert str(error.value) == f"{file} has no function {name!r}; it has {listed}"
+
+
+def test_missing_factory_among_many(tmp_path: Path) -> None:
+    path = tmp_path / "many.py"
+    path.write_text("\n".join(f"def f{i}(): ..." for i in range(23)))
+    with pytest.raises(GraphZipError, match=r"it has f0, f1, .*, f19 and 3 more$"):
+        find_model(f"{path}:g")
+
+
+def test_file_without_functions(tmp_path: Path) -> None:
+    path = tmp_path / "empty.py"
+    path.write_text("")
+    with pytest.raises(GraphZipError, match=r"has no function 'g'; it has none at all$"):
+        find_model(f"{path}:g")
+
+
+def test_file_that_cannot_be_imported(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text("import a_package_that_is_not_there")
+    with pytest.raises(GraphZipError) as error:
+        find_model(f"{path}:g")
+    assert str(error.value) == (
+        f"{path} cannot be imported: ModuleNotFoundError: No module named 'a_package_that_is_not_there'; "
+        "fix the file and try again"
+    )
+    assert isinstance(error.value.__cause__, ModuleNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "cause"),
+    [
+        ("broken", "could not be built: RuntimeError: no such layer; it is called without arguments", RuntimeError),
+        ("leaves", "could not be built: SystemExit: 3; it is called without arguments", SystemExit),
+        ("not_a_module", "returned int; it must return an nn.Module", type(None)),
+    ],
+)
+def test_factory_that_fails(file: Path, name: str, message: str, cause: type) -> None:
+    spec = find_model(f"{file}:{name}")
+    with pytest.raises(GraphZipError) as error:
+        spec.build()
+    assert str(error.value) == f"{file}:{name} {message}"
+    assert isinstance(error.value.__cause__, cause)
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def wrapped(state: dict[str, torch.Tensor], form: str) -> object:
+    if form == "plain":
+        return state
+    if form.endswith("."):
+        return {f"{form}{name}": value for name, value in state.items()}
+    return {form: state, "epoch": 3}
+
+
+@pytest.mark.parametrize(
+    "form", ["plain", "state_dict", "model_state_dict", "model", "module.", "_orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_load_pickled_weights(tmp_path: Path, form: str, suffix: str) -> None:
+    source, target = small(), small()
+    torch.save(wrapped(source.state_dict(), form), tmp_path / f"weights{suffix}")
+    load_weights(target, tmp_path / f"weights{suffix}")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_load_safetensors(tmp_path: Path) -> None:
+    source, target = small(), small()
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    load_weights(target, str(tmp_path / "w.safetensors"))
+    assert torch.equal(source[0].weight, target[0].weight)
+
+
+def test_a_prefix_that_only_some_names_have_stays(tmp_path: Path) -> None:
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"unexpected \(2\): module\.a, b"):
+        load_weights(small(), tmp_path / "w.pt")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return print, ("unpickled",)
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"weight": Evil()}, path)
+    with pytest.raises(WeightsError) as error:
+        load_weights(small(), path)
+    assert "unpickled" not in capsys.readouterr().out
+    assert str(error.value) == (
+        f"{path} cannot be read as weights (UnpicklingError): it is damaged or holds more than tensors; "
+        "write it with torch.save(model.state_dict(), ...) or safetensors"
+    )
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_damaged_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not weights")
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        load_weights(small(), tmp_path / name)
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as error:
+        load_weights(small(), tmp_path / "w.pt")
+    assert str(error.value) == (
+        f"{tmp_path / 'w.pt'} does not exist or is not a file; give a .pt, .pth or .safetensors file"
+    )
+
+
+def test_file_that_is_not_weights(tmp_path: Path) -> None:
+    path = tmp_path / "w.txt"
+    path.write_text("1 2 3")
+    with pytest.raises(WeightsError) as error:
+        load_weights(small(), path)
+    assert str(error.value) == f"{path} is not a weights file; weights are .pt, .pth or .safetensors"
+
+
+@pytest.mark.parametrize("content", [torch.ones(2), {}, {"a": 1}, [torch.ones(1)]])
+def test_no_state_dict(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(content, path)
+    with pytest.raises(WeightsError) as error:
+        load_weights(small(), path)
+    assert str(error.value) == (
+        f"{path} holds no state dict; it must hold names and tensors, as torch.save(model.state_dict(), ...) writes, "
+        "itself or under one of the keys state_dict, model_state_dict, model"
+    )
+
+
+def test_missing_and_unexpected_names(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    state = small().state_dict()
+    del state["0.bias"]
+    torch.save(state | {f"extra{i}": torch.ones(1) for i in range(7)}, path)
+    with pytest.raises(WeightsError) as error:
+        load_weights(small(), path)
+    assert str(error.value) == (
+        f"{path} does not fit the model; missing (1): 0.bias; "
+        "unexpected (7): extra0, extra1, extra2, extra3, extra4 and 2 more; give the weights of this very model"
+    )
+
+
+def test_other_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(4)).state_dict(), path)
+    model = small()
+    before = model[0].bias.clone()
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, path)
+    assert str(error.value) == (
+        f"{path} does not fit the model; other shapes (2): 0.weight: 5x3x3x3 in the file, 4x3x3x3 in the model, "
+        "0.bias: 5 in the file, 4 in the model; give the weights of this very model"
+    )
+    assert torch.equal(model[0].bias, before)
+
+
+def test_state_that_the_module_refuses(tmp_path: Path) -> None:
+    class Strict(nn.Linear):
+        def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+            raise RuntimeError("half of it is missing")
+
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"w\.pt does not fit the model: RuntimeError: half of it is missing$"):
+        load_weights(Strict(2, 2), tmp_path / "w.pt")
+
+
+# ------------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("1x3x224x224", InputShape((1, 3, 224, 224))),
+        ("16", InputShape((16,))),
+        ("2x16:int64", InputShape((2, 16), torch.int64)),
+        ("2x16:bfloat16", InputShape((2, 16), torch.bfloat16)),
+        ("2:bool", InputShape((2,), torch.bool)),
+    ],
+)
+def test_parse_shape(text: str, shape: InputShape) -> None:
+    assert parse_shape(text) == shape
+
+
+@pytest.mark.parametrize("text", ["", "x", "1x", "1,3", "-1x3", "1x3:", "1x3:int7", "1x3:Tensor", "ax3", "1 x 3"])
+def test_wrong_shape(text: str) -> None:
+    with pytest.raises(ExampleInputError) as error:
+        parse_shape(text)
+    assert str(error.value) == (
+        f"{text!r} is not an input shape; write 1x3x224x224, or with a dtype 1x16:int64 (one of float32, float64, "
+        "float16, bfloat16, int64, int32, int16, int8, uint8, bool)"
+    )
+
+
+def test_empty_dimension() -> None:
+    with pytest.raises(ExampleInputError, match="'1x0x2' has an empty dimension; every size must be at least 1"):
+        parse_shape("1x0x2")
+
+
+def test_inputs_follow_the_model() -> None:
+    shapes = [parse_shape("2x3"), parse_shape("2x4:int64"), parse_shape("2:bool"), parse_shape("2:float16")]
+    made = make_inputs(nn.Linear(1, 1).double(), shapes)
+    assert [value.dtype for value in made] == [torch.float64, torch.int64, torch.bool, torch.float16]
+    assert [tuple(value.shape) for value in made] == [(2, 3), (2, 4), (2,), (2,)]
+    assert set(made[1].unique().tolist()) <= {0, 1}
+    assert made[0].std() > 0
+
+
+def test_inputs_are_reproducible() -> None:
+    shapes = [parse_shape("2x3")]
+    first, again, other = (make_inputs(nn.Identity(), shapes, seed=seed)[0] for seed in (1, 1, 2))
+    assert first.dtype == torch.float32
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

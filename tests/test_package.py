@@ -1,0 +1,125 @@
+"""The package's face: lazy names that type checkers see too, and what the package declares about itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import graphzip
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML", "onnx_ir": "onnx-ir"}
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints for `code`, started in the checkout."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def type_checking_imports() -> dict[str, str]:
+    """Name to home, as `if TYPE_CHECKING` of the face has it."""
+    tree = ast.parse((ROOT / "graphzip" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    return {
+        alias.name: node.module or "" for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+
+
+@pytest.mark.parametrize("name", graphzip.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(graphzip, name) is getattr(graphzip, name)
+    assert name in dir(graphzip)
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert set(graphzip.__all__) == {*type_checking_imports(), "__version__"}
+    assert len(set(graphzip.__all__)) == len(graphzip.__all__)
+
+
+def test_names_come_from_where_type_checkers_look() -> None:
+    for name, home in type_checking_imports().items():
+        assert graphzip._HOME_OF.get(name, "graphzip.errors") == home
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="module 'graphzip' has no attribute 'prune'"):
+        graphzip.prune  # noqa: B018
+
+
+def test_import_loads_no_heavy_package() -> None:
+    heavy = "{'torch', 'numpy', 'onnx', 'sklearn', 'rich', 'pydantic'}"
+    assert run(f"import sys, graphzip, graphzip.errors; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_help_of_the_command_line_loads_no_torch() -> None:
+    assert run("import sys, graphzip.cli; print('torch' in sys.modules)") == "False"
+
+
+def test_star_import_gives_the_public_names() -> None:
+    assert (
+        run("from graphzip import *; print(Plan.__module__, GraphZipError.__name__)") == "graphzip.plan GraphZipError"
+    )
+
+
+def test_version_is_a_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", graphzip.__version__)
+
+
+@pytest.mark.parametrize("package", ["graphzip", "passes"])
+def test_packages_are_typed(package: str) -> None:
+    assert (ROOT / package / "py.typed").is_file()
+
+
+# ------------------------------------------------------------------------------------------------- pyproject
+
+
+def requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """The dependencies and the extras of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["dependencies"], project["optional-dependencies"]
+
+
+def test_dependencies_have_lower_bounds_only() -> None:
+    dependencies, extras = requirements()
+    for requirement in [*dependencies, *(each for extra in extras.values() for each in extra)]:
+        specifier = requirement.partition(";")[0].strip()
+        assert re.fullmatch(r"[A-Za-z0-9-]+>=[0-9.]+", specifier), requirement
+
+
+@pytest.mark.parametrize(
+    ("platform", "machine", "distribution"),
+    [
+        ("linux", "x86_64", "onnxruntime-gpu"),
+        ("win32", "AMD64", "onnxruntime-gpu"),
+        ("linux", "aarch64", "onnxruntime"),
+        ("darwin", "x86_64", "onnxruntime"),
+        ("darwin", "arm64", "onnxruntime"),
+        ("win32", "ARM64", "onnxruntime"),
+    ],
+)
+def test_each_platform_gets_one_onnxruntime(platform: str, machine: str, distribution: str) -> None:
+    markers = pytest.importorskip("packaging.requirements")
+    found = [markers.Requirement(each) for each in requirements()[0] if each.startswith("onnxruntime")]
+    here = {"sys_platform": platform, "platform_machine": machine}
+    assert [each.name for each in found if each.marker.evaluate(here)] == [distribution]
+
+
+def test_every_import_is_declared() -> None:
+    dependencies, extras = requirements()
+    declared = {re.split(r"[>;\s]", each)[0].lower() for each in [*dependencies, *extras["models"]]}
+    used = set()
+    for path in [*(ROOT / "graphzip").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                used.add((node.module or "").split(".")[0])
+    outside = used - set(sys.stdlib_module_names) - {"graphzip", "passes", "typing_extensions"}
+    assert {DISTRIBUTIONS.get(name, name).lower() for name in outside} <= declared
