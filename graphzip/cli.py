@@ -30,6 +30,7 @@ from graphzip.errors import (
     VerificationError,
 )
 from graphzip.files import check_target
+from graphzip.tables import closest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -116,6 +117,7 @@ def inspect(
         tell(f"building {model}")
         module = _build(spec, weights)
         example = _example_inputs(spec, module, shapes)
+        _check_scope(model, module, scope)
         tell(f"tracing {model}")
         groups = gz.channel_groups(module, example, scope=scope)
         text = _json(groups.to_dict()) if as_json else str(groups)
@@ -148,6 +150,7 @@ def compile_(
         tell(f"building {model}")
         module = _build(spec, weights, seed)
         example = None if plan.inputs and not shapes else _example_inputs(spec, module, shapes, seed)
+        _check_scope(model, module, scope)
         tell(f"compiling {model}")
         compiled = gz.compile(module, plan, example, seed=seed, scope=scope)
         exported = saved = None
@@ -308,6 +311,12 @@ def _example_inputs(
             f"what {spec.name} takes is not known; give the shape of every input: --input 1x3x224x224"
         )
     return make_inputs(module, known, seed=seed)
+
+
+def _check_scope(model: str, module: nn.Module, scope: str | None) -> None:
+    known = [name for name, _ in module.named_modules() if name]
+    if scope is not None and scope not in known:
+        raise UsageError(f"{model} has no submodule {scope!r}; {closest(scope, known)}")
 
 
 def _check_targets(output: Path, save: Path | None) -> None:

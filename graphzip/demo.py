@@ -31,8 +31,8 @@ __all__ = ["DemoResult", "DigitsNet", "Measured", "digits_net", "run"]
 
 THREADS = 1
 BATCH = 64
-EPOCHS = 12
-MERGE_EPOCHS = 14
+EPOCHS = 8
+MERGE_EPOCHS = 10
 RATE = 0.05
 LATENCY_RUNS = 200
 TEST_IMAGES = 450
@@ -154,7 +154,7 @@ def run(*, seed: int = 0, out: Path | None = None, tell: Callable[[str], None] =
 def _settings(seed: int) -> Iterator[None]:
     """One thread and the seed, and the caller's own afterwards."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(THREADS, threads))
+    torch.set_num_threads(THREADS)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,38 @@ def test_what_a_file_cannot_name_is_refused(function: Any, message: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_functions_and_values_without_a_name_are_refused() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(print, (x,)),))
+    spec = pytree.tree_structure(((0,), {}))
+    graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(["x"], spec, None)))
+    call = next(node for node in graph.nodes if node.op == "call_function")
+    with pytest.raises(GraphFormatError, match="node 'print_1': function .* is not one that a file can name"):
+        graph_to_json(graph)
+    call.target, call.args = torch.ops.aten.relu.default, (x, range(3))
+    with pytest.raises(GraphFormatError, match="a range cannot be written"):
+        graph_to_json(graph)
+
+
+def test_an_example_input_must_be_plain(saved: Saved, tmp_path: Path) -> None:
+    odd = replace(saved.traced, example_inputs=(torch.float32,))
+    with pytest.raises(ArchiveError, match=r"the example input torch.float32 is neither a tensor nor a plain value"):
+        save_archive(odd, tmp_path / "net", report={})
+
+
+def test_a_failing_write_keeps_the_old_file(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: disk full")
+
+    (tmp_path / "net").write_text("old")
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(ArchiveError, match=r"cannot write .*net: I/O error: disk full; free some space"):
+        save_archive(saved.traced, tmp_path / "net", report={})
+    assert (tmp_path / "net").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_report_must_be_plain_data(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="its report or options are not plain JSON data"):
         save_archive(traced(torch.relu), tmp_path / "net", report={"tensor": torch.ones(1)})
@@ -388,6 +420,8 @@ def test_files_that_are_not_archives(saved: Saved, tmp_path: Path) -> None:
         (lambda data: node(data, "relu").update(args=[{"node": "later"}]), "node 'later' is used before it is defined"),
         (lambda data: node(data, "relu").update(args=[{"pickle": "gASV"}]), "'pickle' needs a list"),
         (lambda data: node(data, "relu").update(args=[{"dtype": "nn"}]), "torch has no dtype 'nn'"),
+        (lambda data: node(data, "relu").update(args=[{}]), "{} is not a value"),
+        (lambda data: data["inputs"][0].__setitem__(2, "nn"), "torch has no dtype 'nn'"),
         (lambda data: node(data, "relu").update(op="call_module"), "'call_module' is none of placeholder"),
         (lambda data: node(data, "relu").update(name="x; import os"), "'x; import os' is not a name"),
         (lambda data: node(data, "relu").update(name="image"), "node 'image' is taken twice"),

@@ -219,7 +219,7 @@ def test_variations_keep_to_the_range_of_the_example() -> None:
     ids, image = torch.tensor([[1, 9], [4, 2]]), torch.rand(2, 3, 4, 4)
     example = verify.Example.of((ids, image, ids), {"side": torch.ones(5)})
     cases = verify.make_cases(example, dynamic=True)
-    assert [case.batch for case in cases] == [2, 2, 2, 3, 1]
+    assert [case.batch for case in cases] == [2, 2, 3, 1]
     for case in cases:
         assert set(case.args[0].flatten().tolist()) <= {1, 9, 4, 2}
         assert case.args[0].dtype == torch.int64
@@ -356,6 +356,38 @@ def test_a_module_that_takes_one_batch_only_is_refused(rows: torch.Tensor, tmp_p
     fixed = Lambda(lambda x: x.reshape(2, 4) + 1)
     with pytest.raises(ExportError, match="Lambda accepts no batch other than 2; pass dynamic_batch=False"):
         verify.verify_onnx(path, fixed, verify.make_cases(verify.Example.of((rows,), {}), dynamic=True))
+
+
+def test_a_module_that_refuses_the_variations_is_named(rows: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(Lambda(lambda x: x + 1), (rows,), path, verify=False)
+
+    def only_the_example(x: torch.Tensor) -> torch.Tensor:
+        if not torch.equal(x, rows):
+            raise ValueError("not these rows")
+        return x + 1
+
+    cases = verify.make_cases(verify.Example.of((rows,), {}), dynamic=False)
+    with pytest.raises(ExportError, match="Lambda fails on inputs like the example: not these rows; pass example"):
+        verify.verify_onnx(path, Lambda(only_the_example), cases)
+
+
+def test_a_constant_example_is_varied_all_the_same() -> None:
+    _, varied, *_ = verify.make_cases(verify.Example.of((torch.zeros(2, 5),), {}), dynamic=False)
+    assert varied.args[0].unique().numel() == 10
+
+
+def test_a_model_without_a_batch(tmp_path: Path) -> None:
+    report = export_onnx(Lambda(lambda x: x * 2), (torch.tensor(3.0),), tmp_path / "scalar.onnx")
+    assert report.verified
+    assert not report.dynamic_batch
+    assert report.batches == ()
+
+
+def test_names_that_meet_are_told_apart(rows: torch.Tensor, tmp_path: Path) -> None:
+    export_onnx(Lambda(lambda x: {"x": x + 1}), (rows,), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["x", "x_1"]
 
 
 def test_half_precision_is_verified_where_onnxruntime_can(rows: torch.Tensor, tmp_path: Path) -> None:

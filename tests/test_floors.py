@@ -17,10 +17,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.labels",),
     ("graphzip.ops",),
     ("graphzip.analysis",),
-    ("graphzip.plan",),
+    ("graphzip.plan", "graphzip.results"),
     ("graphzip.rewrite",),
     ("graphzip.export",),
+    ("graphzip.compiled",),
     ("passes",),
+    ("graphzip.prepared",),
     ("graphzip.api",),
     ("graphzip",),
     ("graphzip.models",),
@@ -33,7 +35,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FOR_PEOPLE = ("graphzip.models", "graphzip.report", "graphzip.demo", "graphzip.cli", "graphzip.__main__")
 """What people see: built on the public names and on the two lowest floors alone."""
 
-SHARED_BY_PASSES = ("passes.clustering", "passes.widths")
+SHARED_BY_PASSES = ("passes.base", "passes.clustering", "passes.widths")
+TABLE_OF_PASSES = "passes.table"
 
 
 def files() -> dict[str, Path]:
@@ -96,7 +99,7 @@ def test_imports_go_down(module: str) -> None:
     assert not above, f"{module} imports {above}, which lie above it"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("passes.")])
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("passes.") and name != TABLE_OF_PASSES])
 def test_a_pass_never_reaches_into_another(module: str) -> None:
     others = {name for name in imported_by(module) if name.startswith("passes")} - {module, *SHARED_BY_PASSES}
     assert not others, f"{module} imports {sorted(others)}; passes share only {SHARED_BY_PASSES}"

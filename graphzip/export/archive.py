@@ -8,7 +8,6 @@ in a fresh process without the model's source, on the CPU, and nothing in it is 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +43,6 @@ VERSION = 1
 
 _EXAMPLE = "example.."
 """Prefix of the example inputs among the tensors; no parameter has a name with two dots in a row."""
-
-logger = logging.getLogger(__name__)
 
 
 def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[str, Any]) -> None:
@@ -84,7 +81,7 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
         try:
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:
-            raise ArchiveError(f"cannot write {target}: {error}") from error
+            raise ArchiveError(f"cannot write {target}: {error}; free some space or choose another place") from error
 
 
 def load_archive(path: str | os.PathLike[str]) -> tuple[Traced, dict[str, Any]]:

@@ -79,12 +79,8 @@ def _replace(graph: fx.Graph, node: fx.Node, bases: dict[fx.Node, fx.Node]) -> N
         value = graph.call_function(_functional(node), _functional_args(node), dict(node.kwargs))
     value.meta.update(node.meta)
     after = _later(graph, node)
-    node.replace_all_uses_with(value)
-    bases[value] = value
-    if written is base and not _live_views(base, after, bases):
-        _redirect(base, value, after)
-    else:
-        _carry_back(graph, node, written, base, value, after, bases)
+    node.replace_all_uses_with(written)
+    _carry_back(graph, node, written, base, value, after, bases)
     graph.erase_node(node)
 
 
@@ -139,32 +135,30 @@ def _carry_back(
     bases: dict[fx.Node, fx.Node],
 ) -> None:
     stale = _live_views(base, after, bases)
-    fresh: dict[fx.Node, fx.Node] = {written: value}
     view, current = written, value
     with graph.inserting_before(node):
         while view is not base:
             parent = view.args[0]
             assert isinstance(parent, fx.Node)
             current = _scatter(graph, node, parent, view, current)
-            fresh[parent] = current
-            bases[current] = current
             view = parent
+        fresh = {base: current}
+        bases[current] = current
         for other in stale:
-            if other not in fresh:
-                fresh[other] = _view_again(graph, node, other, fresh)
-                bases[fresh[other]] = current
+            bases[_view_again(graph, other, fresh)] = current
     for old, new in fresh.items():
         _redirect(old, new, after)
 
 
-def _view_again(graph: fx.Graph, node: fx.Node, view: fx.Node, fresh: dict[fx.Node, fx.Node]) -> fx.Node:
-    parent = view.args[0]
-    assert isinstance(parent, fx.Node)
-    if parent not in fresh:
-        fresh[parent] = _view_again(graph, node, parent, fresh)
-    again = graph.node_copy(view, lambda argument: fresh.get(argument, argument))
-    again.meta = dict(view.meta)
-    return again
+def _view_again(graph: fx.Graph, view: fx.Node, fresh: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The same view of what its base has become."""
+    if view not in fresh:
+        parent = view.args[0]
+        assert isinstance(parent, fx.Node)
+        _view_again(graph, parent, fresh)
+        fresh[view] = graph.node_copy(view, lambda argument: fresh.get(argument, argument))
+        fresh[view].meta = dict(view.meta)
+    return fresh[view]
 
 
 def _scatter(graph: fx.Graph, node: fx.Node, parent: fx.Node, view: fx.Node, value: fx.Node) -> fx.Node:

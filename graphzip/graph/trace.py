@@ -131,6 +131,7 @@ def trace(
     args = with_batch_of_two(example_inputs)
     if scope:
         skeleton, args, kwargs = _enter_scope(model, skeleton, scope, args)
+    _check_names(skeleton)
     program = _export(skeleton, args, kwargs, dynamic_shapes)
     return _to_traced(program, skeleton, args, kwargs, scope or "")
 
@@ -271,6 +272,18 @@ def _to_traced(
         training_only=_training_only(source, module.graph),
         batch_dynamic=any(None in spec.shape for spec in specs),
     )
+
+
+_TAKEN = {name for name in dir(fx.GraphModule) if not hasattr(nn.Module, name)} | {"meta"}
+
+
+def _check_names(source: nn.Module) -> None:
+    """A graph module has attributes of its own that a submodule or parameter cannot be named after."""
+    for name in [*source._modules, *source._parameters, *source._buffers]:
+        if name in _TAKEN:
+            raise TraceError(
+                f"{type(source).__name__} has an attribute {name!r}, which torch.fx.GraphModule keeps for itself; rename it"
+            )
 
 
 def _leaf_types(source: nn.Module) -> dict[str, str]:
