@@ -93,7 +93,7 @@ def compile(
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
 ) -> Compiled:
-    """Carry out a plan: `prepare`, then `train(prepared, stage)` for every stage where `train` is given, then `convert`.
+    """Carry out a plan: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
 
     Arguments and errors are those of `prepare`. The model itself stays as it is. A plan that changes nothing returns
     normally and says so in the report.
@@ -127,15 +127,17 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise GraphZipError(
-            f"{type(model).__name__} cannot be copied ({error}); graphzip works on a copy so that your model stays as it "
-            "is. Make copy.deepcopy(model) work first (a non-leaf tensor kept as an attribute is the usual cause)"
+            f"{type(model).__name__} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
+            "it is. Make copy.deepcopy(model) work first (a non-leaf tensor kept as an attribute is the usual cause)"
         ) from error
 
 
 def _inputs_of(plan: Plan, model: nn.Module) -> tuple[torch.Tensor, ...]:
     """Random inputs of the shapes that the plan names, in the model's dtype."""
     if not plan.inputs:
-        raise ExampleInputError("no example inputs: pass example_inputs=(x,), or give the plan `inputs: [[1, 3, 224, 224]]`")
+        raise ExampleInputError(
+            "no example inputs: pass example_inputs=(x,), or give the plan `inputs: [[1, 3, 224, 224]]`"
+        )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     made = (torch.randn(tuple(shape), generator=generator) for shape in plan.inputs)

@@ -51,8 +51,8 @@ class Compiled:
     ) -> ExportReport:
         """Write an ONNX file and check it against `module` in onnxruntime.
 
-        Raises `ExportError` where it cannot be written and `VerificationError` where it computes something else; then no
-        file is left.
+        Raises `ExportError` where it cannot be written and `VerificationError` where it computes something else; then
+        no file is left.
         """
         if per_task:
             raise GraphZipError("per_task is for joint models; a single model was compiled: export to a file")
@@ -71,8 +71,8 @@ class Compiled:
 
         With a `scope`, the file holds that submodule. Raises `ArchiveError` where it cannot be written.
         """
-        traced = self.traced.with_state_of(self.module.get_submodule(self.traced.scope))
-        save_archive(traced, path, report=self.report.to_dict())
+        self.traced.adopt_state(self.module.get_submodule(self.traced.scope))
+        save_archive(self.traced, path, report=self.report.to_dict())
 
 
 def load(path: str | os.PathLike[str]) -> Compiled:

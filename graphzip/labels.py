@@ -56,7 +56,11 @@ def mix(*parts: int | IntArray) -> Hashes:
     state = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
-            state = state * np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64) + np.uint64(0x632BE59BD9B4E019)
+            state = (
+                state * np.uint64(0x9E3779B97F4A7C15)
+                + np.asarray(part).astype(np.uint64)
+                + np.uint64(0x632BE59BD9B4E019)
+            )
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
@@ -130,7 +134,8 @@ class LabelSpace:
         right = np.concatenate([edge[1] for edge in edges]) if edges else np.empty(0, np.int64)
         graph = coo_array((np.ones(left.size, dtype=bool), (left, right)), shape=(self.size, self.size))
         _, components = connected_components(graph, directed=False)
-        return components.astype(np.int64)
+        classes: IntArray = components.astype(np.int64)
+        return classes
 
 
 def _single(classes: IntArray, outer: IntArray, inner: IntArray) -> tuple[IntArray, IntArray]:

@@ -72,9 +72,7 @@ def find_model(spec: str) -> ModelSpec:
         return _timm(name)
     if source.endswith(".py"):
         return _from_file(Path(source), name)
-    raise GraphZipError(
-        f"{spec!r} is not a model: {source!r} is not torchvision, timm or a .py file; write {_FORMS}"
-    )
+    raise GraphZipError(f"{spec!r} is not a model: {source!r} is not torchvision, timm or a .py file; write {_FORMS}")
 
 
 # ------------------------------------------------------------------------------------------------- model libraries

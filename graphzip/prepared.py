@@ -70,7 +70,7 @@ class Prepared(nn.Module):
         return self.model(*args, **kwargs)
 
     def steps(self) -> Iterator[str]:
-        """The stages of the plan that are left, by name. Train in the body of the loop; the next turn carries it out."""
+        """Stages of the plan that are left, by name. Train in the body of the loop; the next turn carries it out."""
         while (active := self._progress.active) is not None:
             yield from active.stages
             if self._progress.active is active:
@@ -127,7 +127,8 @@ class Prepared(nn.Module):
         """Carry out the current pass on the trained weights and begin the next one."""
         progress = self._progress
         assert progress.active is not None
-        progress.traced = progress.active.convert(progress.traced.with_state_of(self._inner()))
+        progress.traced.adopt_state(self._inner())
+        progress.traced = progress.active.convert(progress.traced)
         self._changes.append(progress.active)
         progress.position += 1
         if progress.position < len(self.plan.passes):

@@ -1,8 +1,9 @@
 """Cluster-merge: make the filters of a cluster identical, keep one, add up what reads the others.
 
 With the channels of a group partitioned into clusters `H`, every producer and pointwise slice `F^(j)` of a channel is
-replaced by the mean over its cluster, `F^(j) <- 1/|H(j)| sum_{k in H(j)} F^(k)`; then one channel per cluster is kept and
-the consumers' input slices are summed, `W'_h = sum_{k in h} W_k`. Where the slices were identical before, nothing changes.
+replaced by the mean over its cluster, `F^(j) <- 1/|H(j)| sum_{k in H(j)} F^(k)`; then one channel per cluster is kept
+and the consumers' input slices are summed, `W'_h = sum_{k in h} W_k`. Where the slices of a cluster were identical
+before, nothing changes.
 
 Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pruning on Deep and Complicated CNN"
 (C-SGD): clusters in section 3.2, pacesetters and followers in section 3.5, the deviation is Eq. 7.
@@ -127,7 +128,11 @@ class _Members:
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """The slices, one per row: `(slices, everything else)`."""
-        return tensor.index_select(self.dim, self.positions.to(tensor.device)).movedim(self.dim, 0).reshape(self.positions.numel(), -1)
+        return (
+            tensor.index_select(self.dim, self.positions.to(tensor.device))
+            .movedim(self.dim, 0)
+            .reshape(self.positions.numel(), -1)
+        )
 
     def columns(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`rows` in the shape in which `tensor` holds its slices."""
@@ -160,7 +165,9 @@ def _features(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[n
     prefix = f"{traced.scope}." if traced.scope else ""
     tensor = get_tensor(traced.module, lead.param.removeprefix(prefix)).detach()
     if tensor.is_meta:
-        raise WeightsError(f"group {group.name!r} has no weights to cluster (they are on the meta device); load them first")
+        raise WeightsError(
+            f"group {group.name!r} has no weights to cluster (they are on the meta device); load them first"
+        )
     values = tensor.movedim(lead.dim, 0).reshape(tensor.shape[lead.dim], -1).double().cpu().numpy()
     rows: np.ndarray[Any, np.dtype[np.float64]] = values[lead.indices].reshape(group.size, -1)
     return rows

@@ -332,7 +332,7 @@ def test_functions_and_values_without_a_name_are_refused() -> None:
     spec = pytree.tree_structure(((0,), {}))
     graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(["x"], spec, None)))
     call = next(node for node in graph.nodes if node.op == "call_function")
-    with pytest.raises(GraphFormatError, match="node 'print_1': function .* is not one that a file can name"):
+    with pytest.raises(GraphFormatError, match=r"node 'print_1': function .* is not one that a file can name"):
         graph_to_json(graph)
     call.target, call.args = torch.ops.aten.relu.default, (x, range(3))
     with pytest.raises(GraphFormatError, match="a range cannot be written"):

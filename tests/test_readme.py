@@ -62,7 +62,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, str]
             sink = io.StringIO()
             with contextlib.redirect_stdout(sink):
                 exec(compile(block.text, f"README.md, line {block.line}", "exec"), names)
-            outputs[block.line] = sink.getvalue().strip()
+            outputs[block.line] = sink.getvalue().strip("\n")
         yield outputs
 
 
@@ -87,7 +87,7 @@ def test_commands(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert program == "graphzip"
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.stderr
-    assert without_measured_numbers(result.stdout.strip()) == without_measured_numbers(shown)
+    assert without_measured_numbers(result.stdout.strip("\n")) == without_measured_numbers(shown)
 
 
 def test_output_of_the_demo() -> None:

@@ -19,7 +19,7 @@ from graphzip.labels import Hashes, IntArray, LabelSpace, Solution, mix, ranks, 
 
 __all__ = ["Analysis", "analyse"]
 
-_PARAM, _MOVE = 1 << 20, 1 << 21
+_PARAM, _MOVE, _WORD = 1 << 20, 1 << 21, 1 << 64
 
 
 @dataclass
@@ -79,15 +79,14 @@ def _signatures(propagation: Propagation, solution: Solution) -> Hashes:
     def add(axis: IntArray, hashes: Hashes) -> None:
         np.add.at(signature, solution.classes[axis].ravel(), np.broadcast_to(hashes, axis.shape).ravel())
 
-    where: dict[int, tuple[IntArray, np.uint64]] = {}
+    where: dict[int, tuple[IntArray, int]] = {}
     with np.errstate(over="ignore"):
         for position, axes in enumerate(propagation.axes.values()):
             outputs = axes if isinstance(axes, list) else [axes]
             for output, found in enumerate(outputs):
                 for axis in found:
-                    place = mix(position, output, *support(axis))[()]
-                    previous = where.get(id(axis), (axis, np.uint64(0)))[1]
-                    where[id(axis)] = (axis, previous + place)
+                    place = int(mix(position, output, *support(axis)))
+                    where[id(axis)] = (axis, (where.get(id(axis), (axis, 0))[1] + place) % _WORD)
         for axis, place in where.values():
             occurrence = rank(axis)
             add(axis, mix(place, 0 if occurrence is None else occurrence))
@@ -154,10 +153,16 @@ def _rectangles(propagation: Propagation, solution: Solution) -> list[tuple[str,
                 if len(dims) < 2 or node.op == "get_attr":
                     continue
                 classes = solution.classes[axis].squeeze()
-                varying = [d for d in range(classes.ndim) if not np.array_equal(classes, np.broadcast_to(classes.take([0], d), classes.shape))]
+                varying = [
+                    d
+                    for d in range(classes.ndim)
+                    if not np.array_equal(classes, np.broadcast_to(classes.take([0], d), classes.shape))
+                ]
                 if len(varying) < 2:
                     continue
-                classes = classes[tuple(slice(None) if d in varying else slice(0, 1) for d in range(classes.ndim))].squeeze()
+                classes = classes[
+                    tuple(slice(None) if d in varying else slice(0, 1) for d in range(classes.ndim))
+                ].squeeze()
                 key = classes.tobytes() + repr(classes.shape).encode()
                 if key not in seen:
                     seen.add(key)
@@ -186,7 +191,7 @@ def _refine(block: IntArray, keys: Hashes) -> IntArray:
     if not touched.size:
         return block
     _, parts = np.unique(mix(block[touched], keys[touched].view(np.int64)), return_inverse=True)
-    refined = block.copy()
+    refined: IntArray = block.copy()
     refined[touched] = block.max() + 1 + parts.reshape(-1)
     return refined
 

@@ -19,7 +19,8 @@ __all__ = ["Cost", "cost_of"]
 class Cost:
     """`params`: number of trainable and frozen parameters, tied ones once. `macs`: multiply-accumulates of
     convolutions, linear layers, matrix products and attention, for one sample (batch norm, activations and pooling are
-    not counted, as in the papers)."""
+    not counted, as in the papers).
+    """
 
     params: int
     macs: int

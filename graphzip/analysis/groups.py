@@ -177,7 +177,9 @@ class _Builder:
 
     def groups(self) -> list[ChannelGroup]:
         pins = self.analysis.solution.pins
-        channels = np.unique(np.concatenate([s.channels for s in self.slices])) if self.slices else np.empty(0, np.int64)
+        channels = (
+            np.unique(np.concatenate([s.channels for s in self.slices])) if self.slices else np.empty(0, np.int64)
+        )
         pinned = np.fromiter((int(c) in pins for c in channels), dtype=np.int64, count=channels.size)
         keys = np.stack([self.analysis.signature[channels], pinned.astype(np.uint64)])
         number = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
@@ -309,7 +311,7 @@ def _local(traced: Traced, name: str) -> str:
 
 def _shares(traced: Traced, groups: Sequence[ChannelGroup]) -> tuple[int, int]:
     """Parameters of the model, and those with at least one slice in a group that can shrink."""
-    sizes = {name: parameter for name, parameter in traced.module.named_parameters()}
+    sizes = dict(traced.module.named_parameters())
     touched: dict[str, list[tuple[int, IntArray]]] = {}
     for group in groups:
         for param in group.params if group.mergeable else ():
@@ -323,4 +325,3 @@ def _shares(traced: Traced, groups: Sequence[ChannelGroup]) -> tuple[int, int]:
                 free[(slice(None),) * dim + (np.unique(entries),)] = False
             shrinkable += int((~free).sum())
     return sum(parameter.numel() for parameter in sizes.values()), shrinkable
-

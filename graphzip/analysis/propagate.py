@@ -82,8 +82,9 @@ class _Walk:
                 for axis in _flat(axes.get(source, ())):
                     self.space.pin(axis, "is an output of the model")
         elif node.target is operator.getitem:
-            found = axes.get(node.args[0], ())
-            axes[node] = found[node.args[1]] if isinstance(found, list) else ()
+            parts, index = node.args
+            found = axes.get(parts, ()) if isinstance(parts, fx.Node) else ()
+            axes[node] = found[index] if isinstance(found, list) and isinstance(index, int) else ()
         elif node.op == "call_function" and node.target not in _SHAPE_QUERIES and _has_tensors(node):
             self._call(position, node)
 

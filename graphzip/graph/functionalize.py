@@ -93,7 +93,9 @@ def _functional(node: fx.Node) -> Any:
     packet = getattr(aten, name.removesuffix("_"), None)
     overload = getattr(packet, node.target._overloadname, None)  # type: ignore[union-attr]
     if not name.endswith("_") or overload is None or overload._schema.is_mutable:
-        raise TraceError(f"{_at(node)} writes in place and has no functional form; write it without the in-place operator")
+        raise TraceError(
+            f"{_at(node)} writes in place and has no functional form; write it without the in-place operator"
+        )
     return overload
 
 
@@ -172,14 +174,20 @@ def _scatter(graph: fx.Graph, node: fx.Node, parent: fx.Node, view: fx.Node, val
         made = graph.call_function(*_inverse(parent, view, value))
     else:
         raise TraceError(
-            f"{_at(node)} writes into a view made by {view.target}; graphzip cannot carry that write back to the tensor: "
-            "build the result with torch.cat, torch.where or a mask instead"
+            f"{_at(node)} writes into a view made by {view.target}; graphzip cannot carry that write back to the "
+            "tensor: build the result with torch.cat, torch.where or a mask instead"
         )
     made.meta.update(view.meta, val=parent.meta["val"])
     return made
 
 
-_SAME_SIZE = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default, aten.squeeze.dim}
+_SAME_SIZE = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+    aten.squeeze.dim,
+}
 
 
 def _inverse(parent: fx.Node, view: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:

@@ -48,7 +48,10 @@ def concrete_shape(value: Any) -> tuple[int, ...]:
 
 def hint(size: Any) -> int:
     """The size that a possibly symbolic dimension had while tracing."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    if isinstance(size, torch.SymInt):
+        known: Any = size.node.hint
+        return int(known)
+    return int(size)
 
 
 def input_specs(graph: fx.Graph) -> tuple[InputSpec, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from graphzip.graph.inputs import check_input
-from graphzip.graph.state import attach, get_tensor, named_state
+from graphzip.graph.state import attach, get_tensor, graph_module, named_state
 from graphzip.graph.trace import Traced, share_copy
 
 __all__ = ["to_module"]
@@ -27,7 +27,7 @@ def to_module(traced: Traced) -> fx.GraphModule:
     All tensors are copies. Inputs whose shape the graph was not made for raise `InputShapeError`.
     """
     copied = traced.copy()
-    module = fx.GraphModule(_own_state(copied.module), copied.module.graph, class_name=copied.module.__class__.__name__)
+    module = graph_module(_own_state(copied.module), copied.module.graph, type(traced.module).__name__)
     _Restorer(module, traced.module_types).run()
     _check_inputs(module, traced)
     module.graph.lint()
@@ -114,6 +114,7 @@ class _Restorer:
         old = self.module.get_submodule(owner)
         if type(old) is type(layer):
             return
+        layer._buffers.update({leaf: None for leaf in layer._buffers if leaf not in old._buffers})
         for leaf, tensor in named_state(old):
             attach(layer, leaf, tensor, persistent=leaf not in old._non_persistent_buffers_set)
         _set_submodule(self.module, owner, layer)
@@ -185,10 +186,15 @@ def _convolution(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]
     options = {"stride": args["stride"], "padding": args["padding"], "dilation": args["dilation"], "groups": groups}
     width = (weight.shape[1] * groups, weight.shape[0])
     if "Transpose" in kind:
-        width, options["output_padding"] = (weight.shape[0], weight.shape[1] * groups), _spread(args["output_padding"], weight)
+        width, options["output_padding"] = (
+            (weight.shape[0], weight.shape[1] * groups),
+            _spread(args["output_padding"], weight),
+        )
     for key in ("stride", "padding", "dilation"):
         options[key] = _spread(options[key], weight)
-    layer: nn.Module = getattr(nn, kind)(*width, tuple(weight.shape[2:]), bias="bias" in state, device="meta", **options)
+    layer: nn.Module = getattr(nn, kind)(
+        *width, tuple(weight.shape[2:]), bias="bias" in state, device="meta", **options
+    )
     return layer
 
 
@@ -231,23 +237,22 @@ def _prelu(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> n
 
 def _embedding(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
     padding = args["padding_idx"]
-    return nn.Embedding(*state["weight"].shape, padding_idx=None if padding < 0 else padding, device="meta")
+    entries, width = state["weight"].shape
+    return nn.Embedding(entries, width, padding_idx=None if padding < 0 else padding, device="meta")
 
 
 def _dropout_class(node: fx.Node) -> str:
     if node.target is aten.feature_dropout.default:
         return {3: "Dropout1d", 5: "Dropout3d"}.get(len(node.meta["val"].shape), "Dropout2d")
-    return {aten.alpha_dropout.default: "AlphaDropout", aten.feature_alpha_dropout.default: "FeatureAlphaDropout"}.get(
-        node.target,  # type: ignore[arg-type]
-        "Dropout",
-    )
+    if node.target is aten.alpha_dropout.default:
+        return "AlphaDropout"
+    return "FeatureAlphaDropout" if node.target is aten.feature_alpha_dropout.default else "Dropout"
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
 _LAYERS: dict[Any, tuple[str, Callable[..., nn.Module]]] = {
-    **{
-        target: ("input", _convolution)
-        for target in (
+    **dict.fromkeys(
+        (
             aten.conv1d.default,
             aten.conv2d.default,
             aten.conv3d.default,
@@ -257,8 +262,9 @@ _LAYERS: dict[Any, tuple[str, Callable[..., nn.Module]]] = {
             aten.conv_transpose1d.default,
             aten.conv_transpose2d.input,
             aten.conv_transpose3d.input,
-        )
-    },
+        ),
+        ("input", _convolution),
+    ),
     aten.linear.default: ("input", _linear),
     aten.batch_norm.default: ("input", _batch_norm),
     aten.instance_norm.default: ("input", _batch_norm),

@@ -18,7 +18,13 @@ __all__ = ["fuse_shuffles"]
 
 aten = torch.ops.aten
 
-_RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default}
+_RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten._unsafe_view.default,
+}
 _MOVES = {aten.permute.default, aten.transpose.int}
 _COPIES = {aten.contiguous.default, aten.clone.default}
 _LARGEST = 1 << 26
@@ -46,7 +52,11 @@ def _chain_ending_at(last: fx.Node) -> list[fx.Node]:
     chain = [last]
     while True:
         before = chain[0].args[0]
-        if not isinstance(before, fx.Node) or before.target not in _MOVES | _COPIES | _RESHAPES or len(before.users) != 1:
+        if (
+            not isinstance(before, fx.Node)
+            or before.target not in _MOVES | _COPIES | _RESHAPES
+            or len(before.users) != 1
+        ):
             return []
         chain.insert(0, before)
         if before.target in _RESHAPES:
@@ -56,7 +66,8 @@ def _chain_ending_at(last: fx.Node) -> list[fx.Node]:
 def _select_instead(module: fx.GraphModule, node: fx.Node) -> None:
     """`x[:, order]` with one constant list of positions is an `index_select`."""
     source, indices = node.args
-    assert isinstance(source, fx.Node) and isinstance(indices, list | tuple)
+    assert isinstance(source, fx.Node)
+    assert isinstance(indices, list | tuple)
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or given[0][1].op != "get_attr":
         return
@@ -107,10 +118,10 @@ def _permuted_dim(shape: tuple[int, ...], chain: list[fx.Node]) -> tuple[int, to
     for dim in range(1, len(shape)):
         line = moved.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
         start = numbered.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
-        index = torch.searchsorted(start, line)
-        if bool((index < shape[dim]).all()) and bool((start[index] == line).all()):
-            if torch.equal(numbered.index_select(dim, index), moved) and not torch.equal(numbered, moved):
-                return dim, index
+        index = torch.searchsorted(start.contiguous(), line.contiguous())
+        found = bool((index < shape[dim]).all()) and torch.equal(start[index], line)
+        if found and torch.equal(numbered.index_select(dim, index), moved) and not torch.equal(numbered, moved):
+            return dim, index
     return None
 
 

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-__all__ = ["Aliases", "attach", "find_aliases", "get_tensor", "is_persistent", "named_state", "rebuild_state"]
+__all__ = [
+    "Aliases",
+    "attach",
+    "drop_unread",
+    "find_aliases",
+    "get_tensor",
+    "graph_module",
+    "is_persistent",
+    "named_state",
+    "rebuild_state",
+]
 
 Aliases = dict[str, str]
 """Name of a tied parameter or buffer -> the first name of the same tensor."""
@@ -63,6 +73,37 @@ def is_persistent(root: nn.Module, name: str) -> bool:
     """Whether a buffer is part of the state dict (a parameter always is)."""
     owner, _, leaf = name.rpartition(".")
     return leaf not in root.get_submodule(owner)._non_persistent_buffers_set
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A graph module that takes over the whole state of `root`, read by the graph or not."""
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
+    module._modules.update(root._modules)
+    module._parameters.update(root._parameters)
+    module._buffers.update(root._buffers)
+    module._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
+    module.training = root.training
+    module.graph = graph
+    return module
+
+
+def drop_unread(root: nn.Module, graph: fx.Graph) -> None:
+    """Remove parameters that no operator reads, and buffers of modules that have nothing that is read."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    kept = {name.rpartition(".")[0] for name in read}
+    tied = {id(get_tensor(root, name)) for name in read}
+    for name, tensor in list(named_state(root)):
+        owner, _, leaf = name.rpartition(".")
+        if id(tensor) not in tied and not (owner in kept and not isinstance(tensor, nn.Parameter)):
+            delattr(root.get_submodule(owner), leaf)
+    _drop_empty(root)
+
+
+def _drop_empty(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        _drop_empty(child)
+        if not child._modules and not child._parameters and not child._buffers:
+            delattr(module, name)
 
 
 def rebuild_state(source: nn.Module, unlifted: fx.GraphModule, aliases: Aliases) -> nn.Module:

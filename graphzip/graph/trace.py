@@ -25,7 +25,16 @@ from torch.utils import _pytree as pytree
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.clean import clean
 from graphzip.graph.inputs import InputSpec, input_specs, with_batch_of_two
-from graphzip.graph.state import Aliases, attach, find_aliases, is_persistent, named_state, rebuild_state
+from graphzip.graph.state import (
+    Aliases,
+    attach,
+    drop_unread,
+    find_aliases,
+    graph_module,
+    is_persistent,
+    named_state,
+    rebuild_state,
+)
 
 __all__ = ["Traced", "share_copy", "trace"]
 
@@ -63,11 +72,12 @@ class Traced:
 
     def copy(self) -> Traced:
         """A graph of its own that shares all tensors with this one."""
-        module = fx.GraphModule(share_copy(self.module), copy.deepcopy(self.module.graph, _fake_memo(self.module)))
+        graph = copy.deepcopy(self.module.graph, _fake_memo(self.module))
+        module = graph_module(share_copy(self.module), graph, type(self.module).__name__)
         return replace(self, module=module)
 
-    def with_state_of(self, module: nn.Module) -> Traced:
-        """The same graph object with copies of the current tensors of `module`, found by name."""
+    def adopt_state(self, module: nn.Module) -> None:
+        """Take over copies of the current tensors of `module`, found by name, in place of the ones held."""
         current = dict(named_state(module))
         own: dict[int, torch.Tensor] = {}
         for name, old in list(named_state(self.module)):
@@ -78,7 +88,6 @@ class Traced:
                 value = tensor.detach().clone()
                 own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(old, nn.Parameter) else value
             attach(self.module, name, own[id(tensor)], persistent=is_persistent(self.module, name))
-        return self
 
 
 def _fake_memo(module: fx.GraphModule) -> dict[int, Any]:
@@ -128,12 +137,20 @@ def trace(
         )
     skeleton = _eval_copy(model)
     kwargs: dict[str, Any] = {}
-    args = with_batch_of_two(example_inputs)
+    args = with_batch_of_two(_separate(example_inputs))
     if scope:
         skeleton, args, kwargs = _enter_scope(model, skeleton, scope, args)
     _check_names(skeleton)
     program = _export(skeleton, args, kwargs, dynamic_shapes)
     return _to_traced(program, skeleton, args, kwargs, scope or "")
+
+
+def _separate(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors of their own: `torch.export` takes one tensor passed twice for one input."""
+    separate: tuple[Any, ...] = pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, inputs
+    )
+    return separate
 
 
 def _eval_copy(model: nn.Module) -> nn.Module:
@@ -164,9 +181,7 @@ def _batch_is_dynamic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return {name: pytree.tree_map(of, value) for name, value in bound.items()}
 
 
-def _export(
-    skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any | None
-) -> ExportedProgram:
+def _export(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any | None) -> ExportedProgram:
     try:
         shapes = shapes if shapes is not None else _batch_is_dynamic(skeleton, args, kwargs)
         with _tracing_mode():
@@ -188,8 +203,8 @@ def _explain(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             "pass example_inputs that model(*example_inputs) accepts"
         )
     return TraceError(
-        f"{name} runs but torch.export cannot trace it: {_first_line(error)}{_where(error)}; make the control flow there "
-        "independent of tensor values (or compile only the part that traces: scope='name.of.submodule')"
+        f"{name} runs but torch.export cannot trace it: {_first_line(error)}{_where(error)}; make the control "
+        "flow there independent of tensor values (or compile only the part that traces: scope='name.of.submodule')"
     )
 
 
@@ -203,7 +218,7 @@ def _where(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_TORCH_HOME) and frame.filename != __file__ and not frame.filename[:1] == "<"
+        if not frame.filename.startswith(_TORCH_HOME) and frame.filename != __file__ and frame.filename[:1] != "<"
     ]
     if not frames:
         return ""
@@ -225,7 +240,9 @@ def _enter_scope(
         inner = skeleton.get_submodule(scope)
     except AttributeError:
         known = ", ".join(name for name, _ in model.named_children())
-        raise TraceError(f"scope {scope!r} is not a submodule of {type(model).__name__}; its children are {known}") from None
+        raise TraceError(
+            f"scope {scope!r} is not a submodule of {type(model).__name__}; its children are {known}"
+        ) from None
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     runner = copy.deepcopy(skeleton)
 
@@ -237,10 +254,16 @@ def _enter_scope(
         with torch.no_grad():
             runner(*args)
     except Exception as error:
-        raise ExampleInputError(f"{type(model).__name__} fails on the example inputs: {_first_line(error)}{_where(error)}") from error
+        raise ExampleInputError(
+            f"{type(model).__name__} fails on the example inputs: {_first_line(error)}{_where(error)}"
+        ) from error
     if not seen:
-        raise TraceError(f"scope {scope!r} is not run by {type(model).__name__} on the example inputs; choose one that is")
-    inputs, keywords = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, seen[0])
+        raise TraceError(
+            f"scope {scope!r} is not run by {type(model).__name__} on the example inputs; choose one that is"
+        )
+    inputs, keywords = pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, seen[0]
+    )
     return inner, with_batch_of_two(inputs), keywords
 
 
@@ -256,8 +279,9 @@ def _to_traced(
     aliases = find_aliases(source)
     graph = unlifted.graph
     root = rebuild_state(source, unlifted, aliases)
-    module = fx.GraphModule(root, graph, class_name=type(source).__name__)
+    module = graph_module(root, graph, type(source).__name__)
     clean(module, aliases)
+    drop_unread(module, module.graph)
     specs = input_specs(module.graph)
     if not any(None in spec.shape for spec in specs):
         logger.warning("%s fixes its batch size to that of the example inputs", type(source).__name__)
@@ -282,7 +306,8 @@ def _check_names(source: nn.Module) -> None:
     for name in [*source._modules, *source._parameters, *source._buffers]:
         if name in _TAKEN:
             raise TraceError(
-                f"{type(source).__name__} has an attribute {name!r}, which torch.fx.GraphModule keeps for itself; rename it"
+                f"{type(source).__name__} has an attribute {name!r}, which torch.fx.GraphModule keeps for itself; "
+                "rename it"
             )
 
 
@@ -304,10 +329,9 @@ def _training_only(source: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
         own = {f"{name}.{key}" if name else key for key, _ in module.named_parameters()}
         nested = any(name.startswith(note.split("'")[1] + ".") for note in notes)
         if own and not own & used and not nested:
-            notes.append(f"'{name}' ({type(module).__name__}) is not part of the eval graph; its parameters are left out")
-        elif type(module).__name__ in {"StochasticDepth", "DropPath"} and getattr(module, "p", getattr(module, "drop_prob", 0)):
-            if name not in owners:
-                notes.append(f"'{name}' ({type(module).__name__}) acts only in training and is left out")
+            notes.append(
+                f"'{name}' ({type(module).__name__}) is not part of the eval graph; its parameters are left out"
+            )
+        elif type(module).__name__ in {"StochasticDepth", "DropPath"} and name not in owners:
+            notes.append(f"'{name}' ({type(module).__name__}) acts only in training and is left out")
     return tuple(notes)
-
-

@@ -13,11 +13,7 @@ from graphzip.ops.spec import OpSpec, table_of
 
 __all__ = ["MOVES", "OPS", "OpSpec"]
 
-OPS: dict[Any, OpSpec] = table_of(
-    module.SPECS for module in (pointwise, movement, conv, linear, norm, positions)
-)
+OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in (pointwise, movement, conv, linear, norm, positions))
 
-MOVES: frozenset[Any] = frozenset(
-    target for spec in (*movement.SPECS, pointwise.IDENTITY) for target in spec.targets
-)
+MOVES: frozenset[Any] = frozenset(target for spec in (*movement.SPECS, pointwise.IDENTITY) for target in spec.targets)
 """Operators that only rearrange: their result is still a parameter where their operands are."""

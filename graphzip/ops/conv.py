@@ -41,7 +41,11 @@ def blocked_weights(graph: fx.Graph) -> dict[fx.Node, int]:
         if node.target in _PLAIN:
             args = bind(node)
             weight, groups = args["weight"], args["groups"]
-            if groups > 1 and weight.op == "get_attr" and all(_is_weight_of(user, weight, groups) for user in weight.users):
+            if (
+                groups > 1
+                and weight.op == "get_attr"
+                and all(_is_weight_of(user, weight, groups) for user in weight.users)
+            ):
                 found[weight] = groups
     return found
 
@@ -50,7 +54,12 @@ def _is_weight_of(user: fx.Node, weight: fx.Node, groups: int) -> bool:
     if user.target not in _PLAIN:
         return False
     args = bind(user)
-    return not args.get("transposed") and args["weight"] is weight and args["input"] is not weight and args["groups"] == groups
+    return (
+        not args.get("transposed")
+        and args["weight"] is weight
+        and args["input"] is not weight
+        and args["groups"] == groups
+    )
 
 
 def _is_transposed(site: Site) -> bool:
@@ -142,4 +151,3 @@ def patch_groups(patch: Patch) -> None:
 
 
 SPECS = (OpSpec(_PLAIN + _TRANSPOSED, convolution, macs=macs, patch=patch_groups),)
-

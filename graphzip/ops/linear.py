@@ -40,7 +40,9 @@ def linear(site: Site) -> Result:
     for axis in other:
         site.pin(axis, "has a weight with mixed dimensions")
     inner = len(site.shape(source)) - 1
-    incoming = columns if site.is_raw(weight) else _give_up(site, columns)
+    incoming = columns if site.is_raw(weight) else None
+    if columns is not None and incoming is None:
+        site.pin(columns, "sums over a computed weight")
     rest = contract(site, site.axes(source), inner, incoming, site.shape(weight)[-1])
     if incoming is not None:
         site.consume(incoming)
@@ -54,7 +56,9 @@ def linear(site: Site) -> Result:
     return (*rest, made)
 
 
-def _sides(site: Site, weight: object, out: int, inside: int) -> tuple[IntArray | None, IntArray | None, list[IntArray]]:
+def _sides(
+    site: Site, weight: object, out: int, inside: int
+) -> tuple[IntArray | None, IntArray | None, list[IntArray]]:
     """Labels of the outgoing and incoming dimension of a 2-D weight, and axes that are neither."""
     rows = columns = None
     other = []
@@ -66,11 +70,6 @@ def _sides(site: Site, weight: object, out: int, inside: int) -> tuple[IntArray 
         else:
             other.append(axis)
     return rows, columns, other
-
-
-def _give_up(site: Site, labels: IntArray | None) -> None:
-    if labels is not None:
-        site.pin(labels, "sums over a computed weight")
 
 
 def linear_macs(site: Site) -> int:
@@ -119,7 +118,7 @@ def _times_weight(site: Site, source: object, weight: object, dim: int, inside: 
 def _two_activations(site: Site, left: object, right: object) -> Axes:
     """Sums over channels of two activations weigh each channel by how often it occurs: they stay."""
     rank = len(site.shape())
-    lifted = []
+    lifted: list[tuple[Axes, tuple[int, ...]]] = []
     for value, summed in ((left, -1), (right, -2)):
         size = len(site.shape(value))
         if size < 2 or rank < 2:

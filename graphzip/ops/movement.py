@@ -69,7 +69,9 @@ def _separable(site: Site, axes: Axes, runs: Sequence[tuple[list[int], list[int]
         axis
         for left, right in runs
         for axis in axes
-        if right and len([other for other in axes if set(support(other)) & set(left)]) > 1 and set(support(axis)) & set(left)
+        if right
+        and len([other for other in axes if set(support(other)) & set(left)]) > 1
+        and set(support(axis)) & set(left)
     ]
     for axis in clashing:
         site.pin(axis, "merges two labelled dimensions")
@@ -86,7 +88,9 @@ def transpose(site: Site) -> Result:
     rank = len(site.shape())
     if rank < 2:
         return same(site)
-    first, second = (site.args["dim0"] % rank, site.args["dim1"] % rank) if "dim0" in site.args else (rank - 2, rank - 1)
+    first, second = (
+        (site.args["dim0"] % rank, site.args["dim1"] % rank) if "dim0" in site.args else (rank - 2, rank - 1)
+    )
     return moved(site, site.axes(site.args["self"]), lambda array: np.swapaxes(array, first, second))
 
 
@@ -119,7 +123,8 @@ def select(site: Site) -> Result:
     index = site.size(site.args["index"])
 
     def pick(array: IntArray) -> IntArray:
-        return np.take(array, index if array.shape[dim] > 1 else 0, axis=dim)
+        picked: IntArray = np.take(array, index if array.shape[dim] > 1 else 0, axis=dim)
+        return picked
 
     return moved(site, _unique_position(site, site.axes(source), dim), pick)
 
@@ -266,15 +271,16 @@ def stack(site: Site) -> Result:
     shape = site.shape()
     dim = site.dim(site.args["dim"], len(shape))
     values = site.args["tensors"]
-    along = [site.move([axis], lambda arrays: np.expand_dims(arrays[0], dim)) for value in values for axis in site.axes(value)]
+    along = [
+        site.move([axis], lambda arrays: np.expand_dims(arrays[0], dim))
+        for value in values
+        for axis in site.axes(value)
+    ]
     counts = [len(site.axes(value)) for value in values]
     ends = np.cumsum([0, *counts])
     return merge(
         site,
-        [
-            (tuple(along[ends[k] : ends[k + 1]]), _with(site.shape(value), dim, 1))
-            for k, value in enumerate(values)
-        ],
+        [(tuple(along[ends[k] : ends[k + 1]]), _with(site.shape(value), dim, 1)) for k, value in enumerate(values)],
     )
 
 
@@ -287,7 +293,9 @@ def pad(site: Site) -> Result:
     source = site.args["self"]
     rank = len(site.shape(source))
     amounts = [site.size(amount) for amount in site.args["pad"]]
-    padded = {rank - 1 - k // 2: (amounts[k], amounts[k + 1]) for k in range(0, len(amounts), 2) if any(amounts[k : k + 2])}
+    padded = {
+        rank - 1 - k // 2: (amounts[k], amounts[k + 1]) for k in range(0, len(amounts), 2) if any(amounts[k : k + 2])
+    }
     axes = site.axes(source)
     if site.args.get("mode", "constant") != "constant" or any(low < 0 or high < 0 for low, high in padded.values()):
         return mixing(site, axes, list(padded), "pads it with values of other positions")
@@ -306,12 +314,11 @@ def patch_pad(patch: Patch) -> None:
     changed = False
     for k in range(0, len(amounts), 2):
         dim = rank - 1 - k // 2
-        if amounts[k] or amounts[k + 1]:
-            if patch.shrinks(patch.node, dim):
-                kept = patch.kept(patch.node, dim)
-                size = int(source.meta["val"].shape[dim])
-                amounts[k : k + 2] = [int((kept < amounts[k]).sum()), int((kept >= amounts[k] + size).sum())]
-                changed = True
+        if (amounts[k] or amounts[k + 1]) and patch.shrinks(patch.node, dim):
+            kept = patch.kept(patch.node, dim)
+            size = int(source.meta["val"].shape[dim])
+            amounts[k : k + 2] = [int((kept < amounts[k]).sum()), int((kept >= amounts[k] + size).sum())]
+            changed = True
     if changed:
         patch.set("pad", amounts)
 
@@ -324,7 +331,9 @@ def index_select(site: Site) -> Result:
         site.pin(axis, "uses it as an index")
     if positions is None:
         return mixing(site, site.axes(source), [dim], "picks channels by an index that is computed")
-    return moved(site, site.axes(source), lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array)
+    return moved(
+        site, site.axes(source), lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array
+    )
 
 
 def numbers_of(value: Any) -> IntArray | None:
@@ -358,7 +367,7 @@ def patch_index_select(patch: Patch) -> None:
 
 def flip(site: Site) -> Result:
     dims = [site.dim(dim) for dim in site.args["dims"]]
-    return moved(site, site.axes(site.args["self"]), lambda array: np.flip(array, dims))
+    return moved(site, site.axes(site.args["self"]), lambda array: np.flip(array, tuple(dims)))
 
 
 def roll(site: Site) -> Result:
@@ -409,7 +418,10 @@ def pixel_shuffle(site: Site) -> Result:
         whole = np.broadcast_to(array, (*array.shape[:k], channels, height, width))
         cells = whole.reshape(*array.shape[:k], channels // (r * r), r, r, height, width)
         order = [*range(k), k, k + 3, k + 1, k + 4, k + 2]
-        return cells.transpose(order).reshape(*array.shape[:k], channels // (r * r), height * r, width * r)
+        shuffled: IntArray = cells.transpose(order).reshape(
+            *array.shape[:k], channels // (r * r), height * r, width * r
+        )
+        return shuffled
 
     return moved(site, site.axes(source), run)
 
@@ -426,7 +438,8 @@ def pixel_unshuffle(site: Site) -> Result:
         whole = np.broadcast_to(array, (*array.shape[:k], channels, height, width))
         cells = whole.reshape(*array.shape[:k], channels, height // r, r, width // r, r)
         order = [*range(k), k, k + 2, k + 4, k + 1, k + 3]
-        return cells.transpose(order).reshape(*array.shape[:k], channels * r * r, height // r, width // r)
+        shuffled: IntArray = cells.transpose(order).reshape(*array.shape[:k], channels * r * r, height // r, width // r)
+        return shuffled
 
     return moved(site, site.axes(source), run)
 

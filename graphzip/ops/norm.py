@@ -77,7 +77,10 @@ def layer_norm(site: Site) -> Result:
     for name in ("weight", "bias"):
         value = site.args.get(name)
         if value is not None:
-            axes = merge(site, [(axes, site.shape()), (tuple(align(a, rank) for a in site.axes(value)), _lead(site, value, rank))])
+            axes = merge(
+                site,
+                [(axes, site.shape()), (tuple(align(a, rank) for a in site.axes(value)), _lead(site, value, rank))],
+            )
     return axes
 
 
@@ -100,4 +103,3 @@ SPECS = (
     OpSpec((aten.layer_norm.default, aten.rms_norm.default), layer_norm),
     OpSpec((aten.prelu.default,), prelu),
 )
-

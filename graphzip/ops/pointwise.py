@@ -32,26 +32,27 @@ _IDENTITY = (
 )
 
 _UNARY = """
-abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh deg2rad elu erf erfc erfinv
-exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma log
-log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg ones_like positive pow rad2deg reciprocal relu relu6
-round rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt square tan tanh tanhshrink threshold
-trunc zeros_like full_like special_expit
-""".split()
+abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh deg2rad elu erf erfc
+erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu
+lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg ones_like positive pow rad2deg reciprocal relu
+relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt square tan tanh tanhshrink
+threshold trunc zeros_like full_like special_expit
+"""
 
 _BINARY = """
 add atan2 bitwise_and bitwise_or bitwise_xor copy copysign div divide eq floor_divide fmax fmin fmod ge gt hypot le lerp
 logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter pow remainder rsub
 sub subtract true_divide where xlogy addcmul addcdiv clamp clamp_max clamp_min max min heaviside
-""".split()
+"""
 
-_NOT_POINTWISE = {("max", "dim"), ("max", "default"), ("max", "names_dim"), ("min", "dim"), ("min", "default"), ("min", "names_dim")}
+_REDUCING = {"dim", "default", "names_dim"}
+"""Overloads of `max` and `min` that reduce."""
 
 
-def _overloads(names: list[str], *, tensors: int) -> tuple[Any, ...]:
+def _overloads(names: str, *, tensors: int) -> tuple[Any, ...]:
     """Functional overloads of `names` that take at least (or, for one, exactly) `tensors` tensor arguments."""
     found: list[Any] = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(names.split()):
         packet = getattr(aten, name, None)
         for overload_name in packet.overloads() if packet is not None else ():
             overload = getattr(packet, overload_name)
@@ -60,7 +61,8 @@ def _overloads(names: list[str], *, tensors: int) -> tuple[Any, ...]:
             fits = count == 1 if tensors == 1 else count >= 2
             single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
             writes = schema.is_mutable or any(argument.is_out for argument in schema.arguments)
-            if fits and single and not writes and (name, overload_name) not in _NOT_POINTWISE and "dim" not in overload_name:
+            reduces = name in {"max", "min"} and overload_name in _REDUCING
+            if fits and single and not writes and not reduces:
                 found.append(overload)
     return tuple(found)
 

@@ -36,7 +36,10 @@ def pointwise(site: Site) -> Result:
     """Each output position depends on the same position of every operand (after broadcasting)."""
     rank = len(site.shape())
     operands = [
-        (tuple(align(axis, rank) for axis in site.axes(value)), (1,) * (rank - len(site.shape(value))) + site.shape(value))
+        (
+            tuple(align(axis, rank) for axis in site.axes(value)),
+            (1,) * (rank - len(site.shape(value))) + site.shape(value),
+        )
         for value in site.tensors()
         if len(site.shape(value)) <= rank
     ]
@@ -76,7 +79,9 @@ def _meet(
         shape[dim] > 1 and not any(dim in support(axis) for axis in axes) for axes, shape in operands for dim in dims
     )
     if bare or set(support(widest)) != dims:
-        why = "combines it with a tensor whose channels are fixed" if bare else "combines axes that cut across each other"
+        why = (
+            "combines it with a tensor whose channels are fixed" if bare else "combines axes that cut across each other"
+        )
         for axis in cluster:
             site.pin(axis, why)
         return None

@@ -169,4 +169,3 @@ def describe(node: fx.Node) -> str:
     name = getattr(getattr(node.target, "overloadpacket", None), "__name__", None) or str(node.target)
     source = node.meta.get("source")
     return f"{name} (node {node.name}{f', {source}' if source else ''})"
-

@@ -75,7 +75,8 @@ def _fold(traced: Traced, node: fx.Node) -> str:
         return None if args[name] is None else get_tensor(traced.module, args[name].target).detach().double()
 
     mean, var = value("running_mean"), value("running_var")
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     scale = torch.rsqrt(var + args["eps"])
     gamma, beta = value("weight"), value("bias")
     scale = scale if gamma is None else scale * gamma

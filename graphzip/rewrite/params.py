@@ -56,7 +56,9 @@ def _merge_dim(layout: Layout, labels: IntArray, value: torch.Tensor, dim: int) 
         place = np.full(labels.size, -1, dtype=np.int64)
         place[kept] = np.arange(kept.size)
         wide = result.float() if result.dtype in {torch.float16, torch.bfloat16} else result
-        result = wide.index_add(dim, _index(place[target], value), value.index_select(dim, _index(gone, value)).to(wide.dtype))
+        result = wide.index_add(
+            dim, _index(place[target], value), value.index_select(dim, _index(gone, value)).to(wide.dtype)
+        )
     return result
 
 

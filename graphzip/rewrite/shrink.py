@@ -138,9 +138,11 @@ def refresh(traced: Traced) -> None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             try:
                 with mode, enable_python_dispatcher(), torch.enable_grad():
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    values[node] = node.target(*args, **kwargs)
             except Exception as error:
-                raise RewriteError(f"{describe(node)} does not fit the shapes after the merge: {str(error).splitlines()[0]}") from error
+                raise RewriteError(
+                    f"{describe(node)} does not fit the shapes after the merge: {str(error).splitlines()[0]}"
+                ) from error
         node.meta["val"] = values.get(node)
 
 
