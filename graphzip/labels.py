@@ -108,9 +108,12 @@ class LabelSpace:
         outer, inner = np.broadcast_arrays(outer, inner)
         self._contain.append((outer.ravel(), inner.ravel()))
 
-    def solve(self) -> Solution:
-        """Close the equalities. A container whose whole content is one channel joins that channel."""
-        edges = list(self._equal)
+    def solve(self, *, coarse: bool = False) -> Solution:
+        """Close the equalities. A container whose whole content is one channel joins that channel.
+
+        With `coarse`, every container and all that it holds are one channel: whole heads, whole groups.
+        """
+        edges = list(self._equal) + (list(self._contain) if coarse else [])
         while True:
             classes = self._components(edges)
             joined = [_single(classes, outer, inner) for outer, inner in self._contain]

@@ -59,7 +59,10 @@ class ClusterMergePass:
 
     def convert(self, traced: Traced) -> Traced:
         self.collapse_(traced.module)
-        merges = [(self.groups[name].channels, parts) for name, parts in self.clusters.items()]
+        merges = [
+            (group.whole_blocks, group.channels, parts)
+            for group, parts in ((self.groups[name], parts) for name, parts in self.clusters.items())
+        ]
         return merge_channels(traced, self.analysis, merges)
 
     def collapse_(self, model: nn.Module) -> None:

@@ -5,6 +5,9 @@ Pure functions on names and numbers. The width of a group of `size` channels in 
 - a share `keep` keeps B * max(1, floor(size / B * keep)) channels, exactly (0.7 of 10 is 7);
 - a count keeps that many, and must divide by B, for every block keeps the same number;
 - then the width is rounded up to a multiple of lcm(round_to, B), at most to `size`.
+
+Where whole heads or whole groups of a convolution can go as well as the width inside them, the two groups overlap and
+one of them may shrink: the width, unless a key names the other one with its `#n` or no width can shrink.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ class Group(Protocol):
     def mergeable(self) -> bool: ...
     @property
     def reason(self) -> str | None: ...
+    @property
+    def whole_blocks(self) -> bool: ...
+    @property
+    def overlaps(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,36 @@ def resolve(
     if problems:
         raise plan_error(problems)
     counts: dict[str, Width | Clusters] = {**by_hand, **kept}
+    _settle_overlaps(counts, by_hand, options, by_name, where, problems)
+    if problems:
+        raise plan_error(problems)
     return {name: counts[name] for name, group in by_name.items() if name in counts and counts[name].count < group.size}
+
+
+def _settle_overlaps(
+    counts: dict[str, Width | Clusters],
+    by_hand: Collection[str],
+    options: ClusterMerge,
+    by_name: Mapping[str, Group],
+    where: str,
+    problems: list[str],
+) -> None:
+    """Of overlapping groups let one shrink: the one that is named, else the width inside the blocks."""
+    keys = set(options.keep) if isinstance(options.keep, Mapping) else set()
+    named = {name for name in counts if name in by_hand or name in keys}
+    for name, group in by_name.items():
+        if not group.whole_blocks or name not in counts:
+            continue
+        asked = name in named or any("#" in key and fnmatchcase(name, key) for key in keys)
+        rivals = [other for other in group.overlaps if other in counts]
+        clash = [other for other in rivals if other in named]
+        if asked and clash:
+            problems.append(f"{where}: groups {name!r} and {clash[0]!r} overlap; a plan may shrink one of them")
+        elif asked:
+            for other in rivals:
+                del counts[other]
+        elif rivals or keys:
+            del counts[name]
 
 
 def _excluded(globs: Sequence[str], by_name: Mapping[str, Group], where: str, problems: list[str]) -> frozenset[str]:

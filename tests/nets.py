@@ -481,6 +481,13 @@ def transposed_depthwise() -> Example:
 
 
 @net
+def transposed_depthwise_multiplier() -> Example:
+    return nn.Sequential(
+        unit(3, 6), nn.ConvTranspose2d(6, 12, 3, padding=1, groups=6), nn.ReLU(), conv(12, 6), head(6)
+    ), (image(),)
+
+
+@net
 def grouped_after_cat() -> Example:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.head(m.grouped(torch.cat([m.left(x), m.right(x)], 1)))
@@ -522,6 +529,17 @@ def factorized_video() -> Example:
 @net
 def pixel_shuffle() -> Example:
     return nn.Sequential(unit(3, 8), conv(8, 16), nn.PixelShuffle(2), nn.ReLU(), unit(4, 6), head(6)), (image(3, 4, 4),)
+
+
+@net
+def pixel_shuffle_flatten() -> Example:
+    """Every place of the shuffled image is read by weights of its own."""
+    return nn.Sequential(unit(3, 8), nn.PixelShuffle(2), nn.Flatten(), nn.Linear(128, 3)), (image(3, 4, 4),)
+
+
+@net
+def pixel_shuffle_to_one_channel() -> Example:
+    return nn.Sequential(unit(3, 4), nn.PixelShuffle(2), nn.Flatten(), nn.Linear(64, 3)), (image(3, 4, 4),)
 
 
 @net
@@ -1233,6 +1251,33 @@ def _write_relu(x: Tensor) -> None:
     F.relu_(x[:, 4:].sub_(0.2))
 
 
+def _write_result_kept(x: Tensor) -> Tensor:
+    part = x[:, 4:].mul_(2)
+    part.neg_()
+    x[:, 5:].add_(1)
+    return torch.cat([x[:, :4], part], 1)
+
+
+def _write_result_read_later(x: Tensor) -> Tensor:
+    part = x.transpose(2, 3).add_(0.1)
+    x.mul_(2)
+    return part + x
+
+
+def _write_after_copies(x: Tensor) -> Tensor:
+    """A reshape and a contiguous that had to copy: they keep what was there before."""
+    rows, turned = x[..., 1:].reshape(-1, 8, 56), x.transpose(2, 3).contiguous()
+    x.mul_(-2)
+    return x + turned + F.pad(rows.view(-1, 8, 8, 7), (1, 0))
+
+
+def _write_after_no_copies(x: Tensor) -> Tensor:
+    """A reshape and a contiguous that are views: they see the write."""
+    rows, same = x.reshape(-1, 8, 64), x.contiguous()
+    x.mul_(-2)
+    return rows.view(-1, 8, 8, 8) + same
+
+
 def _write_overlapping(x: Tensor) -> None:
     x[:, :5].add_(x[:, 3:].roll(1, 3))
 
@@ -1261,7 +1306,8 @@ def _write_after_reading(x: Tensor) -> Tensor:
 
 for _write in (
     _write_halves, _write_strided, _write_one, _write_space, _write_relu, _write_overlapping, _write_view, _write_fresh,
-    _write_masked, _write_after_reading,
+    _write_masked, _write_after_reading, _write_result_kept, _write_result_read_later,
+    _write_after_copies, _write_after_no_copies,
 ):  # fmt: skip
     _factory = writes(_write)
     _factory.__name__ = _write.__name__.removeprefix("_")

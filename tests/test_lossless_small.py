@@ -60,9 +60,14 @@ def test_other_clusters_and_other_amounts(name: str, seed: int) -> None:
     assert lossless(name, seed, fraction=(0.2, 0.4, 0.8)[seed - 1]).merged > 0
 
 
-def test_merging_to_one_channel() -> None:
-    found = lossless("cifar_resnet_pad", fraction=0.01)
-    assert all(len(clusters) == 1 for clusters in found.clusters.values())
+@pytest.mark.parametrize(
+    "name",
+    ["channel_shuffle_module", "cifar_resnet_pad", "glu_chunk", "grouped_conv", "pixel_shuffle", "pixel_unshuffle",
+     "resnext_block", "shufflenet", "transposed_grouped", "flatten_norm_linear"],
+)  # fmt: skip
+def test_merging_to_one_channel_in_every_block(name: str) -> None:
+    found = lossless(name, fraction=0.01)
+    assert all(len(clusters) == len(found.groups[group].blocks) for group, clusters in found.clusters.items())
 
 
 def test_nothing_planted_moves_the_output() -> None:

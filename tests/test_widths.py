@@ -23,6 +23,8 @@ class Group:
     blocks: tuple[tuple[int, ...], ...]
     mergeable: bool = True
     reason: str | None = None
+    whole_blocks: bool = False
+    overlaps: tuple[str, ...] = ()
 
 
 def group(name: str, size: int, *, blocks: int = 1, reason: str | None = None) -> Group:

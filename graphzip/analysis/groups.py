@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis
+from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, ranks
 from graphzip.tables import closest, groups_table
@@ -54,6 +54,8 @@ class ChannelGroup:
     """Channels that occur in exactly the same places, and so may be merged with each other.
 
     `channels` numbers them in the analysis; position `i` of a group is channel `i` of its first producer's slices.
+    `whole_blocks` tells channels that are whole heads or whole groups of a convolution; `overlaps` names the groups
+    that hold the same slices at the other size: a plan may shrink one of them.
     """
 
     name: str
@@ -64,6 +66,8 @@ class ChannelGroup:
     exact: bool
     blocks: tuple[tuple[int, ...], ...]
     rows_of: dict[str, int] = field(default_factory=dict)
+    whole_blocks: bool = False
+    overlaps: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -97,6 +101,8 @@ class ChannelGroup:
             "exact": self.exact,
             "reason": self.reason,
             "blocks": len(self.blocks),
+            "whole_blocks": self.whole_blocks,
+            "overlaps": list(self.overlaps),
             **{f"{role}s": self.touched(role) for role in ("producer", "pointwise", "consumer")},
         }
 
@@ -160,98 +166,142 @@ class ChannelGroups(Sequence[ChannelGroup]):
 
 def channel_groups_of(traced: Traced, analysis: Analysis) -> ChannelGroups:
     """Form the groups of an analysed graph."""
-    groups = _Builder(traced, analysis).groups()
-    total, shrinkable = _shares(traced, groups)
-    return ChannelGroups(groups, total, shrinkable)
+    drafts = _Builder(traced, analysis, analysis.fine).drafts()
+    if analysis.coarse is not None:
+        drafts += _Builder(traced, analysis, analysis.coarse, whole_blocks=True).drafts()
+    drafts.sort(key=lambda draft: draft.place)
+    groups = _named(traced, drafts)
+    return ChannelGroups(groups, *_shares(traced, groups))
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A group that has no name yet, and its place in execution order."""
+
+    place: tuple[int, int, bool]
+    param: str
+    channels: IntArray
+    params: tuple[GroupParam, ...]
+    reason: str | None
+    blocks: tuple[tuple[int, ...], ...]
+    whole_blocks: bool
+    labels: frozenset[int]
 
 
 class _Builder:
-    def __init__(self, traced: Traced, analysis: Analysis) -> None:
+    def __init__(self, traced: Traced, analysis: Analysis, level: Level, *, whole_blocks: bool = False) -> None:
         self.traced = traced
         self.analysis = analysis
+        self.level = level
+        self.whole_blocks = whole_blocks
         self.first_use = _execution_order(traced)
-        self.shapes = {
-            str(node.target): tuple(node.meta["val"].shape) for node in traced.graph.nodes if node.op == "get_attr"
-        }
-        self.slices = _slices(analysis)
+        self.slices = _slices(analysis, level)
 
-    def groups(self) -> list[ChannelGroup]:
-        pins = self.analysis.solution.pins
-        channels = (
-            np.unique(np.concatenate([s.channels for s in self.slices])) if self.slices else np.empty(0, np.int64)
-        )
+    def drafts(self) -> list[_Draft]:
+        if not self.slices:
+            return []
+        channels = np.unique(np.concatenate([s.channels for s in self.slices]))
+        if self.whole_blocks:
+            channels = channels[np.isin(channels, self._larger())]
+        pins = self.level.solution.pins
         pinned = np.fromiter((int(c) in pins for c in channels), dtype=np.int64, count=channels.size)
-        keys = np.stack([self.analysis.signature[channels], pinned.astype(np.uint64)])
-        number = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
-        group_of = np.full(self.analysis.solution.count, -1, dtype=np.int64)
-        group_of[channels] = number
+        keys = np.stack([self.level.signature[channels], pinned.astype(np.uint64)])
+        group_of = np.full(self.level.solution.count, -1, dtype=np.int64)
+        group_of[channels] = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
         owned: dict[int, list[tuple[_Slices, IntArray]]] = {}
         for found in sorted(self.slices, key=lambda s: (self.first_use[s.param], s.param, s.dim)):
             numbers = group_of[found.channels]
             order = np.argsort(numbers, kind="stable")
             for part in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-                owned.setdefault(int(numbers[part[0]]), []).append((found, part))
-        drafts = [draft for parts in owned.values() if (draft := self._draft(parts)) is not None]
-        drafts.sort(key=lambda draft: draft[0])
-        return self._named([draft[1] for draft in drafts])
+                if part.size and numbers[part[0]] >= 0:
+                    owned.setdefault(int(numbers[part[0]]), []).append((found, part))
+        return [draft for parts in owned.values() if (draft := self._draft(parts)) is not None]
 
-    def _draft(self, parts: list[tuple[_Slices, IntArray]]) -> tuple[tuple[int, int], tuple[Any, ...]] | None:
-        """The group made of these parts of parameters, with its place in execution order; inputs are left out."""
+    def _larger(self) -> IntArray:
+        """Channels that hold several channels of the fine level."""
+        labels = np.concatenate([s.labels for s in self.slices])
+        pairs = np.unique(np.stack([self.level.classes[labels], self.analysis.fine.classes[labels]]), axis=1)
+        found, counts = np.unique(pairs[0], return_counts=True)
+        larger: IntArray = found[counts > 1]
+        return larger
+
+    def _draft(self, parts: list[tuple[_Slices, IntArray]]) -> _Draft | None:
+        """The group made of these parts of parameters; what only reads the model's inputs is left out."""
         namers = [(s, part) for s, part in parts if s.role == "producer"] or [
             (s, part) for s, part in parts if s.role == "pointwise"
         ]
-        lead = namers[0] if namers else None
-        if lead is None:
+        if not namers:
             return None
-        slices, part = lead
+        slices, part = namers[0]
         channels = slices.channels[part][_first_occurrence(slices.channels[part])]
         reason = self._reason(channels)
-        if slices.role != "producer" and reason is not None:
+        if reason is not None and (self.whole_blocks or slices.role != "producer"):
             return None
-        position = np.full(self.analysis.solution.count, -1, dtype=np.int64)
+        position = np.full(self.level.solution.count, -1, dtype=np.int64)
         position[channels] = np.arange(channels.size)
-        params = tuple(_group_param(s, p, position, channels.size, self.traced) for s, p in parts)
-        place = self.first_use[slices.param], int(slices.positions[part].min())
-        return place, (slices.param, channels, params, reason)
+        return _Draft(
+            place=(self.first_use[slices.param], int(slices.positions[part].min()), self.whole_blocks),
+            param=slices.param,
+            channels=channels,
+            params=tuple(_group_param(s, p, position, channels.size, self.traced) for s, p in parts),
+            reason=reason,
+            blocks=self._blocks(channels),
+            whole_blocks=self.whole_blocks,
+            labels=frozenset(np.concatenate([s.labels[p] for s, p in parts]).tolist()),
+        )
 
     def _reason(self, channels: IntArray) -> str | None:
-        for found in (self.analysis.solution.pins, self.analysis.conflicts):
-            for channel in channels.tolist():
-                if channel in found:
-                    return found[channel]
+        reason = self.level.reason(channels)
+        if reason is not None:
+            return reason
         if channels.size == 1:
             return "has no other channel to merge with"
-        _, counts = np.unique(self.analysis.block[channels], return_counts=True)
+        _, counts = np.unique(self.level.block[channels], return_counts=True)
         if counts.max() == 1:
             return "has no other channel of its block to merge with"
         if (counts != counts[0]).any():
             return "its blocks have different numbers of channels"
         return None
 
-    def _named(self, drafts: list[tuple[Any, ...]]) -> list[ChannelGroup]:
-        used: dict[str, int] = {}
-        groups = []
-        for param, channels, params, reason in drafts:
-            name = self.traced.qualified(param.removesuffix(".weight"))
-            used[name] = used.get(name, 0) + 1
-            groups.append(
-                ChannelGroup(
-                    name=name if used[name] == 1 else f"{name}#{used[name]}",
-                    channels=channels,
-                    params=params,
-                    mergeable=reason is None,
-                    reason=reason,
-                    exact=reason is None,
-                    blocks=self._blocks(channels),
-                    rows_of={p.param: self.shapes[_local(self.traced, p.param)][0] for p in params if p.groups > 1},
-                )
-            )
-        return groups
-
     def _blocks(self, channels: IntArray) -> tuple[tuple[int, ...], ...]:
-        numbers = self.analysis.block[channels]
+        numbers = self.level.block[channels]
         parts = {int(number): np.flatnonzero(numbers == number).tolist() for number in dict.fromkeys(numbers.tolist())}
         return tuple(tuple(part) for part in parts.values())
+
+
+def _named(traced: Traced, drafts: Sequence[_Draft]) -> list[ChannelGroup]:
+    """Give every draft the name of its first producer, numbered where one producer feeds several groups."""
+    used: dict[str, int] = {}
+    names = []
+    for draft in drafts:
+        name = traced.qualified(draft.param.removesuffix(".weight"))
+        used[name] = used.get(name, 0) + 1
+        names.append(name if used[name] == 1 else f"{name}#{used[name]}")
+    rows = {
+        traced.qualified(str(node.target)): int(node.meta["val"].shape[0])
+        for node in traced.graph.nodes
+        if node.op == "get_attr" and node.meta["val"].dim()
+    }
+    large = [(name, draft) for name, draft in zip(names, drafts, strict=True) if draft.whole_blocks]
+    small = [(name, draft) for name, draft in zip(names, drafts, strict=True) if not draft.whole_blocks]
+    groups = []
+    for name, draft in zip(names, drafts, strict=True):
+        others = small if draft.whole_blocks else large
+        groups.append(
+            ChannelGroup(
+                name=name,
+                channels=draft.channels,
+                params=draft.params,
+                mergeable=draft.reason is None,
+                reason=draft.reason,
+                exact=draft.reason is None,
+                blocks=draft.blocks,
+                rows_of={p.param: rows[p.param] for p in draft.params if p.groups > 1},
+                whole_blocks=draft.whole_blocks,
+                overlaps=tuple(other for other, found in others if draft.labels & found.labels),
+            )
+        )
+    return groups
 
 
 @dataclass(frozen=True)
@@ -262,12 +312,13 @@ class _Slices:
     dim: int
     role: str
     positions: IntArray
+    labels: IntArray
     channels: IntArray
     groups: int
     size: int
 
 
-def _slices(analysis: Analysis) -> list[_Slices]:
+def _slices(analysis: Analysis, level: Level) -> list[_Slices]:
     found = []
     for owned in analysis.propagation.params:
         labels = owned.labels.ravel()
@@ -277,8 +328,9 @@ def _slices(analysis: Analysis) -> list[_Slices]:
         for code, role in ((0, "pointwise"), (1, "producer"), (2, "consumer")):
             positions = np.flatnonzero((roles == code) & (bits > 0))
             if positions.size:
-                channels = analysis.classes[labels[positions]]
-                found.append(_Slices(owned.param, owned.dim, role, positions, channels, groups, labels.size // groups))
+                own = labels[positions]
+                size = labels.size // groups
+                found.append(_Slices(owned.param, owned.dim, role, positions, own, level.classes[own], groups, size))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class ParamAxis:
 class Propagation:
     """Everything the rules said, node by node."""
 
+    graph: fx.Graph | None = None
     axes: dict[fx.Node, Any] = field(default_factory=dict)
     params: list[ParamAxis] = field(default_factory=list)
     moves: list[tuple[int, Move]] = field(default_factory=list)
@@ -50,6 +51,13 @@ class Propagation:
     produced: list[IntArray] = field(default_factory=list)
     pointwise: list[IntArray] = field(default_factory=list)
     unknown: list[fx.Node] = field(default_factory=list)
+    raw: set[fx.Node] = field(default_factory=set)
+
+    def named_moves(self) -> Iterator[tuple[str, Move]]:
+        """Every data movement with the operator that made it, as a reason names it."""
+        nodes = list(self.graph.nodes) if self.graph is not None else []
+        for position, move in self.moves:
+            yield describe(nodes[position]), move
 
 
 LabelsOf = Callable[[str, int, int, int], IntArray]
@@ -68,8 +76,8 @@ class _Walk:
     def __init__(self, graph: fx.Graph, space: Space, labels_of: LabelsOf) -> None:
         self.space = space
         self.labels_of = labels_of
-        self.result = Propagation()
-        self.raw: set[fx.Node] = set()
+        self.result = Propagation(graph)
+        self.raw = self.result.raw
         self.groups = blocked_weights(graph)
         self.blocked: dict[fx.Node, IntArray] = {}
 

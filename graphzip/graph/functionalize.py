@@ -56,13 +56,32 @@ def _view_of(node: fx.Node) -> fx.Node | None:
     """The node whose memory this one may share."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if node.target in _MAY_ALIAS or "getitem" in str(node.target):
+    if "getitem" in str(node.target):
         return node.args[0]
+    if node.target in _MAY_ALIAS:
+        return node.args[0] if _shares_memory(node) else None
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:
         return None
     shares = any(result.alias_info is not None for result in schema.returns)
     return node.args[0] if shares else None
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether a composite operator gives a view of its operand: it depends on the strides."""
+
+    def empty(found: fx.Node) -> Any:
+        value = found.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return hint(value)
+        sizes, strides = ([hint(size) for size in each] for each in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+
+    args: Any = fx.node.map_arg(node.args, empty)
+    kwargs: Any = fx.node.map_arg(node.kwargs, empty)
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    shares: bool = result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+    return shares
 
 
 def _replace(graph: fx.Graph, node: fx.Node, bases: dict[fx.Node, fx.Node]) -> None:

@@ -64,7 +64,7 @@ def _chain_ending_at(last: fx.Node) -> list[fx.Node]:
 
 
 def _select_instead(module: fx.GraphModule, node: fx.Node) -> None:
-    """`x[:, order]` with one constant list of positions is an `index_select`."""
+    """`x[:, order]` with one constant array of positions is an `index_select` (and a view for several dimensions)."""
     source, indices = node.args
     assert isinstance(source, fx.Node)
     assert isinstance(indices, list | tuple)
@@ -73,9 +73,18 @@ def _select_instead(module: fx.GraphModule, node: fx.Node) -> None:
         return
     dim, fetch = given[0]
     index = get_tensor(module, str(fetch.target))
-    if index.is_meta or index.dim() != 1 or index.dtype not in {torch.int32, torch.int64}:
+    if index.is_meta or index.dim() == 0 or index.dtype not in {torch.int32, torch.int64}:
         return
-    _replace(module, node, source, dim, index.detach().cpu().long() % concrete_shape(source.meta["val"])[dim])
+    positions = index.detach().cpu().long().flatten() % concrete_shape(source.meta["val"])[dim]
+    if index.dim() > 1:
+        node.args = (source, dim, list(index.shape))
+        node.target = aten.unflatten.int
+        with module.graph.inserting_before(node):
+            flat = module.graph.call_function(aten.clone.default, (source,))
+        flat.meta.update(node.meta, val=node.meta["val"].flatten(dim, dim + index.dim() - 1))
+        node.replace_input_with(source, flat)
+        node = flat
+    _replace(module, node, source, dim, positions)
 
 
 def _fuse(module: fx.GraphModule, chain: list[fx.Node]) -> None:

@@ -98,33 +98,35 @@ def convolution(site: Site) -> Result:
 def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
     """Labels of the incoming and of the outgoing channels, each `(groups, channels of a group)`."""
     groups, shape = site.args["groups"], site.shape(weight)
-    rows = _labels(site, weight, 0, shape[0]).reshape(groups, -1)
+    rows = _labels(site, weight, 0, (shape[0],)).reshape(groups, -1)
     columns = site.blocked.get(weight)
-    if columns is None:
-        columns = np.broadcast_to(_labels(site, weight, 1, shape[1]), (groups, shape[1]))
+    if columns is None and shape[1] == 1:
+        columns = site.fresh((groups, 1))
+    elif columns is None:
+        columns = np.broadcast_to(_labels(site, weight, 1, (shape[1],)), (groups, shape[1]))
     for axis in site.axes(weight):
         if support(axis) not in {(0,), (1,)}:
             site.pin(axis, "slides over it")
     incoming, outgoing = (rows, columns) if _is_transposed(site) else (columns, rows)
-    if groups > 1 and incoming.shape[1] == 1:  # depthwise: all outputs of a group are the channel of its input
-        channel = site.tie(rows, [1])
-        return channel, np.broadcast_to(channel, outgoing.shape)
-    site.consume(incoming)
-    site.produce(outgoing)
-    if not site.is_raw(weight):
-        site.pin(incoming, "sums over a computed weight")
+    depthwise = groups > 1 and incoming.shape[1] == outgoing.shape[1] == 1
+    if site.is_raw(weight) and not depthwise:
+        site.consume(incoming)
+        site.produce(outgoing)
     if groups > 1:
-        site.block(incoming)
-        site.block(outgoing)
+        held = site.fresh((groups, 1))
+        for side in (incoming, outgoing):
+            site.contain(held, side)
+            if side.shape[1] > 1:
+                site.block(side)
     return incoming, outgoing
 
 
-def _labels(site: Site, weight: fx.Node, dim: int, size: int) -> IntArray:
+def _labels(site: Site, weight: fx.Node, dim: int, shape: tuple[int, ...]) -> IntArray:
     for axis in site.axes(weight):
         if support(axis) == (dim,):
             return axis.ravel()
-    labels = site.fresh([size])
-    if size > 1:
+    labels = site.fresh(shape)
+    if shape[0] > 1:
         site.pin(labels, "has a weight with a fixed dimension")
     return labels
 
@@ -136,18 +138,22 @@ def macs(site: Site) -> int:
     return math.prod(positions) * math.prod(weight[1:])
 
 
-def patch_groups(patch: Patch) -> None:
-    """As many groups as the input has channels, by what a group of the weight takes."""
-    groups = patch.args["groups"]
-    if groups == 1:
-        return
+def patch_convolution(patch: Patch) -> None:
+    """Adapt the number of groups, and scale the input where the weight's slices have not been added up."""
     weight, rank = patch.args["weight"], len(patch.node.meta["val"].shape)
     channel = rank - (len(weight.meta["val"].shape) - 1)
+    groups = patch.args["groups"]
     transposed = patch.node.target in _TRANSPOSED or bool(patch.args.get("transposed"))
-    per_group = patch.size(weight, 0) // groups if transposed else patch.size(weight, 1)
-    if int(weight.meta["val"].shape[0]) == groups and (transposed or int(weight.meta["val"].shape[1]) == 1):
-        per_group = 1
-    patch.set("groups", patch.size(patch.args["input"], channel) // per_group)
+    width = int(patch.args["input"].meta["val"].shape[channel]) // groups
+    if groups > 1:
+        patch.set("groups", int(np.unique(patch.kept(patch.args["input"], channel) // width).size))
+    if groups > 1 and width == 1:
+        return
+    if not patch.consumes(weight, 0 if transposed else 1):
+        counts = patch.multiplicity(patch.args["input"], [channel], blocks=groups)
+        if counts is not None:
+            scaled = patch.call(aten.mul.Tensor, patch.operand("input"), patch.values(counts, patch.args["input"]))
+            patch.set_node("input", scaled)
 
 
-SPECS = (OpSpec(_PLAIN + _TRANSPOSED, convolution, macs=macs, patch=patch_groups),)
+SPECS = (OpSpec(_PLAIN + _TRANSPOSED, convolution, macs=macs, patch=patch_convolution),)

@@ -1,75 +1,102 @@
-"""Linear layers, matrix products and embeddings: sums over channels, and the channels they make."""
+"""Linear layers, matrix products, einsum and embeddings: sums over channels, and the channels they make.
+
+Every product is one case of the same rule (`contraction`): operands name their dimensions by letters, equal letters
+hold equal labels, letters that are not in the result are summed over. Where one operand is a weight, the slices of
+merged channels are added up; where both are activations, one of them is scaled by how many channels each one left
+stands for.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import align, merge, split_axes
+from graphzip.ops.rules import align, merge, residual
 from graphzip.ops.site import Site
-from graphzip.ops.spec import Axes, OpSpec, Result
+from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 
-__all__ = ["SPECS"]
+__all__ = ["SPECS", "contraction", "scale_activation"]
 
 aten = torch.ops.aten
 
+Term = tuple[Any, str]
+"""An operand and one letter per dimension of it."""
 
-def contract(site: Site, axes: Axes, dim: int, incoming: IntArray | None, size: int) -> Axes:
-    """Sum over dimension `dim` of an activation against labels `incoming` of a weight; the axes that are left."""
-    touching, rest = split_axes(axes, [dim])
-    if incoming is None:
-        for axis in touching:
-            site.pin(axis, "sums over a weight that is computed")
-    elif not touching:
-        if size > 1:
-            site.pin(incoming, "reads channels that are fixed")
-    else:
-        shape = [1] * touching[0].ndim
-        shape[dim] = -1
-        site.unify(touching[0], incoming.reshape(shape))
-    return tuple(rest)
+
+def contraction(site: Site, terms: Sequence[Term], out: str) -> Axes:
+    """Multiply operands, sum over the letters that `out` lacks, and give the axes of the result."""
+    letters = out + "".join(dict.fromkeys(letter for _, names in terms for letter in names if letter not in out))
+    summed = [place for place, letter in enumerate(letters) if letter not in out]
+    weights = [value for value, _ in terms if site.is_raw(value)]
+    weight = weights[-1] if len(weights) == 1 and len(terms) == 2 else None
+    operands = []
+    for value, names in terms:
+        axes = tuple(_spread(axis, names, letters) for axis in site.axes(value))
+        if value is weight:
+            for axis in axes:
+                along = set(support(axis))
+                if along and along <= set(summed):
+                    site.consume(axis)
+                elif along and not along & set(summed):
+                    site.produce(axis)
+        sizes = dict(zip(names, site.shape(value), strict=True))
+        operands.append((axes, tuple(sizes.get(letter, 1) for letter in letters)))
+    met = residual(site, merge(site, operands), summed)
+    kept = tuple(slice(None) if place not in summed else 0 for place in range(len(letters)))
+    result = tuple(axis[kept] for axis in met)
+    return tuple(axis for axis in result if support(axis))
+
+
+def _spread(axis: IntArray, names: str, letters: str) -> IntArray:
+    """The axis with one dimension per letter."""
+    order = sorted(range(len(names)), key=lambda dim: letters.index(names[dim]))
+    moved: IntArray = axis.transpose(order)
+    shape = [1] * len(letters)
+    for dim in order:
+        shape[letters.index(names[dim])] = axis.shape[dim]
+    spread: IntArray = moved.reshape(shape)
+    return spread
+
+
+def scale_activation(patch: Patch, name: str, dims: Sequence[int]) -> None:
+    """Scale an operand by how many channels each of its channels stands for, so that a sum over `dims` stays right."""
+    value = patch.args[name]
+    rank = len(value.meta["val"].shape)
+    counts = patch.multiplicity(value, [dim % rank for dim in dims])
+    if counts is not None:
+        patch.set_node(name, patch.call(aten.mul.Tensor, patch.operand(name), patch.values(counts, value)))
+
+
+_LETTERS = "abcdefghijklmnop"
 
 
 def linear(site: Site) -> Result:
     """`x (.., I), weight (O, I), bias (O,) -> (.., O)`."""
     source, weight, bias = site.args["input"], site.args["weight"], site.args["bias"]
+    lead = _LETTERS[: len(site.shape(source)) - 1]
+    if len(site.shape(weight)) == 1:
+        return contraction(site, [(source, lead + "z"), (weight, "z")], lead)
+    made = contraction(site, [(source, lead + "z"), (weight, "yz")], lead + "y")
+    return _plus(site, made, bias)
+
+
+def _plus(site: Site, made: Axes, bias: Any) -> Axes:
+    if bias is None:
+        return made
     rank = len(site.shape())
-    rows, columns, other = _sides(site, weight, 0, 1)
-    for axis in other:
-        site.pin(axis, "has a weight with mixed dimensions")
-    inner = len(site.shape(source)) - 1
-    incoming = columns if site.is_raw(weight) else None
-    if columns is not None and incoming is None:
-        site.pin(columns, "sums over a computed weight")
-    rest = contract(site, site.axes(source), inner, incoming, site.shape(weight)[-1])
-    if incoming is not None:
-        site.consume(incoming)
-    if rows is None or len(site.shape(weight)) == 1:
-        return rest
-    site.produce(rows)
-    made = rows.reshape((1,) * (rank - 1) + (-1,))
-    if bias is not None:
-        size = made.shape
-        return (*rest, *merge(site, [((made,), size), (tuple(align(a, rank) for a in site.axes(bias)), size)]))
-    return (*rest, made)
+    given = site.shape(bias)
+    spread = tuple(align(axis, rank) for axis in site.axes(bias))
+    return merge(site, [(made, site.shape()), (spread, (1,) * (rank - len(given)) + given)])
 
 
-def _sides(
-    site: Site, weight: object, out: int, inside: int
-) -> tuple[IntArray | None, IntArray | None, list[IntArray]]:
-    """Labels of the outgoing and incoming dimension of a 2-D weight, and axes that are neither."""
-    rows = columns = None
-    other = []
-    for axis in site.axes(weight):
-        if support(axis) == (out,):
-            rows = axis.ravel()
-        elif support(axis) == (inside,):
-            columns = axis.ravel()
-        else:
-            other.append(axis)
-    return rows, columns, other
+def patch_linear(patch: Patch) -> None:
+    if not patch.consumes(patch.args["weight"], -1):
+        scale_activation(patch, "input", [-1])
 
 
 def linear_macs(site: Site) -> int:
@@ -78,66 +105,118 @@ def linear_macs(site: Site) -> int:
 
 def addmm(site: Site) -> Result:
     """`bias + x (N, I) @ weight (I, O)`."""
-    product = _matmul(site, site.args["mat1"], site.args["mat2"])
-    rank = len(site.shape())
-    bias = site.args["self"]
-    given = (1,) * (rank - len(site.shape(bias))) + site.shape(bias)
-    return merge(site, [(product, site.shape()), (tuple(align(axis, rank) for axis in site.axes(bias)), given)])
+    product = contraction(site, [(site.args["mat1"], "az"), (site.args["mat2"], "zy")], "ay")
+    return _plus(site, product, site.args["self"])
+
+
+def baddbmm(site: Site) -> Result:
+    """`bias + x (B, N, I) @ y (B, I, O)`."""
+    product = contraction(site, [(site.args["batch1"], "baz"), (site.args["batch2"], "bzy")], "bay")
+    return _plus(site, product, site.args["self"])
 
 
 def matmul(site: Site) -> Result:
-    left, right = (site.args[name] for name in list(site.args)[:2])
-    return _matmul(site, left, right)
+    """`(.., M, K) @ (.., K, N)`, vectors and broadcasting included."""
+    (_, left), (_, right) = _factors(site.args)
+    lead = max(len(site.shape(left)), len(site.shape(right)), 2) - 2
+    names = _LETTERS[:lead]
+    left_names = _matrix_names(len(site.shape(left)), names, "yz", "z")
+    right_names = _matrix_names(len(site.shape(right)), names, "zx", "z")
+    out = names + ("y" if "y" in left_names else "") + ("x" if "x" in right_names else "")
+    return contraction(site, [(left, left_names), (right, right_names)], out)
 
 
-def _matmul(site: Site, left: object, right: object) -> Axes:
-    """`(.., M, K) @ (.., K, N)`: a raw operand is a weight, two activations are contracted as they are."""
-    ranks = len(site.shape(left)), len(site.shape(right))
-    if site.is_raw(right) and not site.is_raw(left) and ranks[1] == 2:
-        return _times_weight(site, left, right, ranks[0] - 1, 0, 1, len(site.shape()) - 1)
-    if site.is_raw(left) and not site.is_raw(right) and ranks[0] == 2 and ranks[1] >= 2:
-        return _times_weight(site, right, left, ranks[1] - 2, 1, 0, len(site.shape()) - 2)
-    return _two_activations(site, left, right)
+def _matrix_names(rank: int, lead: str, matrix: str, vector: str) -> str:
+    return vector if rank == 1 else lead[len(lead) - (rank - 2) :] + matrix
 
 
-def _times_weight(site: Site, source: object, weight: object, dim: int, inside: int, out: int, made_at: int) -> Axes:
-    rows, columns, other = _sides(site, weight, out, inside)
-    for axis in other:
-        site.pin(axis, "has a weight with mixed dimensions")
-    rest = contract(site, site.axes(source), dim, columns, site.shape(weight)[inside])
-    if columns is not None:
-        site.consume(columns)
-    if rows is None:
-        return rest
-    site.produce(rows)
-    shape = [1] * len(site.shape())
-    shape[made_at] = -1
-    return (*rest, rows.reshape(shape))
+def _factors(args: Any) -> list[tuple[str, Any]]:
+    """Names and values of the two matrices; `self` is the bias where there are others."""
+    names = [name for name in args if name in _MATRICES]
+    return [(name, args[name]) for name in names[-2:]]
 
 
-def _two_activations(site: Site, left: object, right: object) -> Axes:
-    """Sums over channels of two activations weigh each channel by how often it occurs: they stay."""
-    rank = len(site.shape())
-    lifted: list[tuple[Axes, tuple[int, ...]]] = []
-    for value, summed in ((left, -1), (right, -2)):
-        size = len(site.shape(value))
-        if size < 2 or rank < 2:
-            for axis in site.axes(value):
-                site.pin(axis, "sums over the channels of two activations")
-            lifted.append(((), (1,) * rank))
-            continue
-        touching, rest = split_axes(site.axes(value), [size + summed])
-        for axis in touching:
-            site.pin(axis, "sums over the channels of two activations")
-        shape = list((1,) * (rank - size) + site.shape(value))
-        shape[summed] = 1
-        lifted.append((tuple(align(axis, rank) for axis in rest), tuple(shape)))
-    return merge(site, lifted)
+_MATRICES = {"self", "input", "other", "mat1", "mat2", "batch1", "batch2", "vec", "tensor"}
+
+
+def patch_matmul(patch: Patch) -> None:
+    """Scale one activation unless the other operand is a weight whose slices have been added up."""
+    (left_name, left), (right_name, right) = _factors(patch.args)
+    if patch.consumes(right, -2 if len(right.meta["val"].shape) > 1 else -1):
+        return
+    if patch.consumes(left, -1):
+        return
+    if patch.is_raw(left):
+        scale_activation(patch, right_name, [-2 if len(right.meta["val"].shape) > 1 else -1])
+    else:
+        scale_activation(patch, left_name, [-1])
 
 
 def matmul_macs(site: Site) -> int:
-    names = [name for name in ("mat1", "batch1") if name in site.args] or list(site.args)[:1]
-    return math.prod(site.shape()) * site.shape(site.args[names[0]])[-1]
+    sides = [
+        value for name, value in _factors(site.args) if not (name == "self" and ({"mat1", "batch1"} & set(site.args)))
+    ]
+    return math.prod(site.shape()) * site.shape(sides[0])[-1]
+
+
+def _einsum_terms(site: Site) -> tuple[list[Term], str] | None:
+    """Operands with one letter per dimension, `...` spelled out; nothing where a letter repeats in an operand."""
+    equation = str(site.args["equation"]).replace(" ", "")
+    left, arrow, out = equation.partition("->")
+    values = list(site.args["tensors"])
+    given = left.split(",")
+    spare = [letter for letter in _EVERY_LETTER if letter not in equation]
+    ranks = [len(site.shape(value)) - len(names.replace("...", "")) for value, names in zip(values, given, strict=True)]
+    wide = max([rank for rank, names in zip(ranks, given, strict=True) if "..." in names], default=0)
+    dots = "".join(spare[:wide])
+    spelled = [names.replace("...", dots[wide - rank :]) for names, rank in zip(given, ranks, strict=True)]
+    if any(len(set(names)) < len(names) for names in spelled):
+        return None
+    if not arrow:
+        joined = "".join(spelled)
+        out = dots + "".join(
+            sorted(letter for letter in set(joined) if joined.count(letter) == 1 and letter not in dots)
+        )
+    return list(zip(values, spelled, strict=True)), out.replace("...", dots)
+
+
+_EVERY_LETTER = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def einsum(site: Site) -> Result:
+    found = _einsum_terms(site)
+    if found is None or len(found[0]) > 2:
+        for value in site.args["tensors"]:
+            for axis in site.axes(value):
+                site.pin(axis, "has more than two operands or takes a diagonal")
+        return ()
+    return contraction(site, *found)
+
+
+def patch_einsum(patch: Patch) -> None:
+    found = _einsum_terms(Site.of(patch.node, patch.args))
+    if found is None or len(found[0]) > 2:
+        return
+    terms, out = found
+    summed = {letter for _, names in terms for letter in names} - set(out)
+    for letter in sorted(summed):
+        if any(patch.consumes(value, names.index(letter)) for value, names in terms if letter in names):
+            return
+    scaled = next((k for k, (value, _) in enumerate(terms) if not patch.is_raw(value)), 0)
+    value, names = terms[scaled]
+    counts = patch.multiplicity(value, [names.index(letter) for letter in names if letter in summed])
+    if counts is not None:
+        tensors = [patch.copied(operand) for operand, _ in terms]
+        tensors[scaled] = patch.call(aten.mul.Tensor, tensors[scaled], patch.values(counts, value))
+        patch.set_node("tensors", tensors)
+
+
+def einsum_macs(site: Site) -> int:
+    found = _einsum_terms(site)
+    if found is None:
+        return 0
+    sizes = {letter: size for value, names in found[0] for letter, size in zip(names, site.shape(value), strict=True)}
+    return math.prod(sizes.values())
 
 
 def embedding(site: Site) -> Result:
@@ -155,9 +234,82 @@ def embedding(site: Site) -> Result:
     return made
 
 
+def attention(site: Site) -> Result:
+    """`query (.., L, E), key (.., S, E), value (.., S, V), mask (.., L, S) -> (.., L, V)`; softmax runs over S."""
+    query, key, value = (site.args[name] for name in ("query", "key", "value"))
+    rank = len(site.shape())
+    lead = _LETTERS[: rank - 2]
+    repeat = site.shape(query)[-3] // site.shape(key)[-3] if site.args.get("enable_gqa") else 1
+    keys, values = (_repeated(site, operand, repeat) for operand in (key, value))
+    scores = _between(site, site.axes(query), site.shape(query), lead + "lz", keys, lead + "sz", lead + "ls")
+    mask = site.args.get("attn_mask")
+    full = (*site.shape(query)[:-1], site.shape(key)[-2])
+    if mask is not None:
+        given = site.shape(mask)
+        spread = tuple(align(axis, rank) for axis in site.axes(mask))
+        scores = merge(site, [(scores, full), (spread, (1,) * (rank - len(given)) + given)])
+    for axis in scores:
+        if set(support(axis)) & {rank - 2, rank - 1}:
+            site.pin(axis, "attends along it")
+    scores = tuple(axis for axis in scores if not set(support(axis)) & {rank - 2, rank - 1})
+    return _between(site, scores, full, lead + "ls", values, lead + "sv", lead + "lv")
+
+
+Held = tuple[Axes, tuple[int, ...]]
+
+
+def _repeated(site: Site, value: Any, times: int) -> Held:
+    """Axes and shape of keys or values, each head standing for `times` query heads."""
+    axes, shape = site.axes(value), site.shape(value)
+    if times == 1:
+        return axes, shape
+    wide = tuple(
+        site.move([axis], lambda a: np.repeat(a[0], times, axis=-3) if a[0].shape[-3] > 1 else a[0]) for axis in axes
+    )
+    return wide, (*shape[:-3], shape[-3] * times, *shape[-2:])
+
+
+def _between(
+    site: Site, axes: Axes, shape: tuple[int, ...], names: str, other: Held, other_names: str, out: str
+) -> Axes:
+    """The product of two activations, given by their axes."""
+    letters = out + "".join(letter for letter in names if letter not in out)
+    sizes = [dict(zip(n, s, strict=True)) for n, s in ((names, shape), (other_names, other[1]))]
+    operands = [
+        (tuple(_spread(axis, n, letters) for axis in found), tuple(size.get(letter, 1) for letter in letters))
+        for found, n, size in ((axes, names, sizes[0]), (other[0], other_names, sizes[1]))
+    ]
+    summed = [place for place, letter in enumerate(letters) if letter not in out]
+    met = residual(site, merge(site, operands), summed)
+    kept = tuple(slice(None) if place not in summed else 0 for place in range(len(letters)))
+    return tuple(axis[kept] for axis in met if support(axis[kept]))
+
+
+def patch_attention(patch: Patch) -> None:
+    """The default scale depends on the width of the heads: write the one of the original out."""
+    query = patch.args["query"]
+    width = int(query.meta["val"].shape[-1])
+    if patch.args.get("scale") is None and patch.shrinks(query, len(query.meta["val"].shape) - 1):
+        patch.set("scale", 1.0 / math.sqrt(width))
+    scale_activation(patch, "query", [-1])
+
+
+def attention_macs(site: Site) -> int:
+    query, key, value = (site.shape(site.args[name]) for name in ("query", "key", "value"))
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
 SPECS = (
-    OpSpec((aten.linear.default,), linear, macs=linear_macs),
-    OpSpec((aten.addmm.default,), addmm, macs=matmul_macs),
-    OpSpec((aten.matmul.default, aten.mm.default, aten.bmm.default), matmul, macs=matmul_macs),
+    OpSpec((aten.linear.default,), linear, macs=linear_macs, patch=patch_linear),
+    OpSpec((aten.addmm.default,), addmm, macs=matmul_macs, patch=patch_matmul),
+    OpSpec((aten.baddbmm.default,), baddbmm, macs=matmul_macs, patch=patch_matmul),
+    OpSpec(
+        (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default),
+        matmul,
+        macs=matmul_macs,
+        patch=patch_matmul,
+    ),
+    OpSpec((aten.einsum.default,), einsum, macs=einsum_macs, patch=patch_einsum),
     OpSpec((aten.embedding.default,), embedding),
+    OpSpec((aten.scaled_dot_product_attention.default,), attention, macs=attention_macs, patch=patch_attention),
 )

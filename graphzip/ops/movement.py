@@ -88,10 +88,14 @@ def transpose(site: Site) -> Result:
     rank = len(site.shape())
     if rank < 2:
         return same(site)
-    first, second = (
-        (site.args["dim0"] % rank, site.args["dim1"] % rank) if "dim0" in site.args else (rank - 2, rank - 1)
-    )
+    given = [site.args[name] % rank for name in ("dim0", "dim1", "axis0", "axis1") if name in site.args]
+    first, second = given or (rank - 2, rank - 1)
     return moved(site, site.axes(site.args["self"]), lambda array: np.swapaxes(array, first, second))
+
+
+def movedim(site: Site) -> Result:
+    source, destination = site.args["source"], site.args["destination"]
+    return moved(site, site.axes(site.args["self"]), lambda array: np.moveaxis(array, source, destination))
 
 
 def unsqueeze(site: Site) -> Result:
@@ -193,12 +197,38 @@ def scatter(site: Site) -> Result:
         start, end, step = _slice_bounds(site, shape[dim])
     if (start, end, step) == (0, shape[dim], 1):
         return merge(site, [(site.axes(base), shape), (site.axes(part), site.shape(part))])
-    along, _ = split_axes(site.axes(base) + site.axes(part), [dim])
-    if along or "index" in site.args:
+    along = [split_axes(site.axes(value), [dim])[0] for value in (base, part)]
+    if not any(along):
+        return merge(
+            site, [(site.axes(base), _without(shape, dim)), (site.axes(part), _without(site.shape(part), dim))]
+        )
+    if "index" in site.args or step != 1 or not all(along) or any(support(a[0]) != (dim,) for a in along):
         for axis in site.axes(base) + site.axes(part):
             site.pin(axis, "writes into some of the channels")
         return ()
-    return merge(site, [(site.axes(base), _without(shape, dim)), (site.axes(part), _without(site.shape(part), dim))])
+    across = merge(
+        site,
+        [(tuple(split_axes(site.axes(v), [dim])[1]), _without(site.shape(v), dim)) for v in (base, part)],
+    )
+
+    def written(arrays: list[IntArray]) -> IntArray:
+        whole = arrays[0].copy()
+        whole[(slice(None),) * dim + (slice(start, end),)] = arrays[1]
+        return whole
+
+    return (*across, site.move([along[0][0], along[1][0]], written))
+
+
+def patch_scatter(patch: Patch) -> None:
+    base = patch.args["self"]
+    dim = patch.args["dim"] % len(base.meta["val"].shape)
+    if not patch.shrinks(base, dim):
+        return
+    size = int(base.meta["val"].shape[dim])
+    start, end, _ = slice(patch.args["start"], patch.args["end"]).indices(size)
+    before = int((patch.kept(base, dim) < start).sum())
+    patch.set("start", before)
+    patch.set("end", before + patch.size(patch.args["src"], dim))
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -351,6 +381,33 @@ def numbers_of(value: Any) -> IntArray | None:
     return numbers
 
 
+def index(site: Site) -> Result:
+    """`x[i, :, j]`: dimensions that are indexed are picked from, the others pass where the indices stand together."""
+    source, indices = site.args["self"], site.args["indices"]
+    rank = len(site.shape(source))
+    for value in indices:
+        for axis in site.axes(value):
+            site.pin(axis, "uses it as an index")
+    taken = [dim for dim, value in enumerate(indices) if value is not None]
+    axes = mixing(site, site.axes(source), taken, "picks positions by an index")
+    masks = any(value is not None and value.meta["val"].dtype in {torch.bool, torch.uint8} for value in indices)
+    if masks or taken != list(range(taken[0], taken[-1] + 1)):
+        for axis in axes:
+            site.pin(axis, "picks positions by several indices")
+        return ()
+    added = len(site.shape()) - (rank - len(taken))
+
+    def run(array: IntArray) -> IntArray:
+        return array.reshape(array.shape[: taken[0]] + (1,) * added + array.shape[taken[-1] + 1 :])
+
+    return moved(site, axes, run)
+
+
+def factory(site: Site) -> Result:
+    """A new tensor that takes only dtype and device from its operand."""
+    return ()
+
+
 def patch_index_select(patch: Patch) -> None:
     source = patch.args["self"]
     dim = patch.args["dim"] % len(source.meta["val"].shape)
@@ -480,14 +537,26 @@ SPECS = (
     OpSpec((aten.flatten.using_ints,), view),
     OpSpec((aten.unflatten.int,), view, patch=patch_unflatten),
     OpSpec((aten.permute.default,), permute),
-    OpSpec((aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default), transpose),
+    OpSpec(
+        (
+            aten.transpose.int,
+            aten.t.default,
+            aten.mT.default,
+            aten.numpy_T.default,
+            aten.swapaxes.default,
+            aten.swapdims.default,
+        ),
+        transpose,
+    ),
+    OpSpec((aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist), movedim),
     OpSpec((aten.unsqueeze.default,), unsqueeze),
     OpSpec((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze),
     OpSpec((aten.expand.default,), expand, patch=patch_sizes("size")),
     OpSpec((aten.expand_as.default,), expand),
     OpSpec((aten.select.int,), select),
     OpSpec((aten.slice.Tensor, aten.narrow.default), slice_, patch=patch_slice),
-    OpSpec((aten.slice_scatter.default, aten.select_scatter.default), scatter),
+    OpSpec((aten.slice_scatter.default,), scatter, patch=patch_scatter),
+    OpSpec((aten.select_scatter.default,), scatter),
     OpSpec(
         (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
         parts,
@@ -497,6 +566,8 @@ SPECS = (
     OpSpec((aten.stack.default,), stack),
     OpSpec((aten.pad.default, aten.constant_pad_nd.default), pad, patch=patch_pad),
     OpSpec((aten.index_select.default,), index_select, patch=patch_index_select),
+    OpSpec((aten.index.Tensor,), index),
+    OpSpec((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), factory),
     OpSpec((aten.flip.default,), flip),
     OpSpec((aten.roll.default,), roll, patch=patch_roll),
     OpSpec((aten.repeat.default, aten.tile.default), repeat),

@@ -1,18 +1,26 @@
-"""Normalisation layers and per-channel parameters of activations."""
+"""Normalisation layers and per-channel parameters of activations.
+
+Statistics over channels count every channel once. Where merged channels stood for different numbers of channels, the
+norm becomes a weighted one: with `m_c` channels behind channel `c` of `n`, the mean is `1/n sum_c m_c x_c` and the
+variance `1/n sum_c m_c (x_c - mean)^2`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import fx
 
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import align, merge, mixing, split_axes
+from graphzip.ops.rules import align, alike, merge, split_axes
 from graphzip.ops.site import Site
-from graphzip.ops.spec import Axes, OpSpec, Patch, Result
+from graphzip.ops.spec import Axes, FloatArray, OpSpec, Patch, Result
 
-__all__ = ["SPECS"]
+__all__ = ["SPECS", "weighted_moments"]
 
 aten = torch.ops.aten
 
@@ -32,61 +40,124 @@ def per_channel(site: Site, axes: Axes, parameters: Sequence[Any], channel: int)
     return merge(site, operands)
 
 
-def batch_norm(site: Site) -> Result:
-    """Each channel is normalised on its own over the batch and all positions (Ioffe and Szegedy, 2015)."""
-    source = next(value for name, value in site.args.items() if name in {"input", "self"})
-    rank = len(site.shape())
-    others = [dim for dim in range(rank) if dim != 1]
-    touching, rest = split_axes(site.axes(source), [1])
+def _channels_only(site: Site, axes: Axes) -> Axes:
+    """Axes along dimension 1; those along other dimensions are pinned."""
+    touching, rest = split_axes(axes, [1])
     for axis in rest:
         site.pin(axis, "normalises over it")
-    axes = tuple(site.tie(axis, [dim for dim in support(axis) if dim in others]) for axis in touching)
+    return tuple(site.tie(axis, [dim for dim in support(axis) if dim != 1]) for axis in touching)
+
+
+def batch_norm(site: Site) -> Result:
+    """Each channel is normalised on its own over the batch and all positions (Ioffe and Szegedy, 2015)."""
+    axes = _channels_only(site, site.axes(site.args["input"]))
     names = ("weight", "bias", "running_mean", "running_var")
     return per_channel(site, axes, [site.args[name] for name in names], 1)
 
 
 def group_norm(site: Site) -> Result:
-    """Statistics run over the channels of a group: whole groups are the channels that can go."""
-    source, groups = site.args["input"], site.args["num_groups"]
-    touching, rest = split_axes(site.axes(source), [1])
-    for axis in rest:
-        site.pin(axis, "normalises over it")
-    axes: Axes = ()
-    if touching:
-        axis = site.tie(touching[0], [dim for dim in support(touching[0]) if dim != 1])
-        if groups == 1:
-            site.pin(axis, "normalises over all channels")
-        else:
-            site.tie(axis.reshape(groups, -1), [1])
-            axes = (axis,)
+    """Statistics run over the channels of a group (Wu and He, 2018): every group keeps the same number of channels."""
+    groups, width = site.args["num_groups"], site.shape()[1] // site.args["num_groups"]
+    axes = _channels_only(site, site.axes(site.args["input"]))
+    if groups > 1 and width > 1:
+        for axis in axes:
+            rows = axis.reshape(groups, width)
+            site.block(rows)
+            site.contain(site.fresh((groups, 1)), rows)
     return per_channel(site, axes, [site.args["weight"], site.args["bias"]], 1)
 
 
 def patch_group_norm(patch: Patch) -> None:
-    before = int(patch.node.meta["val"].shape[1])
     groups = patch.args["num_groups"]
-    patch.set("num_groups", patch.size(patch.node, 1) * groups // before)
+    width = int(patch.node.meta["val"].shape[1]) // groups
+    left = int(np.unique(patch.kept(patch.node, 1) // width).size)
+    dims = list(range(1, len(patch.node.meta["val"].shape)))
+    counts = _uneven(patch.multiplicity(patch.args["input"], dims, blocks=groups))
+    patch.set("num_groups", left)
+    if counts is None:
+        return
+    rank = len(patch.node.meta["val"].shape)
+    sizes = [left, patch.size(patch.node, 1) // left]
+    old = [int(size) for size in patch.node.meta["val"].shape[2:]]
+    x = patch.call(aten.unflatten.int, patch.operand("input"), 1, sizes)
+    weights = patch.values(counts.reshape(1, *sizes, *(1,) * (rank - 2)), patch.args["input"])
+    centred, variance = weighted_moments(patch, x, weights, list(range(2, rank + 1)), width * math.prod(old))
+    y = patch.call(aten.mul.Tensor, centred, _inverse_root(patch, variance, patch.args["eps"]))
+    y = patch.call(aten.flatten.using_ints, y, 1, 2)
+    patch.become(_affine(patch, y, ["weight", "bias"], (-1, *(1,) * (rank - 2))))
+
+
+def weighted_moments(
+    patch: Patch, x: fx.Node, weights: fx.Node, dims: list[int], count: float
+) -> tuple[fx.Node, fx.Node]:
+    """`x - mean` and the variance over `dims`, `weights` saying how many of the `count` values each one stands for."""
+    total = patch.call(aten.sum.dim_IntList, patch.call(aten.mul.Tensor, x, weights), dims, True)
+    centred = patch.call(aten.sub.Tensor, x, patch.call(aten.div.Tensor, total, count))
+    squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, centred, centred), weights)
+    return centred, patch.call(aten.div.Tensor, patch.call(aten.sum.dim_IntList, squares, dims, True), count)
+
+
+def _inverse_root(patch: Patch, variance: fx.Node, eps: float) -> fx.Node:
+    return patch.call(aten.rsqrt.default, patch.call(aten.add.Tensor, variance, eps))
+
+
+def _affine(patch: Patch, y: fx.Node, names: Sequence[str], shape: tuple[int, ...] | None) -> fx.Node:
+    for name, target in zip(names, (aten.mul.Tensor, aten.add.Tensor), strict=False):
+        value = patch.operand(name)
+        if value is not None:
+            spread = value if shape is None else patch.call(aten.view.default, value, list(shape))
+            y = patch.call(target, y, spread)
+    return y
 
 
 def layer_norm(site: Site) -> Result:
-    """Statistics run over the trailing dimensions."""
-    source, shape = site.args["input"], site.args["normalized_shape"]
+    """Statistics run over the trailing dimensions (Ba et al., 2016; `rms_norm`: Zhang and Sennrich, 2019)."""
     rank = len(site.shape())
-    dims = range(rank - len(shape), rank)
-    axes = mixing(site, site.axes(source), dims, "normalises over all channels")
-    for name in ("weight", "bias"):
-        value = site.args.get(name)
+    dims = range(rank - len(site.args["normalized_shape"]), rank)
+    axes = alike(site, site.axes(site.args["input"]), dims)
+    operands = [(axes, site.shape())]
+    for value in (site.args.get("weight"), site.args.get("bias")):
         if value is not None:
-            axes = merge(
-                site,
-                [(axes, site.shape()), (tuple(align(a, rank) for a in site.axes(value)), _lead(site, value, rank))],
-            )
-    return axes
+            given = site.shape(value)
+            operands.append((tuple(align(a, rank) for a in site.axes(value)), (1,) * (rank - len(given)) + given))
+    return merge(site, operands)
 
 
-def _lead(site: Site, value: Any, rank: int) -> tuple[int, ...]:
-    given = site.shape(value)
-    return (1,) * (rank - len(given)) + given
+def _normalized(patch: Patch) -> tuple[list[int], int, FloatArray | None]:
+    """Dimensions that are normalised, values there before the rewrite, and how many channels each one stands for."""
+    shape = patch.args["normalized_shape"]
+    rank = len(patch.node.meta["val"].shape)
+    dims = list(range(rank - len(shape), rank))
+    return dims, math.prod(int(size) for size in shape), _uneven(patch.multiplicity(patch.args["input"], dims))
+
+
+def _uneven(counts: FloatArray | None) -> FloatArray | None:
+    """Averages stay what they are where every channel stands for the same number of channels."""
+    return None if counts is None or np.ptp(counts) == 0 else counts
+
+
+def patch_layer_norm(patch: Patch) -> None:
+    dims, count, counts = _normalized(patch)
+    if counts is None:
+        patch.set("normalized_shape", [patch.size(patch.node, dim) for dim in dims])
+        return
+    weights = patch.values(counts, patch.args["input"])
+    centred, variance = weighted_moments(patch, patch.operand("input"), weights, dims, count)
+    y = patch.call(aten.mul.Tensor, centred, _inverse_root(patch, variance, patch.args["eps"]))
+    patch.become(_affine(patch, y, ["weight", "bias"], None))
+
+
+def patch_rms_norm(patch: Patch) -> None:
+    dims, count, counts = _normalized(patch)
+    if counts is None:
+        patch.set("normalized_shape", [patch.size(patch.node, dim) for dim in dims])
+        return
+    x = patch.operand("input")
+    squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, x, x), patch.values(counts, patch.args["input"]))
+    mean = patch.call(aten.div.Tensor, patch.call(aten.sum.dim_IntList, squares, dims, True), count)
+    given = patch.args["eps"]
+    eps = torch.finfo(patch.node.meta["val"].dtype).eps if given is None else given
+    patch.become(_affine(patch, patch.call(aten.mul.Tensor, x, _inverse_root(patch, mean, eps)), ["weight"], None))
 
 
 def prelu(site: Site) -> Result:
@@ -100,6 +171,7 @@ def prelu(site: Site) -> Result:
 SPECS = (
     OpSpec((aten.batch_norm.default, aten.instance_norm.default), batch_norm),
     OpSpec((aten.group_norm.default,), group_norm, patch=patch_group_norm),
-    OpSpec((aten.layer_norm.default, aten.rms_norm.default), layer_norm),
+    OpSpec((aten.layer_norm.default,), layer_norm, patch=patch_layer_norm),
+    OpSpec((aten.rms_norm.default,), layer_norm, patch=patch_rms_norm),
     OpSpec((aten.prelu.default,), prelu),
 )

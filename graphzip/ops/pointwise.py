@@ -34,13 +34,14 @@ _IDENTITY = (
 _UNARY = """
 abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh deg2rad elu erf erfc
 erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu
-lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg ones_like positive pow rad2deg reciprocal relu
+lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg ones_like positive pow rad2deg reciprocal
+relu
 relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt square tan tanh tanhshrink
 threshold trunc zeros_like full_like special_expit
 """
 
 _BINARY = """
-add atan2 bitwise_and bitwise_or bitwise_xor copy copysign div divide eq floor_divide fmax fmin fmod ge gt hypot le lerp
+add fill atan2 bitwise_and bitwise_or bitwise_xor copy copysign div divide eq floor_divide fmax fmin fmod ge gt hypot le lerp
 logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter pow remainder rsub
 sub subtract true_divide where xlogy addcmul addcdiv clamp clamp_max clamp_min max min heaviside
 """

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from graphzip.labels import IntArray
-from graphzip.ops.rules import mixing, moved
+from graphzip.ops.norm import weighted_moments
+from graphzip.ops.rules import alike, merge, mixing, moved, residual
 from graphzip.ops.site import Site
-from graphzip.ops.spec import Axes, OpSpec, Result
+from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 
 __all__ = ["SPECS"]
 
@@ -23,119 +26,199 @@ def window(spatial: int) -> Callable[[Site], Result]:
     def rule(site: Site) -> Result:
         source = site.tensors()[0]
         rank = len(site.shape(source))
-        axes = mixing(site, site.axes(source), range(rank - spatial, rank), "mixes positions")
-        value = site.node.meta["val"]
-        return [axes for _ in value] if isinstance(value, tuple | list) else axes
+        return _each(site, mixing(site, site.axes(source), range(rank - spatial, rank), "mixes positions"))
 
     return rule
 
 
-def reduction(site: Site) -> Result:
-    """`mean`, `sum`, `amax` ... over `dim`; over everything where none is given."""
-    source = site.tensors()[0]
-    rank = len(site.shape(source))
-    given = site.args.get("dim")
-    listed = [given] if isinstance(given, int) else list(given or range(rank))
-    dims = sorted(dim % max(rank, 1) for dim in listed)
-    axes = mixing(site, site.axes(source), dims, "reduces over channels")
-    if not site.args.get("keepdim", False):
-        axes = _drop(site, axes, dims)
+def _each(site: Site, axes: Axes) -> Result:
+    """The same axes for every output of an operator with several."""
     value = site.node.meta["val"]
     return [axes for _ in value] if isinstance(value, tuple | list) else axes
 
 
-def _drop(site: Site, axes: Axes, dims: list[int]) -> Axes:
-    def without(array: IntArray) -> IntArray:
+def _reduced(args: Any, rank: int) -> list[int]:
+    given = args.get("dim")
+    listed = [given] if isinstance(given, int) else list(given or range(rank))
+    return sorted(int(dim) % max(rank, 1) for dim in listed)
+
+
+def reduction(site: Site) -> Result:
+    """`sum`, `mean`, `amax` ... over `dim` (over everything where none is given): all positions count alike."""
+    source = site.tensors()[0]
+    dims = _reduced(site.args, len(site.shape(source)))
+    return _each(site, _without(site, residual(site, site.axes(source), dims), dims))
+
+
+def choice(site: Site) -> Result:
+    """`argmax`, `max` with indices, `prod`: the answer depends on where channels stand or how many there are."""
+    source = site.tensors()[0]
+    dims = _reduced(site.args, len(site.shape(source)))
+    axes = mixing(site, site.axes(source), dims, "tells positions or counts of channels apart")
+    return _each(site, _without(site, axes, dims))
+
+
+def _without(site: Site, axes: Axes, dims: list[int]) -> Axes:
+    if site.args.get("keepdim", False):
+        return axes
+
+    def squeeze(array: IntArray) -> IntArray:
         return np.squeeze(array, axis=tuple(dims))
 
-    return moved(site, axes, without)
+    return moved(site, axes, squeeze)
+
+
+def patch_sum(patch: Patch) -> None:
+    _scale(patch, lambda counts: counts)
+
+
+def patch_mean(patch: Patch) -> None:
+    """The mean of what is left, each value weighted by how much it stands for: `n' / n sum_c m_c x_c / n'`."""
+    source = patch.args["self"]
+    dims = _reduced(patch.args, len(source.meta["val"].shape))
+    before = math.prod(_old(source, dim) for dim in dims)
+    after = math.prod(patch.size(source, dim) for dim in dims)
+    _scale(patch, lambda counts: counts * (after / before))
+
+
+def patch_norm(patch: Patch) -> None:
+    order = patch.args.get("ord", patch.args.get("p"))
+    order = 2.0 if order is None else float(order)
+    if math.isfinite(order) and order > 0:
+        _scale(patch, lambda counts: counts ** (1 / order))
+
+
+def _scale(patch: Patch, weight: Callable[[Any], Any]) -> None:
+    source = patch.args["self"]
+    counts = patch.multiplicity(source, _reduced(patch.args, len(source.meta["val"].shape)))
+    if counts is not None and not np.allclose(weight(counts), 1.0, rtol=0, atol=1e-15):
+        scaled = patch.call(aten.mul.Tensor, patch.operand("self"), patch.values(weight(counts), source))
+        patch.set_node("self", scaled)
+
+
+def patch_logsumexp(patch: Patch) -> None:
+    source = patch.args["self"]
+    counts = patch.multiplicity(source, _reduced(patch.args, len(source.meta["val"].shape)))
+    if counts is not None:
+        shifted = patch.call(aten.add.Tensor, patch.operand("self"), patch.values(np.log(counts), source))
+        patch.set_node("self", shifted)
+
+
+def patch_variance(patch: Patch) -> None:
+    source = patch.args["self"]
+    dims = _reduced(patch.args, len(source.meta["val"].shape))
+    counts = patch.multiplicity(source, dims)
+    if counts is None and not any(patch.shrinks(source, dim) for dim in dims):
+        return
+    count = math.prod(_old(source, dim) for dim in dims)
+    correction = patch.args.get("correction", 1 if patch.args.get("unbiased", True) else 0)
+    correction = 1 if correction is None else correction
+    left = math.prod(patch.size(source, dim) for dim in dims)
+    weights = np.full((1,) * len(source.meta["val"].shape), count / left) if counts is None else counts
+    _, variance = weighted_moments(patch, patch.operand("self"), patch.values(weights, source), dims, count)
+    variance = patch.call(aten.mul.Tensor, variance, count / (count - correction))
+    if "std" in str(patch.node.target):
+        variance = patch.call(aten.sqrt.default, variance)
+    for dim in reversed(dims) if not patch.args.get("keepdim", False) else ():
+        variance = patch.call(aten.squeeze.dim, variance, dim)
+    patch.become(variance)
+
+
+def _old(source: Any, dim: int) -> int:
+    return int(source.meta["val"].shape[dim])
+
+
+def softmax(site: Site) -> Result:
+    """`exp(x_c) / sum_k exp(x_k)`: channels along `dim` are treated alike."""
+    source = site.tensors()[0]
+    rank = len(site.shape(source))
+    return alike(site, site.axes(source), [int(site.args["dim"]) % max(rank, 1)])
+
+
+def patch_softmax(patch: Patch) -> None:
+    """`softmax(x + log m) / m` is what each of `m` equal channels had."""
+    source = patch.args["self"]
+    counts = patch.multiplicity(source, [int(patch.args["dim"]) % max(len(source.meta["val"].shape), 1)])
+    if counts is None:
+        return
+    shift = patch.values(np.log(counts), source)
+    patch.set_node("self", patch.call(aten.add.Tensor, patch.operand("self"), shift))
+    if "log" in str(patch.node.target):
+        patch.then(aten.sub.Tensor, shift)
+    else:
+        patch.then(aten.div.Tensor, patch.values(counts, source))
 
 
 def along_dim(site: Site) -> Result:
-    """`softmax`, `cumsum`, `sort` ...: positions along `dim` are treated unevenly."""
+    """`cumsum`, `sort`, `topk` ...: positions along `dim` are treated unevenly."""
     source = site.tensors()[0]
     rank = len(site.shape(source))
-    axes = mixing(site, site.axes(source), [int(site.args["dim"]) % max(rank, 1)], "compares or adds up channels")
-    value = site.node.meta["val"]
-    return [axes for _ in value] if isinstance(value, tuple | list) else axes
+    dim = int(site.args.get("dim", -1)) % max(rank, 1)
+    return _each(site, mixing(site, site.axes(source), [dim], "depends on the order of the channels"))
+
+
+def gather(site: Site) -> Result:
+    """`out[i, j] = x[index[i, j], j]`: passes where the same index is used for all channels."""
+    source, index = site.args["self"], site.args["index"]
+    dim = int(site.args["dim"]) % max(len(site.shape()), 1)
+    axes = mixing(site, site.axes(source), [dim], "picks channels by an index that is computed")
+    kept = mixing(site, site.axes(index), [dim], "is used as an index")
+    sizes = tuple(1 if place == dim else size for place, size in enumerate(site.shape(source)))
+    picked = tuple(1 if place == dim else size for place, size in enumerate(site.shape(index)))
+    if any(a != b for a, b in zip(sizes, picked, strict=True)):
+        for axis in axes + kept:
+            site.pin(axis, "picks some of the positions")
+        return ()
+    return merge(site, [(axes, sizes), (kept, picked)])
+
+
+_POOLS = {
+    1: "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d",
+    2: "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d",
+    3: "max_pool3d max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d",
+}
+_RESAMPLINGS = {
+    1: "upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d",
+    2: "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa",
+    3: "upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact3d",
+}
+
+
+def _window_targets(dims: int) -> tuple[Any, ...]:
+    pools = [getattr(aten, name).default for name in _POOLS[dims].split()]
+    resamplings = [getattr(aten, name) for name in _RESAMPLINGS[dims].split()]
+    return tuple(pools) + tuple(getattr(packet, kind) for packet in resamplings for kind in ("vec", "default"))
 
 
 SPECS = (
+    *(OpSpec(_window_targets(dims), window(dims)) for dims in (1, 2, 3)),
+    OpSpec((aten.sum.dim_IntList, aten.sum.default), reduction, patch=patch_sum),
+    OpSpec((aten.mean.dim, aten.mean.default), reduction, patch=patch_mean),
+    OpSpec((aten.amax.default, aten.amin.default, aten.max.default, aten.min.default), reduction),
+    OpSpec((aten.any.dim, aten.all.dim, aten.any.default, aten.all.default), reduction),
+    OpSpec((aten.logsumexp.default,), reduction, patch=patch_logsumexp),
+    OpSpec((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), reduction, patch=patch_norm),
     OpSpec(
-        (
-            aten.max_pool1d.default,
-            aten.avg_pool1d.default,
-            aten.adaptive_avg_pool1d.default,
-            aten.adaptive_max_pool1d.default,
-            aten.upsample_nearest1d.vec,
-            aten.upsample_linear1d.vec,
-        ),
-        window(1),
-    ),
-    OpSpec(
-        (
-            aten.max_pool2d.default,
-            aten.max_pool2d_with_indices.default,
-            aten.avg_pool2d.default,
-            aten.adaptive_avg_pool2d.default,
-            aten.adaptive_max_pool2d.default,
-            aten.upsample_nearest2d.vec,
-            aten.upsample_bilinear2d.vec,
-            aten.upsample_bicubic2d.vec,
-            aten._upsample_nearest_exact2d.vec,
-            aten._upsample_bilinear2d_aa.vec,
-            aten._upsample_bicubic2d_aa.vec,
-        ),
-        window(2),
-    ),
-    OpSpec(
-        (
-            aten.max_pool3d.default,
-            aten.avg_pool3d.default,
-            aten.adaptive_avg_pool3d.default,
-            aten.adaptive_max_pool3d.default,
-            aten.upsample_nearest3d.vec,
-            aten.upsample_trilinear3d.vec,
-        ),
-        window(3),
-    ),
-    OpSpec(
-        (
-            aten.mean.dim,
-            aten.mean.default,
-            aten.sum.dim_IntList,
-            aten.sum.default,
-            aten.amax.default,
-            aten.amin.default,
-            aten.max.dim,
-            aten.min.dim,
-            aten.max.default,
-            aten.min.default,
-            aten.var.correction,
-            aten.var.dim,
-            aten.std.correction,
-            aten.std.dim,
-            aten.logsumexp.default,
-            aten.prod.dim_int,
-            aten.argmax.default,
-            aten.argmin.default,
-            aten.any.dim,
-            aten.all.dim,
-            aten.linalg_vector_norm.default,
-            aten.norm.ScalarOpt_dim,
-        ),
+        (aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim),
         reduction,
+        patch=patch_variance,
     ),
     OpSpec(
+        (aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.prod.dim_int, aten.median.dim),
+        choice,
+    ),
+    OpSpec((aten.softmax.int, aten.log_softmax.int), softmax, patch=patch_softmax),
+    OpSpec(
         (
-            aten.softmax.int,
-            aten.log_softmax.int,
             aten.cumsum.default,
             aten.cumprod.default,
             aten.sort.default,
+            aten.sort.stable,
             aten.topk.default,
             aten.argsort.default,
         ),
         along_dim,
     ),
+    OpSpec((aten.gather.default,), gather),
 )

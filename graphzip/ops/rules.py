@@ -11,7 +11,19 @@ from graphzip.labels import IntArray, support
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, Result
 
-__all__ = ["align", "broadcast_dims", "merge", "mixing", "moved", "opaque", "pointwise", "same", "split_axes"]
+__all__ = [
+    "align",
+    "alike",
+    "broadcast_dims",
+    "merge",
+    "mixing",
+    "moved",
+    "opaque",
+    "pointwise",
+    "residual",
+    "same",
+    "split_axes",
+]
 
 
 def same(site: Site) -> Result:
@@ -114,6 +126,38 @@ def mixing(site: Site, axes: Axes, dims: Sequence[int], why: str) -> Axes:
             site.pin(axis, why)
         else:
             result.append(site.tie(axis, [dim for dim in support(axis) if dim in dims]))
+    return tuple(result)
+
+
+def alike(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
+    """Channels along `dims` are treated alike, each by how often it occurs; the axes pass."""
+    return tuple(_without_batch(site, axis) if set(support(axis)) & set(dims) else axis for axis in axes)
+
+
+def _without_batch(site: Site, axis: IntArray) -> IntArray:
+    """A dimension that has the batch in it cannot carry counts of its own per position: its labels are tied."""
+    if 0 in support(axis) and len(support(axis)) > 1 and site.batch_is_first():
+        return site.tie(axis, [0])
+    return axis
+
+
+def residual(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
+    """What is left of axes once channels along `dims` have been summed over, all of them alike.
+
+    An axis that extends along other dimensions as well leaves labels of its own there, which contain the channels.
+    """
+    touching, result = split_axes(axes, dims)
+    for axis in touching:
+        if 0 in support(axis) and len(support(axis)) > 1 and site.batch_is_first():
+            _without_batch(site, axis)
+        inside = [dim for dim in support(axis) if dim in dims]
+        outer = axis
+        for dim in inside:
+            outer = np.take(outer, [0], axis=dim)
+        if support(outer):
+            held = site.fresh(outer.shape)
+            site.contain(held, axis)
+            result.append(held)
     return tuple(result)
 
 

@@ -94,6 +94,12 @@ class Site:
             value = value.meta["val"]
         return hint(value)
 
+    def batch_is_first(self) -> bool:
+        """Whether the first dimension of an operand has a symbolic size: a batch, or something times a batch."""
+        return any(
+            value.meta["val"].dim() and isinstance(value.meta["val"].shape[0], torch.SymInt) for value in self.tensors()
+        )
+
     def dim(self, value: int, rank: int | None = None) -> int:
         rank = len(self.shape()) if rank is None else rank
         return value % max(rank, 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from graphzip.labels import IntArray
@@ -13,10 +15,12 @@ from graphzip.labels import IntArray
 if TYPE_CHECKING:
     from graphzip.ops.site import Site
 
-__all__ = ["Axes", "OpSpec", "Patch", "Result", "table_of"]
+__all__ = ["Axes", "FloatArray", "OpSpec", "Patch", "Result", "table_of"]
 
 Axes = tuple[IntArray, ...]
 """The labelled axes of one tensor: arrays of its rank whose supports are disjoint."""
+
+FloatArray = NDArray[np.float64]
 
 Result = Axes | list[Axes]
 """Axes of the output, or one per output where an operator returns a list."""
@@ -42,6 +46,40 @@ class Patch(Protocol):
 
     def replace(self, target: Any, args: tuple[Any, ...]) -> None:
         """Call another operator instead."""
+
+    def multiplicity(self, value: Any, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
+        """How many channels each one left stands for along `dims`, broadcasting to the operand.
+
+        `None` where every channel stands for itself alone. `blocks` splits the channels into that many equal parts that
+        are counted on their own.
+        """
+
+    def consumes(self, value: Any, dim: int) -> bool:
+        """Whether `value` is a weight whose slices along `dim` have been added up."""
+
+    def is_raw(self, value: Any) -> bool:
+        """Whether `value` is a parameter, at most rearranged."""
+
+    def operand(self, name: str) -> Any:
+        """The argument `name` of the node as it stands in the rewritten graph."""
+
+    def copied(self, value: Any) -> fx.Node:
+        """The node of the rewritten graph that stands for `value`."""
+
+    def set_node(self, name: str, value: Any) -> None:
+        """Give argument `name` a node (or nodes) of the rewritten graph."""
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """A new operator call right before the node, on operands of the rewritten graph."""
+
+    def then(self, target: Any, *args: Any) -> fx.Node:
+        """A new operator call right after the node; every reader of the node reads it instead."""
+
+    def become(self, value: fx.Node) -> None:
+        """Let every reader of the node read `value` instead."""
+
+    def values(self, value: FloatArray, like: Any) -> fx.Node:
+        """A new constant in the dtype of an operand."""
 
     def constant(self, value: IntArray) -> fx.Node:
         """A new integer constant that can be an argument."""

@@ -14,38 +14,57 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from graphzip.analysis.channels import Analysis
+from graphzip.analysis.channels import CONSUMER, Analysis
 from graphzip.errors import RewriteError
 from graphzip.graph.inputs import concrete_shape
 from graphzip.labels import IntArray, support
+from graphzip.ops.spec import FloatArray
 
-__all__ = ["Layout", "compact"]
+__all__ = ["Layout", "Merge", "compact"]
+
+
+Merge = tuple[bool, IntArray, Sequence[Sequence[int]]]
+"""Whether whole blocks are meant, the channels of a group, and a partition of their positions."""
 
 
 @dataclass
 class Layout:
-    """Which channel stands for which: `keeper[channel]` is the channel itself where it stays."""
+    """Which channel stands for which: `keeper[channel]` is the channel itself where it stays.
+
+    `classes[label]` is a channel: of the coarse level where whole blocks of it are merged, else of the fine one.
+    """
 
     analysis: Analysis
+    classes: IntArray
     keeper: IntArray
     _compact: dict[int, tuple[IntArray, IntArray]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, analysis: Analysis, clusters: Iterable[tuple[IntArray, Sequence[Sequence[int]]]]) -> Layout:
-        """`clusters` pairs the channels of a group with a partition of their positions; the first of each stays."""
-        keeper = np.arange(analysis.solution.count, dtype=np.int64)
-        for channels, parts in clusters:
+    def of(cls, analysis: Analysis, merges: Iterable[Merge]) -> Layout:
+        """The first channel of each part stays."""
+        fine, coarse = analysis.fine, analysis.coarse
+        classes = fine.classes.copy()
+        total = fine.solution.count + (coarse.solution.count if coarse is not None else 0)
+        keeper = np.arange(total, dtype=np.int64)
+        for whole_blocks, channels, parts in merges:
+            numbers = channels
+            if whole_blocks:
+                assert coarse is not None
+                held = np.isin(coarse.classes, channels)
+                classes[held] = fine.solution.count + coarse.classes[held]
+                numbers = channels + fine.solution.count
             for part in parts:
-                keeper[channels[list(part)]] = channels[part[0]]
-        return cls(analysis, keeper)
+                keeper[numbers[list(part)]] = numbers[part[0]]
+        return cls(analysis, classes, keeper)
 
     @property
-    def stays(self) -> NDArray[np.bool_]:
-        stays: NDArray[np.bool_] = self.keeper == np.arange(self.keeper.size)
-        return stays
+    def unchanged(self) -> bool:
+        return bool((self.keeper == np.arange(self.keeper.size)).all())
 
     def mask(self, labels: IntArray) -> NDArray[np.bool_]:
-        mask: NDArray[np.bool_] = self.stays[self.analysis.classes[labels]]
+        """Which positions stay."""
+        found = self.classes[labels]
+        mask: NDArray[np.bool_] = self.keeper[found] == found
         return mask
 
     def after(self, axis: IntArray) -> IntArray:
@@ -79,8 +98,53 @@ class Layout:
         lines = np.moveaxis(self.mask(axis), dim, -1).reshape(-1, axis.shape[dim])
         return np.flatnonzero(lines[lines.any(axis=1).argmax()])
 
+    def multiplicity(self, value: fx.Node, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
+        """How many channels each one that stays stands for, counted along `dims` (in `blocks` equal parts of them)."""
+        found = {id(axis): axis for dim in dims if (axis := self.axis_along(value, dim)) is not None}
+        counts = [self._counts(axis, dims, blocks) for axis in found.values() if not self.mask(axis).all()]
+        product = np.ones(())
+        for each in counts:
+            product = product * each
+        return None if (product == 1).all() else product
 
-def compact(axis: IntArray, mask: NDArray[np.bool_]) -> IntArray:
+    def _counts(self, axis: IntArray, dims: Sequence[int], blocks: int) -> FloatArray:
+        others = [dim for dim in range(axis.ndim) if dim not in dims]
+        lines = np.arange(np.prod([axis.shape[dim] for dim in others], dtype=np.int64))
+        lines = np.broadcast_to(
+            lines.reshape([axis.shape[dim] if dim in others else 1 for dim in range(axis.ndim)]), axis.shape
+        )
+        if blocks > 1:
+            place = np.arange(axis.size).reshape(axis.shape) // (axis.size // blocks)
+            lines = lines * blocks + place
+        classes = self.classes[axis]
+        stands_for = lines * self.keeper.size + self.keeper[classes]
+        itself = lines * self.keeper.size + classes
+        counts = _count(stands_for, itself) / _count(itself, itself)
+        left = compact(counts, self.mask(axis))
+        if left.shape[0] > 1 and 0 in others and (left == left[:1]).all():
+            left = left[:1]
+        return left
+
+    def consumes(self, value: fx.Node, dim: int) -> bool:
+        """Whether slices of a weight along `dim` are added up when channels merge."""
+        if value not in self.analysis.propagation.raw:
+            return False
+        for owned in self.analysis.propagation.params:
+            if owned.param == value.target and owned.labels.ndim == 2 and owned.dim == dim:
+                return True
+        axis = self.axis_along(value, dim)
+        return axis is not None and bool((self.analysis.roles[axis] & CONSUMER).any())
+
+
+def _count(keys: IntArray, wanted: IntArray) -> FloatArray:
+    """How often each of `wanted` occurs among `keys`."""
+    known, counts = np.unique(keys, return_counts=True)
+    place = np.minimum(np.searchsorted(known, wanted.ravel()), known.size - 1)
+    found = np.where(known[place] == wanted.ravel(), counts[place], 0)
+    return found.reshape(wanted.shape).astype(np.float64)
+
+
+def compact(axis: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
     """The positions of an array that survive, as an array again.
 
     Raises `RewriteError` where they do not form one.

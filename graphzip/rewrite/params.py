@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from graphzip.analysis.channels import CONSUMER
@@ -37,34 +38,40 @@ def _like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 def _shrink(layout: Layout, axis: ParamAxis, value: torch.Tensor) -> torch.Tensor:
     if axis.labels.ndim == 1:
-        return _merge_dim(layout, axis.labels, value, axis.dim)
+        return _merge_dim(layout, axis.labels, layout.mask(axis.labels), value, axis.dim)
     groups, size = axis.labels.shape
+    mask = layout.mask(axis.labels)
+    left = int(mask.sum(axis=1).max())
+    mask[~mask.any(axis=1), :left] = True  # a group that goes as a whole: its rows are dropped with dimension 0
     rows, _, *kernel = value.shape
     spread = value.reshape(groups, rows // groups, size, *kernel).transpose(1, 2).reshape(groups * size, -1)
-    merged = _merge_dim(layout, axis.labels.ravel(), spread, 0)
-    left = merged.shape[0] // groups
+    merged = _merge_dim(layout, axis.labels.ravel(), mask.ravel(), spread, 0, line=size)
     return merged.reshape(groups, left, rows // groups, *kernel).transpose(1, 2).reshape(rows, left, *kernel)
 
 
-def _merge_dim(layout: Layout, labels: IntArray, value: torch.Tensor, dim: int) -> torch.Tensor:
-    mask = layout.mask(labels)
+def _merge_dim(
+    layout: Layout, labels: IntArray, mask: NDArray[np.bool_], value: torch.Tensor, dim: int, line: int | None = None
+) -> torch.Tensor:
+    """Keep the slices in `mask`; consumer slices of the others are added to their heirs (of the same `line`)."""
     kept = np.flatnonzero(mask)
     result = value.index_select(dim, _index(kept, value))
     gone = np.flatnonzero(~mask & (layout.analysis.roles[labels] & CONSUMER > 0))
     if gone.size:
-        target = _heirs(layout, labels)[gone]
+        heirs = _heirs(layout, labels)[gone]
+        if line is not None:
+            within = heirs // line == gone // line
+            gone, heirs = gone[within], heirs[within]
         place = np.full(labels.size, -1, dtype=np.int64)
         place[kept] = np.arange(kept.size)
         wide = result.float() if result.dtype in {torch.float16, torch.bfloat16} else result
-        result = wide.index_add(
-            dim, _index(place[target], value), value.index_select(dim, _index(gone, value)).to(wide.dtype)
-        )
+        added = value.index_select(dim, _index(gone, value)).to(wide.dtype)
+        result = wide.index_add(dim, _index(place[heirs], value), added)
     return result
 
 
 def _heirs(layout: Layout, labels: IntArray) -> IntArray:
     """For each position the position of the channel that stays, at the same rank among its occurrences."""
-    classes = layout.analysis.classes[labels]
+    classes = layout.classes[labels]
     rank = ranks(classes)
     rank = np.zeros_like(classes) if rank is None else rank
     span = int(rank.max()) + 1

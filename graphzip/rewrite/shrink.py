@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,21 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.ops import OPS
 from graphzip.ops.site import bind, describe
-from graphzip.rewrite.layout import Layout
+from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.params import shrink_parameters
+from graphzip.rewrite.patch import NodePatch
 
 __all__ = ["merge_channels"]
 
 
-def merge_channels(
-    traced: Traced, analysis: Analysis, clusters: Iterable[tuple[IntArray, Sequence[Sequence[int]]]]
-) -> Traced:
-    """Keep the first channel of every cluster and add up the consumers' slices of the others.
+def merge_channels(traced: Traced, analysis: Analysis, merges: Iterable[Merge]) -> Traced:
+    """Keep the first channel of every part and add up the consumers' slices of the others.
 
-    `clusters` pairs the channels of a group (`ChannelGroup.channels`) with a partition of their positions. Returns a
-    new graph; the given one and its tensors stay as they are. Raises `RewriteError` where the result would not compute
-    the same.
+    Returns a new graph; the given one and its tensors stay as they are. Raises `RewriteError` where the result would
+    not compute the same.
     """
-    layout = Layout.of(analysis, clusters)
-    if layout.stays.all():
+    layout = Layout.of(analysis, merges)
+    if layout.unchanged:
         return traced
     result = traced.copy()
     tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in analysis.propagation.params}
@@ -51,72 +48,14 @@ def merge_channels(
     return result
 
 
-@dataclass
-class _Patch:
-    """`ops.spec.Patch` for one node of the copy; layouts are those of the original graph."""
-
-    node: fx.Node
-    args: Mapping[str, Any]
-    layout: Layout
-    copy: fx.Node
-    to_copy: Mapping[fx.Node, fx.Node]
-    module: fx.GraphModule
-
-    def size(self, value: Any, dim: int) -> int:
-        return self.layout.size(value, dim) if not self._is_blocked(value, dim) else self._blocked_size(value)
-
-    def _is_blocked(self, value: fx.Node, dim: int) -> bool:
-        return dim == 1 and value.op == "get_attr" and self._columns(value) is not None
-
-    def _columns(self, value: fx.Node) -> IntArray | None:
-        for axis in self.layout.analysis.propagation.params:
-            if axis.param == value.target and axis.labels.ndim == 2:
-                return axis.labels
-        return None
-
-    def _blocked_size(self, value: fx.Node) -> int:
-        columns = self._columns(value)
-        assert columns is not None
-        return int(self.layout.after(columns).shape[1])
-
-    def shrinks(self, value: Any, dim: int) -> bool:
-        return self.layout.shrinks(value, dim)
-
-    def kept(self, value: Any, dim: int) -> IntArray:
-        return self.layout.kept(value, dim)
-
-    def set(self, name: str, value: Any) -> None:
-        schema = self.node.target._schema  # type: ignore[union-attr]
-        value = fx.node.map_arg(value, lambda found: self.to_copy.get(found, found))
-        for position, argument in enumerate(schema.arguments):
-            if argument.name == name and position < len(self.copy.args):
-                self.copy.update_arg(position, value)
-                return
-        self.copy.update_kwarg(name, value)
-
-    def replace(self, target: Any, args: tuple[Any, ...]) -> None:
-        self.copy.target = target
-        self.copy.args = fx.node.map_arg(args, lambda found: self.to_copy.get(found, found))
-        self.copy.kwargs = {}
-
-    def constant(self, value: IntArray) -> fx.Node:
-        device = self.node.meta["val"].device
-        name = f"{self.copy.name}_positions"
-        attach(self.module, name, torch.as_tensor(value, device=device), persistent=False)
-        with self.copy.graph.inserting_before(self.copy):
-            fetch = self.copy.graph.get_attr(name)
-        fetch.meta.update(owner="", source="", numbers=value)
-        return fetch
-
-
 def _patch(result: Traced, traced: Traced, layout: Layout) -> None:
     to_copy = dict(zip(traced.graph.nodes, list(result.graph.nodes), strict=True))
-    for node, copy in to_copy.items():
+    for node, copy in list(to_copy.items()):
         spec = OPS.get(node.target) if node.op == "call_function" else None
         if spec is None or spec.patch is None:
             continue
         try:
-            spec.patch(_Patch(node, bind(node), layout, copy, to_copy, result.module))
+            spec.patch(NodePatch(node, bind(node), layout, copy, to_copy, result.module))
         except RewriteError as error:
             raise RewriteError(f"{describe(node)}: {error}") from error
 
@@ -173,7 +112,7 @@ class _Proof:
 
 def _prove(result: Traced, layout: Layout) -> None:
     survivors = {(axis.param, axis.dim): layout.after(axis.labels) for axis in layout.analysis.propagation.params}
-    proof = _Proof(layout.analysis.classes)
+    proof = _Proof(layout.analysis.fine.classes)
 
     def labels_of(param: str, dim: int, size: int, groups: int) -> IntArray:
         known = survivors.get((param, dim))

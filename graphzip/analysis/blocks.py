@@ -1,0 +1,183 @@
+"""Arrays must stay arrays: which channels have to keep equal counts.
+
+Where a view lays channels out as a rectangle (heads, groups of a convolution), every line of the rectangle keeps the
+same number of channels, while each line may keep channels of its own. Along which dimension the lines run follows from
+the view: the innermost one, wherever a permutation takes it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphzip.analysis.propagate import Propagation
+from graphzip.labels import Hashes, IntArray, Solution, mix, support
+from graphzip.ops.site import Move
+
+__all__ = ["find_blocks"]
+
+
+def find_blocks(propagation: Propagation, solution: Solution, signature: Hashes) -> tuple[IntArray, dict[int, str]]:
+    """A block number per channel, and why channels cannot be merged where no blocks would do."""
+    block = np.zeros(solution.count, dtype=np.int64)
+    conflicts: dict[int, str] = {}
+    for outer, inner in solution.containers:
+        for channel in np.unique(outer).tolist():
+            conflicts.setdefault(channel, "holds whole blocks of channels")
+        block = _refine(block, _sets(inner, outer, solution.count))
+    rectangles = _Rectangles(propagation, solution)
+    for _, classes, lines in rectangles.found:
+        block = _refine(block, _sets(classes.ravel(), lines.ravel(), solution.count))
+    for name, classes in rectangles.torn:
+        for channel in np.unique(classes).tolist():
+            conflicts.setdefault(channel, f"{name} lays parts of different blocks side by side")
+    for name, classes, lines in rectangles.found:
+        if not _even(classes, lines, signature, block):
+            for channel in np.unique(classes).tolist():
+                conflicts.setdefault(channel, f"{name} needs equal parts that different channel groups share unevenly")
+    return block, conflicts
+
+
+class _Rectangles:
+    """Every rectangle of channels with its lines, and what does not keep lines together."""
+
+    def __init__(self, propagation: Propagation, solution: Solution) -> None:
+        self.solution = solution
+        self.found: list[tuple[str, IntArray, IntArray]] = []
+        self.torn: list[tuple[str, IntArray]] = []
+        self.lines: dict[int, IntArray] = {}
+        self.next_line = 0
+        self._seen: set[bytes] = set()
+        self._held: list[IntArray] = []
+        for name, rows in propagation.blocks:
+            lines = self._fresh(rows.shape[0])[:, None]
+            self._add(name, self.classes(rows), np.broadcast_to(lines, rows.shape))
+        for name, move in propagation.named_moves():
+            self._follow(name, move)
+        for node, axes in propagation.axes.items():
+            for output in axes if isinstance(axes, list) else [axes]:
+                for axis in output:
+                    if node.op != "get_attr" and self._is_rectangle(axis):
+                        self._add(f"node {node.name}", self.classes(axis), self._lines_of(axis))
+
+    def classes(self, axis: IntArray) -> IntArray:
+        return self.solution.classes[axis]
+
+    def _fresh(self, count: int) -> IntArray:
+        numbers = np.arange(self.next_line, self.next_line + count, dtype=np.int64)
+        self.next_line += count
+        return numbers
+
+    def _is_rectangle(self, axis: IntArray) -> bool:
+        return len(self._varying(axis)) > 1
+
+    def _varying(self, axis: IntArray) -> list[int]:
+        if len(support(axis)) < 2:
+            return []
+        classes = self.classes(axis)
+        return [
+            dim
+            for dim in support(axis)
+            if not np.array_equal(classes, np.broadcast_to(np.take(classes, [0], axis=dim), classes.shape))
+        ]
+
+    def _lines_of(self, axis: IntArray) -> IntArray:
+        """The line of each position; along the innermost dimension where nothing else is known."""
+        known = self.lines.get(id(axis))
+        if known is None:
+            known = self._lines_along(axis, self._varying(axis)[-1])
+        return known
+
+    def _lines_along(self, axis: IntArray, dim: int) -> IntArray:
+        shape = [1 if d == dim else size for d, size in enumerate(axis.shape)]
+        lines = np.broadcast_to(self._fresh(int(np.prod(shape))).reshape(shape), axis.shape)
+        self.lines[id(axis)] = lines
+        self._held.append(axis)
+        return lines
+
+    def _follow(self, name: str, move: Move) -> None:
+        """Give the result of a movement the lines of its sources, or new ones where a view makes a rectangle."""
+        laid_out = [id(source) in self.lines or self._is_rectangle(source) for source in move.sources]
+        if not any(laid_out):
+            if self._is_rectangle(move.result):
+                self._lines_along(move.result, self._innermost(move))
+            return
+        flat = [
+            (self._lines_of(source) if known else np.broadcast_to(self._fresh(1), source.shape)).ravel()
+            for source, known in zip(move.sources, laid_out, strict=True)
+        ]
+        lines = np.where(move.origin >= 0, np.concatenate(flat)[np.maximum(move.origin, 0)], -1)
+        if self._keeps_together(move.result, lines):
+            self.lines[id(move.result)] = lines
+            self._held.append(move.result)
+        elif self._is_rectangle(move.result) and self._splits_lines(move, lines):
+            self._lines_along(move.result, self._innermost(move))
+        else:
+            self.torn.append((name, self.classes(move.result)))
+
+    def _innermost(self, move: Move) -> int:
+        """The dimension along which neighbours stood next to each other in the source."""
+        dims = self._varying(move.result)
+        steps = {dim: np.diff(move.origin, axis=dim) for dim in dims}
+        return next((dim for dim in reversed(dims) if (steps[dim] == 1).all()), dims[-1])
+
+    def _keeps_together(self, result: IntArray, lines: IntArray) -> bool:
+        """Whether every line runs along one dimension of the result, or is a run of a flat result."""
+        dims = support(result)
+        if len(dims) <= 1:
+            flat = lines.ravel()
+            runs = 1 + int((flat[1:] != flat[:-1]).sum())
+            return runs == np.unique(flat).size or self._one_class_each(result, lines)
+        return any(np.array_equal(lines, np.broadcast_to(np.take(lines, [0], axis=dim), lines.shape)) for dim in dims)
+
+    def _one_class_each(self, result: IntArray, lines: IntArray) -> bool:
+        """Whether the lines hold the same channels at the same places, so that what stays is a rectangle anyway."""
+        order = np.argsort(lines.ravel(), kind="stable")
+        classes, numbers = self.classes(result).ravel()[order], lines.ravel()[order]
+        count = np.unique(numbers).size
+        if classes.size % count:
+            return False
+        rows = classes.reshape(count, -1)
+        return bool((rows == rows[0]).all())
+
+    def _splits_lines(self, move: Move, lines: IntArray) -> bool:
+        """Whether a view cuts lines into equal parts, innermost dimension last."""
+        dim = self._innermost(move)
+        return np.array_equal(lines, np.broadcast_to(np.take(lines, [0], axis=dim), lines.shape))
+
+    def _add(self, name: str, classes: IntArray, lines: IntArray) -> None:
+        key = classes.tobytes() + lines.tobytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.found.append((name, classes, lines))
+
+
+def _sets(members: IntArray, keys: IntArray, count: int) -> Hashes:
+    """For each channel a hash of the set of keys it occurs with; 0 where it does not occur."""
+    pairs = np.unique(np.stack([members.ravel(), keys.ravel()]), axis=1)
+    result = np.zeros(count, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        np.add.at(result, pairs[0], mix(pairs[1], 1))
+    return result
+
+
+def _refine(block: IntArray, keys: Hashes) -> IntArray:
+    """Split blocks so that channels with different keys are apart; channels without a key stay where they are."""
+    touched = np.flatnonzero(keys)
+    if not touched.size:
+        return block
+    _, parts = np.unique(mix(block[touched], keys[touched].view(np.int64)), return_inverse=True)
+    refined: IntArray = block.copy()
+    refined[touched] = block.max() + 1 + parts.reshape(-1)
+    return refined
+
+
+def _even(classes: IntArray, lines: IntArray, signature: Hashes, block: IntArray) -> bool:
+    """Every line holds the same number of blocks, of the same sizes, of every group."""
+    group = np.unique(signature[classes.ravel()], return_inverse=True)[1].reshape(-1)
+    line = np.unique(lines.ravel(), return_inverse=True)[1].reshape(-1)
+    table = np.zeros((line.max() + 1, group.max() + 1), dtype=np.int64)
+    np.add.at(table, (line, group), 1)
+    parts = np.zeros_like(table)
+    triples = np.unique(np.stack([line, group, block[classes.ravel()]]), axis=1)
+    np.add.at(parts, (triples[0], triples[1]), 1)
+    return bool((table == table[0]).all() and (parts == parts[0]).all())

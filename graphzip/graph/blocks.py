@@ -1,0 +1,101 @@
+"""Open the blocks that `torch.export` keeps closed, so that the graph is flat.
+
+A `with torch.no_grad():` block in a forward becomes one node that calls a graph of its own. Its operators move into the
+outer graph, and its results are detached, which is what the block does to gradients. A block under an active autocast
+computes in another dtype than its operators say, so it is refused, as are branches and loops on tensor values.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+
+from graphzip.errors import TraceError
+from graphzip.graph.functionalize import functionalize
+from graphzip.graph.source import source_of
+
+__all__ = ["open_blocks"]
+
+aten = torch.ops.aten
+
+
+def open_blocks(module: fx.GraphModule) -> list[str]:
+    """Inline every block of `module`, in place; sentences on what a block did that the flat graph does not.
+
+    Raises `TraceError`, which names the source line, for a block that cannot be opened.
+    """
+    notes: list[str] = []
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
+            notes += _open(module, node)
+    return notes
+
+
+def _open(module: fx.GraphModule, node: fx.Node) -> list[str]:
+    kind = node.target.name()  # type: ignore[union-attr]
+    notes: list[str] = []
+    if kind == "wrap_with_set_grad_enabled":
+        enabled, block, *operands = node.args
+    elif kind == "wrap_with_autocast":
+        device, dtype, active, _, block, *operands = node.args
+        enabled = True
+        if active:
+            raise TraceError(
+                f"{_line(node)}a block runs under torch.autocast({device!r}, {dtype}), whose dtypes a graph does not "
+                "hold; take autocast out of forward and put it around the call of the model"
+            )
+        notes.append(f"{_line(node)}a block turns autocast off; the result does not, so call it outside of autocast")
+    else:
+        raise TraceError(
+            f"{_line(node)}{kind} runs a function of its own inside the model, which graphzip does not look into; "
+            "write it without, or compile only a part: scope='name.of.submodule'"
+        )
+    assert isinstance(block, fx.Node)
+    inner = module.get_submodule(str(block.target))
+    assert isinstance(inner, fx.GraphModule)
+    notes += open_blocks(inner)
+    if not enabled:
+        functionalize(inner.graph)  # a write that reaches the outside would be differentiated there
+    _inline(node, str(block.target), inner, tuple(operands), detach=not enabled)
+    return notes
+
+
+def _inline(node: fx.Node, name: str, inner: fx.GraphModule, operands: tuple[Any, ...], *, detach: bool) -> None:
+    """Put the nodes of `inner` before `node` and let its readers read them."""
+    graph = node.graph
+    made: dict[fx.Node, Any] = {}
+    given = iter(operands)
+    results: Any = ()
+    for found in inner.graph.nodes:
+        if found.op == "placeholder":
+            made[found] = next(given)
+        elif found.op == "output":
+            results = found.args[0]
+        else:
+            with graph.inserting_before(node):
+                made[found] = graph.node_copy(found, made.__getitem__)
+            if found.op == "get_attr":
+                made[found].target = f"{name}.{found.target}"
+    outside = {id(operand) for operand in operands}
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        value = made[results[user.args[1]]]
+        if detach and id(value) not in outside and isinstance(user.meta.get("val"), torch.Tensor):
+            with graph.inserting_before(user):
+                value = graph.call_function(aten.detach.default, (value,))
+            value.meta.update(user.meta)
+        user.replace_all_uses_with(value)
+        graph.erase_node(user)
+    block = node.all_input_nodes[0]
+    graph.erase_node(node)
+    if not block.users:
+        graph.erase_node(block)
+
+
+def _line(node: fx.Node) -> str:
+    source = source_of(node)
+    return f"{source}: " if source else ""

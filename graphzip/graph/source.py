@@ -1,0 +1,42 @@
+"""Where in the user's model an operator comes from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["annotate", "owner_of", "source_of"]
+
+_TORCH_HOME = str(Path(torch.__file__).parent)
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
+
+
+def annotate(node: fx.Node) -> None:
+    """Keep of a node's metadata its value (`val`), `owner` and `source`."""
+    known = {"val": node.meta.get("val"), "owner": owner_of(node), "source": source_of(node)}
+    node.meta.clear()
+    node.meta.update(known)
+
+
+def owner_of(node: fx.Node) -> str:
+    """Name of the submodule that ran the operator, as `torch.export` recorded it; empty for the model itself."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    owner = list(stack.values())[-1][0] if stack else ""
+    return owner.split("@")[0]
+
+
+def source_of(node: fx.Node) -> str:
+    """`resnet.py:96 in forward`: the innermost line that is not torch's own, as `torch.export` recorded it."""
+    frames = [match for match in _FRAME.finditer(node.meta.get("stack_trace") or "") if not _is_torch(match["file"])]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f"{Path(last['file']).name}:{last['line']} in {last['name']}"
+
+
+def _is_torch(file: str) -> bool:
+    return file.startswith((_TORCH_HOME, "torch/", "<"))

@@ -1,0 +1,166 @@
+"""Take packed projections apart.
+
+`qkv.view(.., 3, H, D)` followed by one `select` per part lays three different groups of channels out in one array, so
+that they could only shrink together. Each part is cut out of the packed dimension first; every part then has a view of
+its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.state import attach
+
+__all__ = ["unpack"]
+
+aten = torch.ops.aten
+
+_VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
+_COPIES = {aten.contiguous.default, aten.clone.default}
+
+
+def unpack(module: fx.GraphModule) -> None:
+    """Rewrite every `select` (or part of an `unbind`) of a dimension that a view has split off."""
+    for node in list(module.graph.nodes):
+        if node.target is aten.unbind.int:
+            _selects_for(node)
+    for node in list(module.graph.nodes):
+        if node.target is aten.select.int and isinstance(node.args[2], int):
+            _take_apart(module, node)
+
+
+def _selects_for(unbind: fx.Node) -> None:
+    source, dim = unbind.args[0], unbind.args[1] if len(unbind.args) > 1 else 0
+    for part in list(unbind.users):
+        with unbind.graph.inserting_before(part):
+            select = unbind.graph.call_function(aten.select.int, (source, dim, part.args[1]))
+        select.meta.update(part.meta)
+        part.replace_all_uses_with(select)
+        unbind.graph.erase_node(part)
+    unbind.graph.erase_node(unbind)
+
+
+def _take_apart(module: fx.GraphModule, select: fx.Node) -> None:
+    source, dim, index = select.args
+    assert isinstance(source, fx.Node)
+    assert isinstance(dim, int)
+    assert isinstance(index, int)
+    shape = concrete_shape(source.meta["val"])
+    chain, place = _trace_back(source, dim % len(shape))
+    if place is None:
+        return
+    view = chain[0]
+    packed = view.args[0]
+    assert isinstance(packed, fx.Node)
+    after = concrete_shape(view.meta["val"])
+    split = _split_of(concrete_shape(packed.meta["val"]), after, place)
+    if split is None:
+        return
+    at, run = split
+    part = index % after[place]
+    numbers = torch.arange(math.prod(after[d] for d in run)).reshape([after[d] for d in run])
+    chosen = numbers.select(run.index(place), part).flatten()
+    with module.graph.inserting_before(select):
+        current = _cut(module, select, packed, at, chosen)
+        for node in chain:
+            current = _again(module.graph, node, current, place if node is view else None)
+    select.args = (current, dim, 0)
+
+
+def _trace_back(node: fx.Node, dim: int) -> tuple[list[fx.Node], int | None]:
+    """The nodes from a view to `node`, and which dimension of the view became `dim`."""
+    chain = [node]
+    while chain[0].target not in _VIEWS:
+        first = chain[0]
+        source = first.args[0] if first.args else None
+        moved = _before(first, dim)
+        if moved is None or not isinstance(source, fx.Node):
+            return [], None
+        dim = moved
+        chain.insert(0, source)
+    return chain, dim
+
+
+def _before(node: fx.Node, dim: int) -> int | None:
+    """The dimension of the operand that became dimension `dim`."""
+    if node.target in _COPIES:
+        return dim
+    rank = len(node.meta["val"].shape)
+    if node.target is aten.permute.default:
+        order: Any = node.args[1]
+        return int(order[dim]) % rank
+    if node.target is aten.transpose.int:
+        first, second = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+        return {first: second, second: first}.get(dim, dim)
+    if node.target is aten.unsqueeze.default:
+        added = int(node.args[1]) % rank  # type: ignore[arg-type]
+        return None if dim == added else dim - (dim > added)
+    if node.target is aten.squeeze.dim:
+        gone = int(node.args[1]) % (rank + 1)  # type: ignore[arg-type]
+        return dim + (dim >= gone)
+    return None
+
+
+def _split_of(before: tuple[int, ...], after: tuple[int, ...], place: int) -> tuple[int, list[int]] | None:
+    """The dimension of the operand that the view splits into several, `place` among them, and those dimensions."""
+    for at in range(len(before)):
+        start = next((k for k in range(len(after)) if math.prod(after[:k]) == math.prod(before[:at])), None)
+        while start is not None and start < len(after) and at < len(before):
+            stop = next((k for k in range(start + 1, len(after) + 1) if math.prod(after[start:k]) == before[at]), None)
+            if stop is not None and stop - start > 1 and start <= place < stop:
+                return at, list(range(start, stop))
+            break
+    return None
+
+
+def _cut(module: fx.GraphModule, select: fx.Node, packed: fx.Node, at: int, chosen: torch.Tensor) -> fx.Node:
+    graph, value = module.graph, packed.meta["val"]
+    start, end = int(chosen[0]), int(chosen[-1]) + 1
+    if end - start == chosen.numel():
+        cut = graph.call_function(aten.slice.Tensor, (packed, at, start, end))
+        cut.meta.update(select.meta, val=value.narrow(at, start, end - start))
+        return cut
+    name = f"{select.name}_part"
+    attach(module, name, chosen.to(value.device), persistent=False)
+    fetch = graph.get_attr(name)
+    fake = value.fake_mode.from_tensor(chosen.to(value.device))
+    fetch.meta.update(val=fake, owner="", source="", numbers=chosen.numpy())
+    cut = graph.call_function(aten.index_select.default, (packed, at, fetch))
+    cut.meta.update(select.meta, val=value.narrow(at, 0, chosen.numel()))
+    return cut
+
+
+def _again(graph: fx.Graph, node: fx.Node, source: fx.Node, place: int | None) -> fx.Node:
+    """The same operator on the part; the view gets a size of one at `place`."""
+    args = [source, *node.args[1:]]
+    target = node.target
+    if place is not None:
+        shape = list(node.meta["val"].shape)
+        shape[place] = 1
+        dynamic = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+        given = _given_sizes(node, len(shape))
+        sizes = [1 if d == place else given[d] for d in range(len(shape))]
+        if len(dynamic) == 1 and isinstance(sizes[dynamic[0]], torch.SymInt):
+            sizes[dynamic[0]] = -1
+        target, args = aten.reshape.default, [source, sizes]
+    made = graph.call_function(target, tuple(args), dict(node.kwargs))  # type: ignore[arg-type]
+    made.meta.update(node.meta)
+    with source.meta["val"].fake_mode:
+        plain = fx.node.map_arg((made.args, made.kwargs), lambda found: found.meta["val"])
+        made.meta["val"] = made.target(*plain[0], **plain[1])  # type: ignore[operator]
+    return made
+
+
+def _given_sizes(node: fx.Node, rank: int) -> list[Any]:
+    """Sizes as the view was given them, nodes for symbolic ones; those of the result for other forms."""
+    given = node.args[1] if len(node.args) > 1 else None
+    if node.target is not aten.unflatten.int and isinstance(given, list | tuple) and len(given) == rank:
+        if -1 not in given:
+            return list(given)
+        return [size if size != -1 else known for size, known in zip(given, node.meta["val"].shape, strict=True)]
+    return list(node.meta["val"].shape)
