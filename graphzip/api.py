@@ -16,7 +16,7 @@ from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
 from graphzip.graph.trace import trace
 from graphzip.plan import Plan
-from graphzip.prepared import Prepared
+from graphzip.prepared import Prepared, check_calibration
 
 __all__ = ["Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"]
 
@@ -68,18 +68,20 @@ def prepare(
     Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`.
     """
     _check(model, plan)
-    inputs = example_inputs if example_inputs is not None else _inputs_of(plan, model)
-    trainable = _copy(model)
-    traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes)
-    return Prepared(
-        trainable,
-        traced,
-        plan,
-        original=model,
-        example_inputs=inputs if scope else traced.example_inputs,
-        calibration=calibration,
-        seed=seed,
-    )
+    with torch.inference_mode(False):
+        inputs = example_inputs if example_inputs is not None else _inputs_of(plan, model)
+        trainable = _copy(model)
+        traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes)
+        check_calibration(calibration, model, len(inputs))
+        return Prepared(
+            trainable,
+            traced,
+            plan,
+            original=model,
+            example_inputs=inputs,
+            calibration=calibration,
+            seed=seed,
+        )
 
 
 def compile(

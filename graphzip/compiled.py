@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphzip.errors import GraphZipError
@@ -80,6 +81,7 @@ def load(path: str | os.PathLike[str]) -> Compiled:
 
     The module is in eval mode. Raises `ArchiveError` for a file that is missing, damaged or of another format.
     """
-    traced, report = load_archive(path)
-    module = to_module(traced).eval()
+    with torch.inference_mode(False):
+        traced, report = load_archive(path)
+        module = to_module(traced).eval()
     return Compiled(module, Report.from_dict(report), traced, traced.example_inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +15,20 @@ from torch.utils import _pytree as pytree
 
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.compiled import Compiled
-from graphzip.errors import GraphZipError
+from graphzip.errors import ExampleInputError, GraphZipError, RewriteError
 from graphzip.graph.modules import to_module
-from graphzip.graph.trace import Traced
+from graphzip.graph.trace import Traced, share_copy
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report
+from graphzip.rewrite.shrink import refresh
 from passes.base import Pass
 from passes.table import PASSES
 
 __all__ = ["Prepared"]
 
 logger = logging.getLogger(__name__)
+
+_NOT_FINITE = "outputs on the calibration data are not finite, so how far they moved is unknown"
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Prepared(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
+        self.training = model.training
         self.model = model
         self.plan = plan
         self.seed = seed
@@ -102,12 +107,13 @@ class Prepared(nn.Module):
         """Carry out every pass that is left and give the slimmer model. The prepared model can be thrown away."""
         for _ in self.steps():
             pass
-        traced = self._progress.traced
         original: nn.Module = self._hidden["original"]
-        slim = to_module(traced)
-        _follow_modes(slim, _inside(original, traced.scope))
-        module = _with_submodule(original, traced.scope, slim)
-        compiled = Compiled(module, self._report(module), traced, self._hidden["inputs"])
+        with torch.inference_mode(False):
+            traced = self._adopt()
+            module = _with_submodule(self.model, traced.scope, to_module(traced))
+            _follow_modes(module, original)
+            inputs = _placed(self._hidden["inputs"], original, module) if traced.scope else traced.example_inputs
+            compiled = Compiled(module, self._report(module), traced, inputs)
         logger.info("%s", compiled.report)
         return compiled
 
@@ -127,15 +133,27 @@ class Prepared(nn.Module):
         """Carry out the current pass on the trained weights and begin the next one."""
         progress = self._progress
         assert progress.active is not None
-        progress.traced.adopt_state(self._inner())
-        progress.traced = progress.active.convert(progress.traced)
-        self._changes.append(progress.active)
-        progress.position += 1
-        if progress.position < len(self.plan.passes):
+        with torch.inference_mode(False):
+            progress.traced = progress.active.convert(self._adopt())
             slim = to_module(progress.traced)
             _follow_modes(slim, self._inner())
             self.model = _with_submodule(self.model, progress.traced.scope, slim)
-        self._begin()
+            self._changes.append(progress.active)
+            progress.position += 1
+            self._begin()
+
+    def _adopt(self) -> Traced:
+        """The graph with the tensors that the model has now."""
+        traced = self._progress.traced
+        if traced.adopt_state(self._inner()):
+            try:
+                refresh(traced)
+            except RewriteError as error:
+                raise RewriteError(
+                    f"the prepared model was moved to a dtype or device that its graph does not fit ({error}); "
+                    "move the model first and prepare it then"
+                ) from error
+        return traced
 
     def _report(self, module: nn.Module) -> Report:
         traced = self._progress.traced
@@ -144,14 +162,16 @@ class Prepared(nn.Module):
         summaries = tuple(
             {options.kind: change.summary()} for options, change in zip(self.plan.passes, self._changes, strict=True)
         )
+        drift = _drift(self._hidden["original"], module, self._hidden["calibration"], len(self._hidden["inputs"]))
+        finite = drift is None or math.isfinite(drift)
         changed = bool(widths) or any(summary.get("fold_batch_norm", {}).get("folded") for summary in summaries)
         return Report(
             before=self._before,
             after=after,
             groups=tuple(GroupChange(name, before, now) for name, (before, now) in widths),
             changed=changed,
-            drift=_drift(self._hidden["original"], module, self._hidden["calibration"], len(self._hidden["inputs"])),
-            notes=traced.training_only,
+            drift=drift if finite else None,
+            notes=traced.training_only if finite else (*traced.training_only, _NOT_FINITE),
             passes=summaries,
         )
 
@@ -161,33 +181,46 @@ def _inside(model: nn.Module, scope: str) -> nn.Module:
 
 
 def _with_submodule(model: nn.Module, scope: str, value: nn.Module) -> nn.Module:
+    """A copy of `model` with `value` in place of the submodule `scope`, under each of its names."""
     if not scope:
         return value
     whole = copy.deepcopy(model)
-    owner, _, leaf = scope.rpartition(".")
-    setattr(whole.get_submodule(owner), leaf, value)
+    old = whole.get_submodule(scope)
+    for name, inner in list(whole.named_modules(remove_duplicate=False)):
+        if inner is old:
+            owner, _, leaf = name.rpartition(".")
+            setattr(whole.get_submodule(owner), leaf, value)
     return whole
 
 
 def _follow_modes(module: nn.Module, source: nn.Module) -> None:
-    """Give every submodule the training mode of the one with the same name, and of the whole where there is none."""
-    modes = {name: inner.training for name, inner in source.named_modules()}
+    """Give every submodule the training mode of the one with the same name, or of the nearest one around it."""
+    modes = {name: inner.training for name, inner in source.named_modules(remove_duplicate=False)}
     for name, inner in module.named_modules():
-        inner.training = modes.get(name, source.training)
+        while name not in modes:
+            name = name.rpartition(".")[0]
+        inner.training = modes[name]
 
 
 @torch.no_grad()
 def _drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any] | None, inputs: int) -> float | None:
-    """Largest difference of outputs relative to the largest output, both in eval mode."""
+    """Largest difference of outputs relative to the largest output, both in eval mode.
+
+    `None` without calibration data, NaN where an output is not finite.
+    """
     if calibration is None:
         return None
-    old, new = copy.deepcopy(before).eval(), copy.deepcopy(after).eval()
+    old, new = share_copy(before).eval(), share_copy(after).eval()
     worst = scale = 0.0
     for batch in calibration:
         args = batch_arguments(batch, inputs)
-        for left, right in zip(_leaves(old(*args)), _leaves(new(*args)), strict=True):
-            worst = max(worst, float((left - right).abs().max()))
-            scale = max(scale, float(left.abs().max()))
+        expected = run_batch(old, args)
+        for left, right in zip(_leaves(expected), _leaves(run_batch(new, _placed(args, old, new))), strict=True):
+            if left.numel():
+                apart, size = float((left - right.to(left.device)).abs().max()), float(left.abs().max())
+                if not math.isfinite(apart):
+                    return math.nan
+                worst, scale = max(worst, apart), max(scale, size)
     return worst / scale if scale else worst
 
 
@@ -195,11 +228,64 @@ def _leaves(output: Any) -> list[torch.Tensor]:
     return [leaf.double() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
+def run_batch(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    """The output for one calibration batch. Raises `ExampleInputError` for a batch that the model does not accept."""
+    try:
+        return model(*args)
+    except GraphZipError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(arg.shape)) if isinstance(arg, torch.Tensor) else repr(arg) for arg in args)
+        raise ExampleInputError(
+            f"calibration: {type(model).__name__} fails on a batch ({shapes}): {error}; make it yield batches that "
+            "model(*batch) accepts"
+        ) from error
+
+
+def check_calibration(calibration: Iterable[Any] | None, model: nn.Module, inputs: int) -> None:
+    """Raises `ExampleInputError` unless `calibration` can be gone through again and `model` takes its first batch."""
+    if calibration is None:
+        return
+    if isinstance(calibration, torch.Tensor | Mapping | str):
+        raise ExampleInputError(
+            f"calibration is a {type(calibration).__name__}; pass a list of batches or a DataLoader"
+        )
+    batches = iter(calibration)
+    if batches is calibration:
+        raise ExampleInputError(
+            f"calibration is a {type(calibration).__name__}, which can be gone through only once; pass a list of "
+            "batches or a DataLoader"
+        )
+    first = next(batches, None)
+    if first is None:
+        raise ExampleInputError("calibration yields no batch; pass at least one")
+    with torch.no_grad():
+        run_batch(share_copy(model).eval(), batch_arguments(first, inputs))
+
+
 def batch_arguments(batch: Any, inputs: int) -> tuple[Any, ...]:
     """The positional inputs of one calibration batch; what a loader yields beyond them (labels) is left out."""
     if isinstance(batch, Mapping):
-        raise GraphZipError("calibration yields a mapping; make it yield a tensor or a tuple of positional inputs")
+        raise ExampleInputError("calibration yields a mapping; make it yield a tensor or a tuple of positional inputs")
     args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     if len(args) > inputs:
         logger.info("calibration batches have %d entries, the model takes %d: the rest is left out", len(args), inputs)
     return args[:inputs]
+
+
+def _placed(values: tuple[Any, ...], before: nn.Module, after: nn.Module) -> tuple[Any, ...]:
+    """Inputs of `before` on the device and in the floating dtype of `after`, where the two differ."""
+    old, new = (
+        next(((p.dtype, p.device) for p in model.parameters() if p.is_floating_point()), None)
+        for model in (before, after)
+    )
+    if old is None or new is None or old == new:
+        return values
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(new[1], new[0] if value.dtype == old[0] else value.dtype)
+
+    placed: tuple[Any, ...] = pytree.tree_map(move, values)
+    return placed

@@ -34,16 +34,16 @@ CASES.add(aten.view.default, lambda m, x: aten.view.default(x.contiguous(), [x.s
 CASES.add(aten.view.default, lambda m, x: aten.view.default(x, [-1, 6]), **WIDE, name="of the batch and positions",
           out=1)  # fmt: skip
 CASES.add(aten.reshape.default, lambda m, x: aten.reshape.default(x, [x.shape[0], 4, 6]), (2, 6, 4), name="across channels",
-          why="no other channel")  # fmt: skip
-CASES.add(aten.reshape.default, lambda m, x: aten.reshape.default(x * m.scale, [x.shape[0], 30]),
-          parts=lambda: {"scale": param(1, 5)}, name="of two labelled dimensions",
+          out=2, why="no other channel")  # fmt: skip
+CASES.add(aten.reshape.default, lambda m, x: aten.reshape.default(x * m.row, [x.shape[0], 30]),
+          (2, 6, 1), parts=lambda: {"row": param(1, 5)}, name="of two labelled dimensions",
           why="merges two labelled dimensions")  # fmt: skip
 CASES.add(aten.flatten.using_ints, lambda m, x: aten.flatten.using_ints(x, 1), MAP["shape"], name="with positions")
 CASES.add(aten.flatten.using_ints, lambda m, x: aten.flatten.using_ints(x, 2), MAP["shape"], name="of positions")
 CASES.add(aten.unflatten.int, lambda m, x: aten.unflatten.int(x, 1, [3, 2]), name="read by the outer part", out=1,
           free={"make": 3})  # fmt: skip
 CASES.add(aten.unflatten.int, lambda m, x: aten.unflatten.int(x, -1, [3, -1]).sum(2), **WIDE, out=2,
-          name="with an open size", free={"make": 2})  # fmt: skip
+          name="with an open size", free={"make#2": 2})  # fmt: skip
 CASES.add(aten.unflatten.int, lambda m, x: aten.unflatten.int(x, 2, [5, 1]), name="of positions")
 
 # --- dimensions exchanged, added, dropped, spread ------------------------------------------------------------------
@@ -115,7 +115,7 @@ CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default
 CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default(x, y, 1), makers=TWO,
           name="over everything")  # fmt: skip
 CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default(x, y[:, 2:4], 1, 0, 2), makers=TWO,
-          name="over channels", free={"other": 4}, why="writes into some of the channels")  # fmt: skip
+          name="over channels", free={"make": 2, "make#2": 4, "other": 4, "other#2": 2})  # fmt: skip
 CASES.add(aten.select_scatter.default, lambda m, x, y: aten.select_scatter.default(x, y[:, 2], 1, 0), makers=TWO,
           name="over channels", why="writes into some of the channels")  # fmt: skip
 
@@ -127,11 +127,11 @@ CASES.add(aten.cat.default, lambda m, x, y: aten.cat.default([x, y], 2), makers=
 CASES.add(aten.cat.default, lambda m, x: aten.cat.default([x, x], 1), name="with itself")
 CASES.add(aten.cat.default, lambda m, x: aten.cat.default([x, x.flip(1).sin()], 1), name="with itself, turned around")
 CASES.add(aten.cat.default, lambda m, x: aten.cat.default([x, torch.ones_like(x[:, :2]).detach() * 0.5], 1),
-          name="with channels cut from it", free={"make": 2, "make#2": 4})  # fmt: skip
+          name="with constants of its shape", free={"make": 2, "make#2": 4})  # fmt: skip
 CASES.add(aten.cat.default, lambda m, x: aten.cat.default([m.token.expand(x.shape[0], -1, -1), x], 1), **WIDE,
           name="of a token", parts=lambda: {"token": param(1, 1, 6)})  # fmt: skip
-CASES.add(aten.cat.default, lambda m, x: aten.cat.default([x, m.table], 1), (2, 6), name="of a table",
-          parts=lambda: {"table": param(2, 3)}, free={"make": 6, "table": 3})  # fmt: skip
+CASES.add(aten.cat.default, lambda m, x: aten.cat.default([x, m.table.expand(x.shape[0], -1)], 1), (2, 6),
+          name="of a table", parts=lambda: {"table": param(1, 3)}, free={"make": 6, "table": 3})  # fmt: skip
 CASES.add(aten.cat.default, lambda m, x, y: aten.cat.default([x, y.sum(1, keepdim=True)], 1), makers=TWO, name="of a sum",
           free={"make": 6, "other": 6})  # fmt: skip
 CASES.add(aten.stack.default, lambda m, x, y: aten.stack.default([x, y], 1), makers=TWO, out=2)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import op_cases_linear
 import op_cases_movement
 import op_cases_pointwise
 import pytest
@@ -26,7 +27,7 @@ from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups
 from graphzip.graph.trace import Traced, trace
 from graphzip.ops import OPS
 
-FAMILIES = (op_cases_pointwise, op_cases_movement)
+FAMILIES = (op_cases_pointwise, op_cases_movement, op_cases_linear)
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 
 UNREACHABLE: dict[Any, str] = {

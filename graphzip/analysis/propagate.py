@@ -60,13 +60,17 @@ class Propagation:
             yield describe(nodes[position]), move
 
 
-LabelsOf = Callable[[str, int, int, int], IntArray]
+LabelsOf = Callable[[str, int, int, int], IntArray | None]
 """Labels of dimension `dim` (of `size`, in `groups` blocks) of a parameter: fresh ones, or those that survived."""
 
 
 def propagate(graph: fx.Graph, space: Space, labels_of: LabelsOf | None = None) -> Propagation:
     """Run every rule in execution order. `labels_of` gives the labels of parameters; fresh ones by default."""
-    walk = _Walk(graph, space, labels_of or (lambda param, dim, size, groups: space.fresh(groups * size)))
+
+    def fresh(param: str, dim: int, size: int, groups: int) -> IntArray | None:
+        return space.fresh(groups * size) if size > 1 else None
+
+    walk = _Walk(graph, space, labels_of or fresh)
     for position, node in enumerate(graph.nodes):
         walk.visit(position, node)
     return walk.result
@@ -101,10 +105,12 @@ class _Walk:
         shape = concrete_shape(node.meta["val"])
         found: list[IntArray] = []
         for dim, size in enumerate(shape):
-            if size <= 1:
-                continue
             groups = self.groups.get(node, 1) if dim == 1 else 1
             labels = self.labels_of(str(node.target), dim, size, groups)
+            if labels is None:
+                continue
+            if node.meta.get("constant"):
+                self.space.pin(labels, f"{node.target} is a constant in the model's code")
             if groups > 1:
                 labels = labels.reshape(groups, size)
                 self.blocked[node] = labels

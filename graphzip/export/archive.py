@@ -65,6 +65,7 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
             "module_types": traced.module_types,
             "scope": traced.scope,
             "training_only": traced.training_only,
+            "conditions": traced.conditions,
             "batch_dynamic": traced.batch_dynamic,
             "report": report,
         }
@@ -214,6 +215,7 @@ def _traced_from_json(document: dict[str, Any], tensors: dict[str, torch.Tensor]
         scope=str(document["scope"]),
         training_only=tuple(document["training_only"]),
         batch_dynamic=bool(document["batch_dynamic"]),
+        conditions=tuple(document["conditions"]),
     )
     _restore_metadata(traced, set(document["numbers"]))
     return traced

@@ -11,7 +11,15 @@ from torch.utils import _pytree as pytree
 
 from graphzip.errors import InputShapeError
 
-__all__ = ["InputSpec", "check_input", "concrete_shape", "hint", "input_specs", "with_batch_of_two"]
+__all__ = [
+    "InputSpec",
+    "check_constant",
+    "check_input",
+    "concrete_shape",
+    "hint",
+    "input_specs",
+    "with_batch_of_two",
+]
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,11 @@ class InputSpec:
     dtype: torch.dtype | None
 
 
-def with_batch_of_two(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Repeat a batch of one: `torch.export` would bake it into the graph as a constant."""
+def with_batch_of_two(inputs: Any) -> Any:
+    """Repeat a batch of one: `torch.export` would bake it into the graph as a constant.
+
+    The batch is the first dimension of the first tensor. The inputs themselves where there is nothing to repeat.
+    """
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if not tensors or tensors[0].shape[0] != 1:
         return inputs
@@ -37,8 +48,7 @@ def with_batch_of_two(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return torch.cat([leaf, leaf])
         return leaf
 
-    repeated: tuple[Any, ...] = pytree.tree_map(repeat, inputs)
-    return repeated
+    return pytree.tree_map(repeat, inputs)
 
 
 def concrete_shape(value: Any) -> tuple[int, ...]:
@@ -61,22 +71,63 @@ def input_specs(graph: fx.Graph) -> tuple[InputSpec, ...]:
             continue
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            shape = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
+            shape = tuple(_fixed(size) for size in value.shape)
             specs.append(InputSpec(node.name, shape, value.dtype))
         else:
             specs.append(InputSpec(node.name, (), None))
     return tuple(specs)
 
 
-def check_input(value: torch.Tensor, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-    """Hand `value` on if it has the shape the graph was made for, or raise `InputShapeError`."""
+def _fixed(size: Any) -> int | None:
+    """The size, or `None` where it is not fixed."""
+    if isinstance(size, torch.SymInt):
+        known: int | None = size.node.maybe_as_int()
+        return known
+    return int(size)
+
+
+def check_input(
+    value: torch.Tensor, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Hand `value` on if it has the shape the graph was made for, or raise `InputShapeError`.
+
+    Where `dtype` is given `value` must be of the same kind: floating, complex, bool or another integer.
+    """
+    wanted = " x ".join("any" if size is None else str(size) for size in shape)
+    if not isinstance(value, torch.Tensor):
+        raise InputShapeError(
+            f"input {name!r} is a {type(value).__name__}, but the model was compiled for a tensor of {wanted}"
+        )
     fits = value.dim() == len(shape) and all(
         want is None or size == want for size, want in zip(value.shape, shape, strict=True)
     )
     if not fits:
-        wanted = " x ".join("any" if size is None else str(size) for size in shape)
         raise InputShapeError(
             f"input {name!r} has shape {tuple(value.shape)}, but the model was compiled for {wanted}; "
             "compile it with example_inputs of the new shape, or with dynamic_shapes"
         )
+    if dtype is not None and _kind(value.dtype) != _kind(dtype):
+        raise InputShapeError(
+            f"input {name!r} is {_name(value.dtype)}, but the model was compiled for {_name(dtype)}; convert it, or "
+            "compile with example_inputs of the new dtype"
+        )
     return value
+
+
+def check_constant(value: Any, name: str, expected: Any) -> None:
+    """Raises `InputShapeError` unless an argument that is not a tensor has the value the graph was made for."""
+    if type(value) is not type(expected) or value != expected:
+        raise InputShapeError(
+            f"argument {name!r} is {value!r}, but the model was compiled for {expected!r}, which is part of the graph; "
+            "compile it with example_inputs that have the new value"
+        )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "floating"
+    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from graphzip.graph.source import owner_of, source_of
+from graphzip.graph.state import Aliases
 
 __all__ = [
     "CUMULATIVE",
@@ -75,7 +76,9 @@ def _is_torch_class(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn.modules.") and not kind.__name__.startswith("_")
 
 
-def settle_modes(traced: fx.GraphModule, model: nn.Module, types: dict[str, str], training: _Training) -> None:
+def settle_modes(
+    traced: fx.GraphModule, model: nn.Module, types: dict[str, str], aliases: Aliases, training: Callable[[], fx.Graph]
+) -> None:
     """Remove dropouts that never act, and enter batch norms whose statistics never change into `types`.
 
     `traced` is the clean eval graph of `model`. `training` gives the raw graph of the training mode and is asked only
@@ -96,22 +99,26 @@ def settle_modes(traced: fx.GraphModule, model: nn.Module, types: dict[str, str]
                 _remove(node)
             elif not _is_exactly(model, owner, nn.modules.dropout._DropoutNd):
                 open_dropouts.append(node)
+        elif node.target is aten.rrelu.default and owner in asleep:
+            types.pop(owner, None)
     if open_norms or open_dropouts:
-        _ask(open_norms, open_dropouts, types, training)
+        _ask(open_norms, open_dropouts, types, aliases, training)
 
 
-_Training = Callable[[], tuple[fx.Graph, dict[str, str]]]
-"""Gives the raw training graph, and the first names of tied tensors in it."""
-
-
-def _ask(norms: list[fx.Node], dropouts: list[fx.Node], types: dict[str, str], training: _Training) -> None:
+def _ask(
+    norms: list[fx.Node],
+    dropouts: list[fx.Node],
+    types: dict[str, str],
+    aliases: Aliases,
+    training: Callable[[], fx.Graph],
+) -> None:
     try:
-        graph, aliases = training()
+        graph = training()
     except Exception as error:
         logger.info("the training mode cannot be traced (%s): functional batch norm and dropout follow the mode", error)
         return
     learning = {_running_mean(node) for node in graph.nodes if _is_norm(node, training=True)}
-    learning |= {aliases[name] for name in learning if name in aliases}
+    learning |= {aliases[name] for name in learning & aliases.keys()}
     for node in norms:
         if _running_mean(node) not in learning:
             types[_running_mean(node)] = FROZEN

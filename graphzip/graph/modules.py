@@ -7,12 +7,16 @@ they had. Batch norm and dropout follow `.train()` and `.eval()`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from graphzip.graph.inputs import check_input
+from graphzip.graph.conditions import check_sizes, parse
+from graphzip.graph.inputs import check_constant, check_input
+from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
 from graphzip.graph.state import attach, get_tensor, graph_module, named_state
 from graphzip.graph.trace import Traced, share_copy
 
@@ -56,13 +60,34 @@ def _persistent_buffers(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_inputs(module: fx.GraphModule, traced: Traced) -> None:
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, spec in zip(placeholders, traced.inputs, strict=True):
-        if spec.dtype is None or not node.users:
-            continue
-        with module.graph.inserting_after(placeholders[-1]):
-            checked = module.graph.call_function(check_input, (node, spec.name, spec.shape))
-        node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
+    """Let the module refuse inputs that the graph was not made for."""
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    leaves = pytree.tree_leaves((traced.example_inputs, traced.example_kwargs))
+    tensors = {
+        node.name: node for node, spec in zip(placeholders, traced.inputs, strict=True) if spec.dtype is not None
+    }
+    for node, spec, leaf in zip(reversed(placeholders), reversed(traced.inputs), reversed(leaves), strict=True):
+        with graph.inserting_after(placeholders[-1]):
+            if spec.dtype is None:
+                if not node.users:
+                    graph.call_function(check_constant, (node, spec.name, leaf))
+            elif node.users:
+                checked = graph.call_function(check_input, (node, spec.name, spec.shape, spec.dtype))
+                node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
+    if traced.conditions:
+        terms = tuple(parse(text) for text in traced.conditions)
+        with graph.inserting_after(placeholders[-1]):
+            graph.call_function(check_sizes, (traced.conditions, terms, tuple(tensors), *tensors.values()))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """How an operator becomes a module: its operand, the classes it may belong to, and what builds the module."""
+
+    operand: str
+    kinds: tuple[str, ...]
+    build: Callable[[str, dict[str, Any], dict[str, torch.Tensor]], nn.Module]
 
 
 class _Restorer:
@@ -75,39 +100,56 @@ class _Restorer:
 
     def run(self) -> None:
         for node in list(self.module.graph.nodes):
-            if node.op == "call_function" and node.target in _LAYERS:
-                self._layer(node, *_LAYERS[node.target])
-            elif node.op == "call_function" and node.target in _DROPOUTS:
+            if node.op != "call_function":
+                continue
+            if node.target in _NORMS:
+                self._norm(node, _NORMS[node.target])
+            elif node.target in _LAYERS:
+                self._layer(node, _LAYERS[node.target])
+            elif node.target in DROPOUTS:
                 self._dropout(node)
+            elif node.target is aten.rrelu.default:
+                self._random_relu(node)
         for node in reversed(list(self.module.graph.nodes)):
             if node.op == "get_attr" and not node.users:
                 self.module.graph.erase_node(node)
 
-    def _layer(self, node: fx.Node, source: str, build: Callable[..., nn.Module]) -> None:
+    def _norm(self, node: fx.Node, layer: _Layer) -> None:
+        """A norm with running statistics follows the mode, unless it never uses them or always does."""
+        args = _bound(node)
+        mean = args["running_mean"]
+        always = bool(args.get("training", args.get("use_input_stats")))
+        if mean is not None and (always or self.types.get(str(mean.target)) == FROZEN):
+            return
+        if not self._layer(node, layer) and node.target is aten.batch_norm.default and mean is not None:
+            self._following_batch_norm(node, args)
+
+    def _layer(self, node: fx.Node, layer: _Layer) -> bool:
+        """Call a module instead, where all that the operator reads is the state of one; whether that was so."""
         args = _bound(node)
         tensors = {name: value for name, value in args.items() if name in _STATE and isinstance(value, fx.Node)}
-        owner = self._owner(tensors)
+        owner = self._owner(tensors, layer.kinds)
         if owner is None:
-            if node.target is aten.batch_norm.default:
-                self._following_batch_norm(node, args)
-            return
+            return False
         state = {name: get_tensor(self.module, str(value.target)) for name, value in tensors.items()}
-        layer = build(self.types[owner], args, state)
-        if repr(layer) != self.made.setdefault(owner, repr(layer)):
-            return
-        self._install(owner, layer)
-        self._call(node, owner, (args[source],))
+        made = layer.build(self.types[owner], args, state)
+        if repr(made) != self.made.setdefault(owner, repr(made)):
+            return False
+        self._install(owner, made)
+        self._call(node, owner, (args[layer.operand],))
+        return True
 
-    def _owner(self, tensors: dict[str, fx.Node]) -> str | None:
-        """The `torch.nn` module all of whose state these operands are, and nothing else reads."""
+    def _owner(self, tensors: dict[str, fx.Node], kinds: tuple[str, ...]) -> str | None:
+        """The module of one of these classes all of whose state these operands are, and nothing else."""
         names = {name: str(value.target) for name, value in tensors.items() if value.op == "get_attr"}
         owners = {name.rpartition(".")[0] for name in names.values()}
         if len(names) != len(tensors) or len(owners) != 1:
             return None
         owner = owners.pop()
-        if self.types.get(owner) not in _CLASSES or any(full != f"{owner}.{name}" for name, full in names.items()):
+        if self.types.get(owner) not in kinds or any(full != f"{owner}.{name}" for name, full in names.items()):
             return None
-        held = {name for name, _ in named_state(self.module.get_submodule(owner))} - {"num_batches_tracked"}
+        inner = self.module.get_submodule(owner)
+        held = (inner._parameters | inner._buffers).keys() - {"num_batches_tracked"}
         return owner if held == set(names) else None
 
     def _install(self, owner: str, layer: nn.Module) -> None:
@@ -115,8 +157,10 @@ class _Restorer:
         if type(old) is type(layer):
             return
         layer._buffers.update({leaf: None for leaf in layer._buffers if leaf not in old._buffers})
-        for leaf, tensor in named_state(old):
+        for leaf, tensor in (old._parameters | old._buffers).items():
+            assert tensor is not None
             attach(layer, leaf, tensor, persistent=leaf not in old._non_persistent_buffers_set)
+        layer._modules.update(old._modules)
         _set_submodule(self.module, owner, layer)
 
     def _call(self, node: fx.Node, name: str, args: tuple[Any, ...]) -> None:
@@ -127,21 +171,41 @@ class _Restorer:
         self.module.graph.erase_node(node)
 
     def _following_batch_norm(self, node: fx.Node, args: dict[str, Any]) -> None:
-        name = f"{node.name}_follows_mode"
-        self.module.add_module(name, BatchNormCall(args["momentum"], args["eps"]))
+        name = self._free_name(node, "batch_norm")
+        _set_submodule(self.module, name, BatchNormCall(args["momentum"], args["eps"]))
         self._call(node, name, tuple(args[key] for key in ("input", "weight", "bias", "running_mean", "running_var")))
 
     def _dropout(self, node: fx.Node) -> None:
         args = _bound(node)
+        if args["train"]:
+            return  # in the eval graph: it drops in every mode
         owner = str(node.meta.get("owner", ""))
         kind = self.types.get(owner, "")
-        if kind not in _DROPOUT_CLASSES:
-            owner, kind = f"{node.name}_layer", _dropout_class(node)
-        layer = _DROPOUT_CLASSES[kind](args["p"])
-        if repr(layer) != self.made.setdefault(owner, repr(layer)):
-            owner = f"{node.name}_layer"
+        layer = getattr(nn, kind if kind in _DROPOUT_CLASSES else _dropout_class(node))(args["p"])
+        self._stateless(node, owner if kind in _DROPOUT_CLASSES else "", "dropout", layer, args["input"])
+
+    def _random_relu(self, node: fx.Node) -> None:
+        args, owner = _bound(node), str(node.meta.get("owner", ""))
+        if self.types.get(owner) == "RReLU":
+            self._stateless(node, owner, "rrelu", nn.RReLU(args["lower"], args["upper"]), args["self"])
+
+    def _stateless(self, node: fx.Node, owner: str, base: str, layer: nn.Module, operand: Any) -> None:
+        """Call a module without parameters: under the name it had, or a new one beside the module that ran it."""
+        if not owner or repr(layer) != self.made.setdefault(owner, repr(layer)):
+            owner = self._free_name(node, base)
         _set_submodule(self.module, owner, layer)
-        self._call(node, owner, (args["input"],))
+        self._call(node, owner, (operand,))
+
+    def _free_name(self, node: fx.Node, base: str) -> str:
+        """A name inside the module that ran the operator, so that it shares the mode of that module."""
+        owner = str(node.meta.get("owner", ""))
+        if not _has_submodule(self.module, owner):
+            return f"{owner}.{base}"
+        taken = self.module.get_submodule(owner)
+        number, name = 1, base
+        while hasattr(taken, name) or f"{owner}.{name}".lstrip(".") in self.types:
+            number, name = number + 1, f"{base}_{number}"
+        return f"{owner}.{name}".lstrip(".")
 
 
 class BatchNormCall(nn.Module):
@@ -156,11 +220,10 @@ class BatchNormCall(nn.Module):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        mean: torch.Tensor | None,
-        var: torch.Tensor | None,
+        mean: torch.Tensor,
+        var: torch.Tensor,
     ) -> torch.Tensor:
-        batch_statistics = self.training or mean is None
-        return nn.functional.batch_norm(x, mean, var, weight, bias, batch_statistics, self.momentum, self.eps)
+        return nn.functional.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
 def _set_submodule(root: nn.Module, name: str, value: nn.Module) -> None:
@@ -171,6 +234,10 @@ def _set_submodule(root: nn.Module, name: str, value: nn.Module) -> None:
             owner.add_module(part, nn.Module())
         owner = owner.get_submodule(part)
     owner._modules[leaf] = value
+
+
+def _has_submodule(root: nn.Module, name: str) -> bool:
+    return any(name == known for known, _ in root.named_modules(remove_duplicate=False))
 
 
 def _bound(node: fx.Node) -> dict[str, Any]:
@@ -215,7 +282,7 @@ def _batch_norm(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor])
     layer: nn.Module = getattr(nn, kind)(
         width,
         eps=args["eps"],
-        momentum=args["momentum"],
+        momentum=None if args["momentum"] == CUMULATIVE else args["momentum"],
         affine="weight" in state,
         track_running_stats="running_mean" in state,
         device="meta",
@@ -238,7 +305,14 @@ def _prelu(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> n
 def _embedding(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
     padding = args["padding_idx"]
     entries, width = state["weight"].shape
-    return nn.Embedding(entries, width, padding_idx=None if padding < 0 else padding, device="meta")
+    return nn.Embedding(
+        entries,
+        width,
+        padding_idx=None if padding < 0 else padding,
+        scale_grad_by_freq=args["scale_grad_by_freq"],
+        sparse=args["sparse"],
+        device="meta",
+    )
 
 
 def _dropout_class(node: fx.Node) -> str:
@@ -249,45 +323,39 @@ def _dropout_class(node: fx.Node) -> str:
     return "FeatureAlphaDropout" if node.target is aten.feature_alpha_dropout.default else "Dropout"
 
 
+def _rows(kind: str, *targets: tuple[Any, ...]) -> dict[Any, _Layer]:
+    """Convolutions of one, two and three dimensions."""
+    return {
+        target: _Layer("input", (f"{kind}{n}d",), _convolution)
+        for n, row in enumerate(targets, start=1)
+        for target in row
+    }
+
+
 _STATE = ("weight", "bias", "running_mean", "running_var")
-_LAYERS: dict[Any, tuple[str, Callable[..., nn.Module]]] = {
-    **dict.fromkeys(
-        (
-            aten.conv1d.default,
-            aten.conv2d.default,
-            aten.conv3d.default,
-            aten.conv1d.padding,
-            aten.conv2d.padding,
-            aten.conv3d.padding,
-            aten.conv_transpose1d.default,
-            aten.conv_transpose2d.input,
-            aten.conv_transpose3d.input,
-        ),
-        ("input", _convolution),
+_LAYERS: dict[Any, _Layer] = {
+    **_rows(
+        "Conv",
+        (aten.conv1d.default, aten.conv1d.padding),
+        (aten.conv2d.default, aten.conv2d.padding),
+        (aten.conv3d.default, aten.conv3d.padding),
     ),
-    aten.linear.default: ("input", _linear),
-    aten.batch_norm.default: ("input", _batch_norm),
-    aten.instance_norm.default: ("input", _batch_norm),
-    aten.layer_norm.default: ("input", _layer_norm),
-    aten.group_norm.default: ("input", _group_norm),
-    aten.prelu.default: ("self", _prelu),
-    aten.embedding.default: ("indices", _embedding),
+    **_rows(
+        "ConvTranspose",
+        (aten.conv_transpose1d.default,),
+        (aten.conv_transpose2d.input,),
+        (aten.conv_transpose3d.input,),
+    ),
+    aten.linear.default: _Layer("input", ("Linear", "NonDynamicallyQuantizableLinear"), _linear),
+    aten.layer_norm.default: _Layer("input", ("LayerNorm",), _layer_norm),
+    aten.group_norm.default: _Layer("input", ("GroupNorm",), _group_norm),
+    aten.prelu.default: _Layer("self", ("PReLU",), _prelu),
+    aten.embedding.default: _Layer("indices", ("Embedding",), _embedding),
 }
-_CLASSES = {
-    *(f"{kind}{n}d" for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm") for n in (1, 2, 3)),
-    "Linear",
-    "LayerNorm",
-    "GroupNorm",
-    "PReLU",
-    "Embedding",
+_NORMS: dict[Any, _Layer] = {
+    aten.batch_norm.default: _Layer(
+        "input", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"), _batch_norm
+    ),
+    aten.instance_norm.default: _Layer("input", ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), _batch_norm),
 }
-_DROPOUTS = {
-    aten.dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
-_DROPOUT_CLASSES: dict[str, type[nn.Module]] = {
-    name: getattr(nn, name)
-    for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
-}
+_DROPOUT_CLASSES = {"Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"}

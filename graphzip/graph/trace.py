@@ -8,7 +8,6 @@ The user's model is never touched: a structural copy that shares its tensors is 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import traceback
 from collections.abc import Iterator
@@ -19,12 +18,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch._subclasses import FakeTensor
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, TraceError
+from graphzip.graph.blocks import open_blocks
 from graphzip.graph.clean import clean
+from graphzip.graph.conditions import conditions_of
 from graphzip.graph.inputs import InputSpec, input_specs, with_batch_of_two
+from graphzip.graph.modes import lost_in_training, mark_cumulative, module_types, settle_modes
 from graphzip.graph.state import (
     Aliases,
     attach,
@@ -49,7 +52,8 @@ class Traced:
 
     `module` holds the graph and, under their original names, the parameters and buffers (shared with the model it
     was traced from). `node.meta["val"]` is a fake tensor whose batch dimension is symbolic, `node.meta["owner"]` the
-    name of the submodule that ran the operator, `node.meta["source"]` its line in the model's source.
+    name of the submodule that ran the operator, `node.meta["source"]` its line in the model's source. The graph is the
+    model only for inputs that fit `inputs` and `conditions`.
     """
 
     module: fx.GraphModule
@@ -61,6 +65,7 @@ class Traced:
     scope: str = ""
     training_only: tuple[str, ...] = ()
     batch_dynamic: bool = True
+    conditions: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -76,18 +81,63 @@ class Traced:
         module = graph_module(share_copy(self.module), graph, type(self.module).__name__)
         return replace(self, module=module)
 
-    def adopt_state(self, module: nn.Module) -> None:
-        """Take over copies of the current tensors of `module`, found by name, in place of the ones held."""
+    def adopt_state(self, module: nn.Module) -> bool:
+        """Take over copies of the current tensors of `module`, found by name, in place of the ones held.
+
+        Where they are of another dtype or on another device, constants and inputs follow; whether that was so. The
+        fake values of operators are then out of date.
+        """
         current = dict(named_state(module))
         own: dict[int, torch.Tensor] = {}
-        for name, old in list(named_state(self.module)):
-            tensor = current.get(name)
+        moves: dict[_Place, _Place] = {}
+        held = [(name, old, current.get(name)) for name, old in named_state(self.module)]
+        for name, old, tensor in held:
             if tensor is None:
                 continue
+            if _place(old) != _place(tensor):
+                moves[_place(old)] = _place(tensor)
             if id(tensor) not in own:
                 value = tensor.detach().clone()
                 own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(old, nn.Parameter) else value
             attach(self.module, name, own[id(tensor)], persistent=is_persistent(self.module, name))
+        if not moves:
+            return False
+        for name, old, tensor in held:
+            if tensor is None:
+                attach(self.module, name, _moved(old, moves), persistent=is_persistent(self.module, name))
+        self._move_inputs(moves)
+        return True
+
+    def _move_inputs(self, moves: dict[_Place, _Place]) -> None:
+        self.example_inputs, self.example_kwargs = pytree.tree_map(
+            lambda leaf: _moved(leaf, moves) if isinstance(leaf, torch.Tensor) else leaf,
+            (self.example_inputs, self.example_kwargs),
+        )
+        specs = []
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node, spec in zip(placeholders, self.inputs, strict=True):
+            value = node.meta["val"]
+            if isinstance(value, FakeTensor):
+                with value.fake_mode:
+                    value = node.meta["val"] = _moved(value, moves)
+            specs.append(spec if spec.dtype is None else replace(spec, dtype=value.dtype))
+        self.inputs = tuple(specs)
+
+
+_Place = tuple[torch.dtype, torch.device]
+
+
+def _place(tensor: torch.Tensor) -> _Place:
+    return tensor.dtype, tensor.device
+
+
+def _moved(tensor: torch.Tensor, moves: dict[_Place, _Place]) -> torch.Tensor:
+    """Where tensors of its kind went; where there were none, to the device that others went to."""
+    if _place(tensor) in moves:
+        dtype, device = moves[_place(tensor)]
+        return tensor.to(device, dtype)
+    devices = {old: new for (_, old), (_, new) in moves.items()}
+    return tensor.to(devices.get(tensor.device, tensor.device))
 
 
 def _fake_memo(module: fx.GraphModule) -> dict[int, Any]:
@@ -103,14 +153,26 @@ def share_copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _tracing_mode() -> Iterator[None]:
-    """Neither the caller's grad mode nor the fused attention fast path may shape the graph."""
+    """The fused attention fast path may not hide the graph, and the caller's grad mode may not shape it."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Undo what an overridden `train` or `eval` of the copy does to the parameters that it shares."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
 
 
 def trace(
@@ -122,35 +184,42 @@ def trace(
 ) -> Traced:
     """Trace `model` on `example_inputs` (positional arguments, batch first).
 
-    An example batch of one is repeated to two, because `torch.export` bakes a batch of one into the graph.
-    `scope` names a submodule: only it is traced, on the inputs it gets inside the model. `dynamic_shapes` is handed to
-    `torch.export.export`; by default the first dimension is dynamic and all others are fixed.
+    An example batch of one is repeated to two, because `torch.export` bakes a batch of one into the graph; a model that
+    takes no batch but one is traced with it. `scope` names a submodule: only it is traced, on the inputs it gets inside
+    the model. `dynamic_shapes` is handed to `torch.export.export`; by default the first dimension is dynamic and all
+    others are fixed.
 
     Raises `ExampleInputError` where the model does not accept the inputs, `TraceError` where it cannot be traced.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{type(model).__name__} is TorchScript, which hides its source; pass the nn.Module it is from"
+        )
     if not isinstance(example_inputs, tuple):
         raise ExampleInputError(
             f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
             "for a single input write (x,)"
         )
-    skeleton = _eval_copy(model)
-    kwargs: dict[str, Any] = {}
-    args = with_batch_of_two(_separate(example_inputs))
-    if scope:
-        skeleton, args, kwargs = _enter_scope(model, skeleton, scope, args)
-    _check_names(skeleton)
-    program = _export(skeleton, args, kwargs, dynamic_shapes)
-    return _to_traced(program, skeleton, args, kwargs, scope or "")
+    with torch.inference_mode(False), _untouched(model):
+        skeleton = _eval_copy(model)
+        given: Call = (_separate(example_inputs), {})
+        if scope:
+            skeleton, given = _enter_scope(model, skeleton, scope, given[0])
+        _check_names(skeleton)
+        mark_cumulative(skeleton)
+        program, call = _program(skeleton, given, dynamic_shapes)
+        return _to_traced(program, skeleton, call, scope or "")
 
 
-def _separate(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+
+def _separate(inputs: Any) -> Any:
     """Tensors of their own: `torch.export` takes one tensor passed twice for one input."""
-    separate: tuple[Any, ...] = pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, inputs
-    )
-    return separate
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
 
 
 def _eval_copy(model: nn.Module) -> nn.Module:
@@ -163,48 +232,80 @@ def _eval_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _batch_is_dynamic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`dynamic_shapes` by argument name: the first dimension of every tensor that has the batch there."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    batch = tensors[0].shape[0] if tensors else None
-
-    def of(leaf: Any) -> dict[int, Any] | None:
-        if isinstance(leaf, torch.Tensor):
-            return {0: Dim.AUTO} if leaf.dim() and leaf.shape[0] == batch else {}
-        return None
-
-    signature = inspect.signature(module.forward)
-    bound: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    return {name: pytree.tree_map(of, value) for name, value in bound.items()}
+def _batch_is_dynamic(call: Call) -> ShapesCollection:
+    """The first dimension of every tensor that has the batch there is dynamic."""
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in tensors:
+        if tensor.shape[0] == tensors[0].shape[0]:
+            shapes[tensor] = {0: Dim.AUTO}
+    return shapes
 
 
-def _export(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any | None) -> ExportedProgram:
+def _program(skeleton: nn.Module, given: Call, dynamic_shapes: Any | None) -> tuple[ExportedProgram, Call]:
+    """The exported program and the arguments it was made with: with a batch of at least two, where the model takes one.
+
+    Inputs that the model itself refuses are told from a model that runs but does not trace.
+    """
+    call: Call = with_batch_of_two(given)
     try:
-        shapes = shapes if shapes is not None else _batch_is_dynamic(skeleton, args, kwargs)
-        with _tracing_mode():
-            return export(skeleton, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return _export(skeleton, call, dynamic_shapes), call
     except Exception as error:
-        raise _explain(skeleton, args, kwargs, error) from error
-
-
-def _explain(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> Exception:
-    """Tell inputs that the model itself refuses from a model that runs but does not trace."""
+        _check_accepts(skeleton, given)
+        if call is given or _accepts(skeleton, call):
+            raise _untraceable(skeleton, error) from error
     name = type(skeleton).__name__
+    logger.warning("%s takes a batch of one and no other; the result takes a batch of one, too", name)
     try:
-        with torch.no_grad():
-            copy.deepcopy(skeleton)(*args, **kwargs)
-    except Exception as own:
-        shapes = ", ".join(_describe(arg) for arg in (*args, *kwargs.values()))
-        return ExampleInputError(
-            f"{name} itself fails on the example inputs ({shapes}): {_first_line(own)}{_where(own)}; "
-            "pass example_inputs that model(*example_inputs) accepts"
-        )
+        return _export(skeleton, given, {}), given
+    except Exception as error:
+        raise _untraceable(skeleton, error) from error
+
+
+def _export(skeleton: nn.Module, call: Call, shapes: Any | None) -> ExportedProgram:
+    shapes = shapes if shapes is not None else _batch_is_dynamic(call)
+    with _tracing_mode():
+        return export(skeleton, *call, dynamic_shapes=shapes or None, strict=False)
+
+
+def _accepts(skeleton: nn.Module, call: Call) -> bool:
+    try:
+        _run(skeleton, call)
+    except Exception:
+        return False
+    return True
+
+
+def _run(skeleton: nn.Module, call: Call) -> None:
+    with torch.no_grad():
+        copy.deepcopy(skeleton)(*_separate(call[0]), **_separate(call[1]))
+
+
+def _check_accepts(skeleton: nn.Module, call: Call) -> None:
+    try:
+        _run(skeleton, call)
+    except Exception as error:
+        shapes = ", ".join(_describe(arg) for arg in (*call[0], *call[1].values()))
+        raise ExampleInputError(
+            f"{type(skeleton).__name__} itself fails on the example inputs ({shapes}): "
+            f"{_first_line(error)}{_where(error)}; pass example_inputs that model(*example_inputs) accepts"
+        ) from error
+
+
+def _untraceable(skeleton: nn.Module, error: Exception) -> TraceError:
+    text = _first_line(error)
+    advice = (
+        "make the control flow there independent of tensor values (or compile only the part that traces: "
+        "scope='name.of.submodule')"
+    )
+    if "dynamic_shapes" in text or "Constraints violated" in text:
+        advice = "give dynamic_shapes that the model allows (torch.export.export describes them)"
+    elif "register" in text:
+        advice = "pass and return tensors, numbers, tuples, lists and dicts, or register the type"
+    elif "nference" in text:
+        advice = "use torch.no_grad() instead of torch.inference_mode() inside the model"
     return TraceError(
-        f"{name} runs but torch.export cannot trace it: {_first_line(error)}{_where(error)}; make the control "
-        "flow there independent of tensor values (or compile only the part that traces: scope='name.of.submodule')"
+        f"{type(skeleton).__name__} runs but torch.export cannot trace it: {text}{_where(error)}; {advice}"
     )
 
 
@@ -232,9 +333,7 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-def _enter_scope(
-    model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[Any, ...]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[Any, ...]) -> tuple[nn.Module, Call]:
     """The submodule `scope` and the first inputs that reach it when the whole model runs."""
     try:
         inner = skeleton.get_submodule(scope)
@@ -243,11 +342,12 @@ def _enter_scope(
         raise TraceError(
             f"scope {scope!r} is not a submodule of {type(model).__name__}; its children are {known}"
         ) from None
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    seen: list[Call] = []
     runner = copy.deepcopy(skeleton)
 
     def remember(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen.append((inputs, keywords))
+        if not seen:
+            seen.append((_separate(inputs), _separate(keywords)))
 
     runner.get_submodule(scope).register_forward_pre_hook(remember, with_kwargs=True)
     try:
@@ -261,41 +361,56 @@ def _enter_scope(
         raise TraceError(
             f"scope {scope!r} is not run by {type(model).__name__} on the example inputs; choose one that is"
         )
-    inputs, keywords = pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, seen[0]
-    )
-    return inner, with_batch_of_two(inputs), keywords
+    return inner, seen[0]
 
 
-def _to_traced(
-    program: ExportedProgram,
-    source: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    scope: str,
-) -> Traced:
+def _to_traced(program: ExportedProgram, source: nn.Module, call: Call, scope: str) -> Traced:
     unlifted = program.module(check_guards=False)
     assert isinstance(unlifted, fx.GraphModule)
+    conditions = conditions_of(unlifted.graph)
+    notes = open_blocks(unlifted)
     aliases = find_aliases(source)
     graph = unlifted.graph
     root = rebuild_state(source, unlifted, aliases)
     module = graph_module(root, graph, type(source).__name__)
     clean(module, aliases)
+    types = module_types(source)
+    settle_modes(module, source, types, aliases, lambda: _training_graph(source, call))
+    module.recompile()
     drop_unread(module, module.graph)
+    _mark_constants(module, source)
     specs = input_specs(module.graph)
     if not any(None in spec.shape for spec in specs):
         logger.warning("%s fixes its batch size to that of the example inputs", type(source).__name__)
     return Traced(
         module=module,
         inputs=specs,
-        example_inputs=args,
-        example_kwargs=kwargs,
+        example_inputs=call[0],
+        example_kwargs=call[1],
         aliases=aliases,
-        module_types=_leaf_types(source),
+        module_types=types,
         scope=scope,
-        training_only=_training_only(source, module.graph),
+        training_only=(*_training_only(source, module.graph), *lost_in_training(source), *notes),
         batch_dynamic=any(None in spec.shape for spec in specs),
+        conditions=conditions,
     )
+
+
+def _training_graph(source: nn.Module, call: Call) -> fx.Graph:
+    """The raw graph of the training mode."""
+    twin = share_copy(source).train()
+    unlifted = _export(twin, call, None).module(check_guards=False)
+    assert isinstance(unlifted, fx.GraphModule)
+    open_blocks(unlifted)
+    return unlifted.graph
+
+
+def _mark_constants(module: fx.GraphModule, source: nn.Module) -> None:
+    """Tell tensors that stand in the model's code from its parameters and buffers."""
+    named = {name for name, _ in named_state(source)}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and node.target not in named and "numbers" not in node.meta:
+            node.meta["constant"] = True
 
 
 _TAKEN = {name for name in dir(fx.GraphModule) if not hasattr(nn.Module, name)} | {"meta"}
@@ -309,15 +424,6 @@ def _check_names(source: nn.Module) -> None:
                 f"{type(source).__name__} has an attribute {name!r}, which torch.fx.GraphModule keeps for itself; "
                 "rename it"
             )
-
-
-def _leaf_types(source: nn.Module) -> dict[str, str]:
-    """Exact classes of the torch.nn modules, by name: what may become such a module again."""
-    return {
-        name: type(module).__name__
-        for name, module in source.named_modules()
-        if type(module).__module__.startswith("torch.nn.modules.") and not hasattr(module, "parametrizations")
-    }
 
 
 def _training_only(source: nn.Module, graph: fx.Graph) -> tuple[str, ...]:

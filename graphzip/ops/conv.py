@@ -109,6 +109,9 @@ def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
             site.pin(axis, "slides over it")
     incoming, outgoing = (rows, columns) if _is_transposed(site) else (columns, rows)
     depthwise = groups > 1 and incoming.shape[1] == outgoing.shape[1] == 1
+    if groups > 1 and incoming is columns and incoming.shape[1] == 1 and weight not in site.blocked:
+        channel = site.tie(rows, [1])  # one input per group: all its outputs are the channel of that input
+        return channel, np.broadcast_to(channel, outgoing.shape)
     if site.is_raw(weight) and not depthwise:
         site.consume(incoming)
         site.produce(outgoing)

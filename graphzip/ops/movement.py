@@ -199,9 +199,8 @@ def scatter(site: Site) -> Result:
         return merge(site, [(site.axes(base), shape), (site.axes(part), site.shape(part))])
     along = [split_axes(site.axes(value), [dim])[0] for value in (base, part)]
     if not any(along):
-        return merge(
-            site, [(site.axes(base), _without(shape, dim)), (site.axes(part), _without(site.shape(part), dim))]
-        )
+        sizes = _without(shape, dim), _without(site.shape(part), dim)
+        return merge(site, [(site.axes(base), sizes[0]), (site.axes(part), sizes[1])])
     if "index" in site.args or step != 1 or not all(along) or any(support(a[0]) != (dim,) for a in along):
         for axis in site.axes(base) + site.axes(part):
             site.pin(axis, "writes into some of the channels")
@@ -225,7 +224,7 @@ def patch_scatter(patch: Patch) -> None:
     if not patch.shrinks(base, dim):
         return
     size = int(base.meta["val"].shape[dim])
-    start, end, _ = slice(patch.args["start"], patch.args["end"]).indices(size)
+    start, _, _ = slice(patch.args["start"], patch.args["end"]).indices(size)
     before = int((patch.kept(base, dim) < start).sum())
     patch.set("start", before)
     patch.set("end", before + patch.size(patch.args["src"], dim))
@@ -464,23 +463,18 @@ def repeat(site: Site) -> Result:
 
 
 def pixel_shuffle(site: Site) -> Result:
-    """`(.., C r r, H, W) -> (.., C, H r, W r)`."""
+    """`(.., C r r, H, W) -> (.., C, H r, W r)`: the places that become one channel go together."""
     source, r = site.args["self"], int(site.args["upscale_factor"])
-    *lead, channels, height, width = site.shape(source)
-    k = len(lead)
-
-    def run(array: IntArray) -> IntArray:
-        if all(array.shape[d] == 1 for d in (k, k + 1, k + 2)):
-            return array
-        whole = np.broadcast_to(array, (*array.shape[:k], channels, height, width))
-        cells = whole.reshape(*array.shape[:k], channels // (r * r), r, r, height, width)
-        order = [*range(k), k, k + 3, k + 1, k + 4, k + 2]
-        shuffled: IntArray = cells.transpose(order).reshape(
-            *array.shape[:k], channels // (r * r), height * r, width * r
-        )
-        return shuffled
-
-    return moved(site, site.axes(source), run)
+    place = len(site.shape(source)) - 3
+    touching, rest = split_axes(site.axes(source), [place])
+    others = mixing(site, tuple(rest), [place + 1, place + 2], "moves positions")
+    made = []
+    for axis in touching:
+        flat = site.tie(axis, [dim for dim in support(axis) if dim != place])
+        site.tie(flat.reshape(-1, r * r), [1])
+        step = (slice(None),) * place + (slice(0, None, r * r),)
+        made.append(site.move([flat], lambda arrays, step=step: arrays[0][step]))  # type: ignore[misc]
+    return (*others, *(axis for axis in made if support(axis)))
 
 
 def pixel_unshuffle(site: Site) -> Result:

@@ -41,9 +41,9 @@ threshold trunc zeros_like full_like special_expit
 """
 
 _BINARY = """
-add fill atan2 bitwise_and bitwise_or bitwise_xor copy copysign div divide eq floor_divide fmax fmin fmod ge gt hypot le lerp
-logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter pow remainder rsub
-sub subtract true_divide where xlogy addcmul addcdiv clamp clamp_max clamp_min max min heaviside
+add fill atan2 bitwise_and bitwise_or bitwise_xor copy copysign div divide eq floor_divide fmax fmin fmod ge gt hypot le
+lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter pow
+remainder rsub sub subtract true_divide where xlogy addcmul addcdiv clamp clamp_max clamp_min max min heaviside
 """
 
 _REDUCING = {"dim", "default", "names_dim"}

@@ -114,8 +114,10 @@ def _prove(result: Traced, layout: Layout) -> None:
     survivors = {(axis.param, axis.dim): layout.after(axis.labels) for axis in layout.analysis.propagation.params}
     proof = _Proof(layout.analysis.fine.classes)
 
-    def labels_of(param: str, dim: int, size: int, groups: int) -> IntArray:
+    def labels_of(param: str, dim: int, size: int, groups: int) -> IntArray | None:
         known = survivors.get((param, dim))
-        return proof.fresh(size * groups) if known is None or known.size != size * groups else known.ravel()
+        if known is not None and known.size == size * groups and (size > 1 or known.ndim == 2):
+            return known.ravel()
+        return proof.fresh(size * groups) if size > 1 else None
 
     propagate(result.graph, proof, labels_of)
