@@ -15,6 +15,9 @@ from pathlib import Path
 
 from graphzip.errors import GraphZipError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 __all__ = ["check_target", "staged", "write_bytes", "write_text"]
 
 
@@ -77,6 +80,7 @@ def _move_together(files: list[Path], folder: Path, scratch: Path) -> None:
     try:
         for file in files:
             target = folder / file.name
+            file.chmod(0o666 & ~_UMASK)
             backup = _set_aside(target, scratch) if len(files) > 1 else None
             replaced.append((target, backup))
             os.replace(file, target)

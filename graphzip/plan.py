@@ -15,13 +15,12 @@ path of its key, such as `passes[0].cluster_merge.keep['fc*']`, and all problems
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeGuard
@@ -31,11 +30,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from graphzip.errors import PlanError
 from graphzip.files import write_text
+from graphzip.tables import closest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PASS_OPTIONS", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan", "closest", "plan_error"]
+__all__ = ["PASS_OPTIONS", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan", "plan_error"]
 
 VERSION: Final = 1
 _LISTED: Final = 10  # problems or names that one message lists before it only counts the rest
@@ -44,18 +44,6 @@ Shape = tuple[int, ...]
 
 
 # ---------------------------------------------------------------------------------------------------- messages
-
-
-def closest(name: str, known: Collection[str]) -> str:
-    """The end of a message on an unknown name: the known names nearest to it, or some of them where none is near."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    if not known:
-        return "there are none to choose from"
-    listed = [repr(each) for each in list(known)[:_LISTED]]
-    rest = [f"{len(known) - _LISTED} more"] if len(known) > _LISTED else []
-    return f"there are: {', '.join(listed + rest)}"
 
 
 def plan_error(problems: Sequence[str], source: str = "") -> PlanError:
@@ -186,6 +174,12 @@ def _check_multiple(value: Any) -> int:
     return int(value)
 
 
+def _check_norms(value: Any) -> str:
+    if value in ("exact", "plain"):
+        return str(value)
+    raise _Wrong(f"{_show(value)} is not a way to treat norms; write 'exact' or 'plain'")
+
+
 def _check_strength(value: Any) -> float | str:
     if value == "auto":
         return "auto"
@@ -290,6 +284,8 @@ class ClusterMerge(PassOptions):
     - `round_to`: the kept width is rounded up to a multiple of this number of channels, at most to the group's size.
     - `strength`: the centripetal strength of training, epsilon of C-SGD's Eq. 6 (per step, before the learning rate
       is applied), above 0; or `"auto"`.
+    - `norms`: `"exact"` makes a norm over merged channels a weighted one where they stand for different numbers of
+      channels; `"plain"` leaves it as it is, faster and no longer lossless: the report then says `exact=False`.
 
     Raises `PlanError` when a value is out of range or of the wrong type, or a channel is named twice.
     """
@@ -304,6 +300,7 @@ class ClusterMerge(PassOptions):
     exclude: Annotated[Sequence[str], BeforeValidator(_check_globs)] = ()
     round_to: Annotated[int, BeforeValidator(_check_multiple)] = 1
     strength: Annotated[float | Literal["auto"], BeforeValidator(_check_strength)] = 3e-3
+    norms: Annotated[Literal["exact", "plain"], BeforeValidator(_check_norms)] = "exact"
 
 
 class FoldBatchNorm(PassOptions):

@@ -170,6 +170,7 @@ class Prepared(nn.Module):
             after=after,
             groups=tuple(GroupChange(name, before, now) for name, (before, now) in widths),
             changed=changed,
+            exact=not any(summary.get("cluster_merge", {}).get("plain_norms") for summary in summaries),
             drift=drift if finite else None,
             notes=traced.training_only if finite else (*traced.training_only, _NOT_FINITE),
             passes=summaries,

@@ -24,15 +24,17 @@ class GroupChange:
 class Report:
     """What a plan did to a model.
 
-    `drift` is the largest difference between outputs before and after on the calibration data, relative to the largest
-    output; `None` where there was no calibration data. `notes` says what the result lacks, such as branches that exist
-    only in training.
+    `exact` tells that merging was lossless where the merged channels were identical; it is false where the plan asked
+    for plain norms and some norm now counts merged channels once. `drift` is the largest difference between outputs
+    before and after on the calibration data, relative to the largest output; `None` where there was no calibration
+    data. `notes` says what the result lacks, such as branches that exist only in training.
     """
 
     before: Cost
     after: Cost
     groups: tuple[GroupChange, ...] = ()
     changed: bool = False
+    exact: bool = True
     drift: float | None = None
     notes: tuple[str, ...] = ()
     passes: tuple[dict[str, Any], ...] = field(default=())
@@ -53,6 +55,8 @@ class Report:
             lines += ["", widths_table([(group.name, group.before, group.after) for group in self.groups])]
         if not self.changed:
             lines += ["", "nothing changed: the plan names no group that can shrink"]
+        if not self.exact:
+            lines += ["", "not exact: norms that were left plain count merged channels once"]
         if self.drift is not None:
             lines += ["", f"outputs moved by at most {self.drift:.2e} of the largest output on the calibration data"]
         if self.notes:
@@ -71,6 +75,7 @@ class Report:
             after=Cost(**data["after"]),
             groups=tuple(GroupChange(**group) for group in data["groups"]),
             changed=data["changed"],
+            exact=data["exact"],
             drift=data["drift"],
             notes=tuple(data["notes"]),
             passes=tuple(data["passes"]),

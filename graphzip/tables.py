@@ -82,7 +82,7 @@ class Before:
 
 def closest(name: str, known: Collection[str]) -> str:
     """The end of a message on an unknown name: the known names nearest to it, or some of them where none is near."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     if not known:

@@ -44,6 +44,8 @@ class ClusterMergePass:
 
     def __init__(self, options: ClusterMerge, traced: Traced, *, seed: int, where: str) -> None:
         check_clustering(options.clustering, f"{where}.clustering")
+        self.options = options
+        self.left_plain: list[str] = []
         self.traced = traced
         self.analysis: Analysis = analyse(traced.graph)
         self.groups: ChannelGroups = channel_groups_of(traced, self.analysis)
@@ -63,7 +65,10 @@ class ClusterMergePass:
             (group.whole_blocks, group.channels, parts)
             for group, parts in ((self.groups[name], parts) for name, parts in self.clusters.items())
         ]
-        return merge_channels(traced, self.analysis, merges)
+        result, self.left_plain = merge_channels(
+            traced, self.analysis, merges, plain_norms=self.options.norms == "plain"
+        )
+        return result
 
     def collapse_(self, model: nn.Module) -> None:
         self.pull_(model, 1.0)
@@ -89,7 +94,8 @@ class ClusterMergePass:
         return {name: (self.groups[name].size, len(parts)) for name, parts in self.clusters.items()}
 
     def summary(self) -> dict[str, Any]:
-        return {"clusters": {name: [list(part) for part in parts] for name, parts in self.clusters.items()}}
+        clusters = {name: [list(part) for part in parts] for name, parts in self.clusters.items()}
+        return {"clusters": clusters, "plain_norms": self.left_plain}
 
     def _members(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, _Members]]:
         """Every slice that the clusters tie together, parameter by parameter."""
@@ -162,7 +168,7 @@ def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Trace
     return tuple(sorted(parts))
 
 
-def _features(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _features(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
     leaders = [param for param in group.params if param.role == "producer"] or list(group.params)
     lead = leaders[0]
     prefix = f"{traced.scope}." if traced.scope else ""
@@ -171,6 +177,7 @@ def _features(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[n
         raise WeightsError(
             f"group {group.name!r} has no weights to cluster (they are on the meta device); load them first"
         )
-    values = tensor.movedim(lead.dim, 0).reshape(tensor.shape[lead.dim], -1).double().cpu().numpy()
-    rows: np.ndarray[Any, np.dtype[np.float64]] = values[lead.indices].reshape(group.size, -1)
+    tensor_rows = tensor.movedim(lead.dim, 0).reshape(tensor.shape[lead.dim], -1).cpu()
+    values = (tensor_rows if tensor_rows.dtype == torch.float64 else tensor_rows.float()).numpy()
+    rows: np.ndarray[Any, np.dtype[np.floating[Any]]] = values[lead.indices].reshape(group.size, -1)
     return rows

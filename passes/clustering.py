@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphzip.errors import PlanError, WeightsError
-from graphzip.plan import closest
+from graphzip.tables import closest
 
 __all__ = ["Clustering", "check_clustering", "cluster", "clusterings", "register_clustering"]
 
@@ -141,8 +141,17 @@ def _kmeans(features: Features, k: int, seed: int) -> list[list[int]]:
         return _split_largest(_members(owner, len(first)), k)
     rows: Features = np.asarray(features[first], dtype=dtype)
     rows = rows / np.abs(rows).max()  # clusters do not change with scale, and squares neither overflow nor vanish
-    labels = _lloyd(rows, np.bincount(owner).astype(dtype), k, seed)
+    labels = _lloyd(_short(rows), np.bincount(owner).astype(dtype), k, seed)
     return _members(labels[owner], k)
+
+
+def _short(rows: Features) -> Features:
+    """Rows (u, min(u, d)) at the same distances from each other: with `rows^T = Q R` these are the rows of `R^T`."""
+    if rows.shape[1] <= len(rows):
+        return rows
+    triangle: Features = np.linalg.qr(rows.T, mode="reduced")[1]
+    short: Features = np.ascontiguousarray(triangle.T)
+    return short
 
 
 def _distinct(features: Features) -> tuple[Labels, Labels]:

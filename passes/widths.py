@@ -21,7 +21,8 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Final, Protocol
 
-from graphzip.plan import ClusterMerge, closest, plan_error
+from graphzip.plan import ClusterMerge, plan_error
+from graphzip.tables import closest
 
 __all__ = ["Clusters", "Group", "Width", "matches", "resolve"]
 

@@ -77,9 +77,17 @@ class Cases(dict[str, Case]):
         for name, args in calls.items():
             self.add(overload(name), lambda m, *xs, name=name, args=args: overload(name)(*xs, *args), **options)
 
-    def together(self, name: str, calls: Mapping[str, Callable[..., Any] | tuple[Any, ...]], **options: Any) -> None:
-        """One network for operators of one kind, side by side on the last dimension: each is given by what it calls,
-        or by the arguments that follow the activations.
+    def together(
+        self,
+        name: str,
+        calls: Mapping[str, Callable[..., Any] | tuple[Any, ...]],
+        shape: Sequence[int] = (2, 3, 6),
+        *,
+        dim: int = 2,
+        **options: Any,
+    ) -> None:
+        """One network for operators of one kind, side by side: each is given by what it calls, or by the arguments
+        that follow the activations. All channels are expected to be free.
         """
 
         def run(m: Any, *xs: Any) -> tuple[Tensor, ...]:
@@ -87,9 +95,8 @@ class Cases(dict[str, Case]):
                 call(*xs) if callable(call) else overload(target)(*xs, *call) for target, call in calls.items()
             )
 
-        self.put(
-            [overload(target) for target in calls], name, lambda: network(run, (2, 3, 6), dim=2, **options), {"make": 6}
-        )
+        targets = [overload(target) for target in calls]
+        self.put(targets, name, lambda: network(run, shape, dim=dim, **options), {"make": shape[dim]})
 
 
 def overload(name: str) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 
 import op_cases_linear
 import op_cases_movement
+import op_cases_norm
 import op_cases_pointwise
+import op_cases_positions
 import pytest
 import torch
 from op_cases import Case
@@ -27,7 +29,7 @@ from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups
 from graphzip.graph.trace import Traced, trace
 from graphzip.ops import OPS
 
-FAMILIES = (op_cases_pointwise, op_cases_movement, op_cases_linear)
+FAMILIES = (op_cases_pointwise, op_cases_movement, op_cases_linear, op_cases_norm, op_cases_positions)
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 
 UNREACHABLE: dict[Any, str] = {

@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graphzip.errors import PlanError
-from graphzip.plan import PASS_OPTIONS, ClusterMerge, FoldBatchNorm, PassOptions, Plan, closest, plan_error
+from graphzip.plan import PASS_OPTIONS, ClusterMerge, FoldBatchNorm, PassOptions, Plan, plan_error
+from graphzip.tables import closest
 
 
 def message(action: Any, *args: Any, **kwargs: Any) -> str:
@@ -385,3 +386,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert message(Plan([]).save, path).startswith(f"cannot write {path}: No space left on device")
     assert Plan.load(path) == Plan([FoldBatchNorm()])
     assert os.listdir(tmp_path) == ["plan.yaml"]
+
+
+def test_norms_are_exact_or_plain() -> None:
+    assert ClusterMerge().norms == "exact"
+    assert Plan([ClusterMerge(norms="plain")]).to_dict()["passes"] == [{"cluster_merge": {"norms": "plain"}}]
+    with pytest.raises(PlanError, match=r"norms: 'fast' is not a way to treat norms; write 'exact' or 'plain'"):
+        ClusterMerge(norms="fast")  # type: ignore[arg-type]

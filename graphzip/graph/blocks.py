@@ -37,31 +37,35 @@ def open_blocks(module: fx.GraphModule) -> list[str]:
 
 def _open(module: fx.GraphModule, node: fx.Node) -> list[str]:
     kind = node.target.name()  # type: ignore[union-attr]
-    notes: list[str] = []
-    if kind == "wrap_with_set_grad_enabled":
-        enabled, block, *operands = node.args
-    elif kind == "wrap_with_autocast":
-        device, dtype, active, _, block, *operands = node.args
-        enabled = True
-        if active:
-            raise TraceError(
-                f"{_line(node)}a block runs under torch.autocast({device!r}, {dtype}), whose dtypes a graph does not "
-                "hold; take autocast out of forward and put it around the call of the model"
-            )
-        notes.append(f"{_line(node)}a block turns autocast off; the result does not, so call it outside of autocast")
-    else:
+    if kind not in {"wrap_with_set_grad_enabled", "wrap_with_autocast"}:
         raise TraceError(
             f"{_line(node)}{kind} runs a function of its own inside the model, which graphzip does not look into; "
             "write it without, or compile only a part: scope='name.of.submodule'"
         )
+    settings = 1 if kind == "wrap_with_set_grad_enabled" else 4
+    block, *operands = node.args[settings:]
     assert isinstance(block, fx.Node)
     inner = module.get_submodule(str(block.target))
     assert isinstance(inner, fx.GraphModule)
-    notes += open_blocks(inner)
-    if not enabled:
+    notes = open_blocks(inner)
+    detach = False
+    if kind == "wrap_with_autocast":
+        notes.append(_autocast_off(node, inner))
+    elif not node.args[0]:
+        detach = True
         functionalize(inner.graph)  # a write that reaches the outside would be differentiated there
-    _inline(node, str(block.target), inner, tuple(operands), detach=not enabled)
+    _inline(node, str(block.target), inner, tuple(operands), detach=detach)
     return notes
+
+
+def _autocast_off(node: fx.Node, inner: fx.GraphModule) -> str:
+    device, dtype, active = node.args[:3]
+    if active:
+        raise TraceError(
+            f"{_line(node, inner)}a block runs under torch.autocast({device!r}, {dtype}), whose dtypes a graph does "
+            "not hold; take autocast out of forward and put it around the call of the model"
+        )
+    return f"{_line(node, inner)}a block turns autocast off; the result does not, so call it outside of autocast"
 
 
 def _inline(node: fx.Node, name: str, inner: fx.GraphModule, operands: tuple[Any, ...], *, detach: bool) -> None:
@@ -96,6 +100,8 @@ def _inline(node: fx.Node, name: str, inner: fx.GraphModule, operands: tuple[Any
         graph.erase_node(block)
 
 
-def _line(node: fx.Node) -> str:
-    source = source_of(node)
+def _line(node: fx.Node, inner: fx.GraphModule | None = None) -> str:
+    """Where the block is: the node's own line, or that of the first operator inside."""
+    inside = [] if inner is None else list(inner.graph.nodes)
+    source = next((text for text in map(source_of, [node, *inside]) if text), "")
     return f"{source}: " if source else ""

@@ -8,10 +8,12 @@ The user's model is never touched: a structural copy that shares its tensors is 
 from __future__ import annotations
 
 import copy
+import io
 import logging
+import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,32 @@ def _tracing_mode() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
+_CHATTY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the terminal what torch prints where an export fails: half a graph, and the traceback of an operator.
+
+    The error that is raised says what matters. What a model itself prints comes out after a successful export.
+    """
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    silent = [chatty.disabled for chatty in loggers]
+    spill = io.StringIO()
+    try:
+        for chatty in loggers:
+            chatty.disabled = True
+        with redirect_stderr(spill):
+            yield
+        sys.stderr.write(spill.getvalue())
+    except Exception:
+        logger.debug("%s", spill.getvalue())
+        raise
+    finally:
+        for chatty, was in zip(loggers, silent, strict=True):
+            chatty.disabled = was
+
+
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Undo what an overridden `train` or `eval` of the copy does to the parameters that it shares."""
@@ -264,7 +292,7 @@ def _program(skeleton: nn.Module, given: Call, dynamic_shapes: Any | None) -> tu
 
 def _export(skeleton: nn.Module, call: Call, shapes: Any | None) -> ExportedProgram:
     shapes = shapes if shapes is not None else _batch_is_dynamic(call)
-    with _tracing_mode():
+    with _tracing_mode(), _quiet():
         return export(skeleton, *call, dynamic_shapes=shapes or None, strict=False)
 
 

@@ -211,7 +211,7 @@ def scatter(site: Site) -> Result:
     )
 
     def written(arrays: list[IntArray]) -> IntArray:
-        whole = arrays[0].copy()
+        whole: IntArray = arrays[0].copy()
         whole[(slice(None),) * dim + (slice(start, end),)] = arrays[1]
         return whole
 
@@ -462,6 +462,17 @@ def repeat(site: Site) -> Result:
     return moved(site, site.axes(source), run)
 
 
+def repeat_interleave(site: Site) -> Result:
+    """Every position along `dim` several times in a row (heads of grouped queries)."""
+    source, times = site.args["self"], site.args["repeats"]
+    if not isinstance(times, int) or site.args["dim"] is None:
+        return mixing(site, site.axes(source), range(len(site.shape(source))), "repeats positions unevenly")
+    dim = site.dim(site.args["dim"])
+    return moved(
+        site, site.axes(source), lambda array: np.repeat(array, times, axis=dim) if array.shape[dim] > 1 else array
+    )
+
+
 def pixel_shuffle(site: Site) -> Result:
     """`(.., C r r, H, W) -> (.., C, H r, W r)`: the places that become one channel go together."""
     source, r = site.args["self"], int(site.args["upscale_factor"])
@@ -565,6 +576,7 @@ SPECS = (
     OpSpec((aten.flip.default,), flip),
     OpSpec((aten.roll.default,), roll, patch=patch_roll),
     OpSpec((aten.repeat.default, aten.tile.default), repeat),
+    OpSpec((aten.repeat_interleave.self_int,), repeat_interleave),
     OpSpec((aten.pixel_shuffle.default,), pixel_shuffle),
     OpSpec((aten.pixel_unshuffle.default,), pixel_unshuffle),
 )

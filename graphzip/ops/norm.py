@@ -72,7 +72,7 @@ def patch_group_norm(patch: Patch) -> None:
     width = int(patch.node.meta["val"].shape[1]) // groups
     left = int(np.unique(patch.kept(patch.node, 1) // width).size)
     dims = list(range(1, len(patch.node.meta["val"].shape)))
-    counts = _uneven(patch.multiplicity(patch.args["input"], dims, blocks=groups))
+    counts = _uneven(patch, patch.multiplicity(patch.args["input"], dims, blocks=groups))
     patch.set("num_groups", left)
     if counts is None:
         return
@@ -128,12 +128,12 @@ def _normalized(patch: Patch) -> tuple[list[int], int, FloatArray | None]:
     shape = patch.args["normalized_shape"]
     rank = len(patch.node.meta["val"].shape)
     dims = list(range(rank - len(shape), rank))
-    return dims, math.prod(int(size) for size in shape), _uneven(patch.multiplicity(patch.args["input"], dims))
+    return dims, math.prod(int(size) for size in shape), _uneven(patch, patch.multiplicity(patch.args["input"], dims))
 
 
-def _uneven(counts: FloatArray | None) -> FloatArray | None:
+def _uneven(patch: Patch, counts: FloatArray | None) -> FloatArray | None:
     """Averages stay what they are where every channel stands for the same number of channels."""
-    return None if counts is None or np.ptp(counts) == 0 else counts
+    return None if counts is None or np.ptp(counts) == 0 or patch.may_stay_plain() else counts
 
 
 def patch_layer_norm(patch: Patch) -> None:

@@ -54,6 +54,9 @@ class Patch(Protocol):
         are counted on their own.
         """
 
+    def may_stay_plain(self) -> bool:
+        """Whether a norm may count every channel once although that moves the outputs; where it may, it is reported."""
+
     def consumes(self, value: Any, dim: int) -> bool:
         """Whether `value` is a weight whose slices along `dim` have been added up."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphzip.graph.state import attach, get_tensor
+from graphzip.graph.state import attach, drop_unread, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 from graphzip.rewrite.shrink import refresh
@@ -30,40 +30,47 @@ _LAYERS = {
     aten.linear.default,
 }
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+_STATE = ("weight", "bias", "running_mean", "running_var")
 
 
 def fold_batch_norm(traced: Traced) -> tuple[Traced, list[str]]:
     """A graph in which every batch norm that directly follows a layer of its own is part of that layer.
 
-    Returns it with the names of the layers that took one in. A batch norm without running statistics, or whose layer is
-    read elsewhere or shares its weight, stays.
+    Returns it with the names of the layers that took one in. A batch norm that uses the statistics of the batch, or
+    whose layer is read elsewhere or shares its weight, stays.
     """
     result = traced.copy()
     folded: list[str] = []
+    tied = {*traced.aliases, *traced.aliases.values()}
     for node in list(result.graph.nodes):
-        if node.target is aten.batch_norm.default and _can_fold(node):
+        if node.target is aten.batch_norm.default and _can_fold(node, tied):
             folded.append(_fold(result, node))
     if not folded:
         return traced, []
     result.graph.eliminate_dead_code()
-    _drop_unused(result, traced)
+    drop_unread(result.module, result.graph)
     refresh(result)
     result.module.recompile()
     return result, folded
 
 
-def _can_fold(node: fx.Node) -> bool:
+def _can_fold(node: fx.Node, tied: set[str]) -> bool:
     args = bind(node)
     layer = args["input"]
-    if layer.target not in _LAYERS | _TRANSPOSED or len(layer.users) != 1 or args["running_mean"] is None:
+    if layer.target not in _LAYERS | _TRANSPOSED or len(layer.users) != 1:
+        return False
+    if args["running_mean"] is None or args["training"]:
         return False
     given = bind(layer)
     if layer.target in _TRANSPOSED and given["groups"] > 1:
         return False
-    if layer.target is aten.linear.default and len(node.meta["val"].shape) != 2:
-        return False
     own = [value for value in (given["weight"], given["bias"]) if value is not None]
-    return all(value.op == "get_attr" and len(value.users) == 1 for value in own)
+    if any(value.op != "get_attr" or len(value.users) != 1 or value.target in tied for value in own):
+        return False
+    if any(args[name] is not None and args[name].op != "get_attr" for name in _STATE):
+        return False
+    # with an input that has no batch dimension, or a linear layer on sequences, channels are not dimension 1
+    return len(node.meta["val"].shape) == len(given["weight"].meta["val"].shape)
 
 
 def _fold(traced: Traced, node: fx.Node) -> str:
@@ -86,38 +93,36 @@ def _fold(traced: Traced, node: fx.Node) -> str:
     channel = 1 if layer.target in _TRANSPOSED else 0
     shape = [-1 if dim == channel else 1 for dim in range(weight.dim())]
     name = str(given["weight"].target)
-    owner = name.rpartition(".")[0]
-    attach(traced.module, name, _parameter(weight.detach().double() * scale.reshape(shape), weight))
-    bias_name = str(bias.target) if bias is not None else f"{owner}.bias" if owner else f"{name}_bias"
-    attach(traced.module, bias_name, _parameter(shift, weight))
+    _put(traced.module, name, weight.detach().double() * scale.reshape(shape), weight)
+    bias_name = str(bias.target) if bias is not None else _free_name(traced.module, name)
+    _put(traced.module, bias_name, shift, weight if bias is None else get_tensor(traced.module, bias_name))
     if bias is None:
         with traced.graph.inserting_before(layer):
             fetch = traced.graph.get_attr(bias_name)
-        fetch.meta.update(owner=owner, source="")
+        fetch.meta.update(owner=layer.meta["owner"], source="")
         _set_bias(layer, fetch)
     node.replace_all_uses_with(layer)
     traced.graph.erase_node(node)
-    return traced.qualified(owner or name)
+    return traced.qualified(name.removesuffix(".weight"))
+
+
+def _free_name(module: nn.Module, weight: str) -> str:
+    """`conv.bias` for `conv.weight`, or the next name that is not taken."""
+    owner, _, leaf = weight.rpartition(".")
+    name = "bias" if leaf == "weight" else f"{leaf}_bias"
+    while hasattr(module.get_submodule(owner), name):
+        name = f"{name}_"
+    return f"{owner}.{name}" if owner else name
+
+
+def _put(module: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """Set a tensor, a parameter if `like` is one."""
+    value = value.to(like.dtype)
+    is_parameter = isinstance(like, nn.Parameter)
+    made = nn.Parameter(value, requires_grad=like.requires_grad) if is_parameter else value
+    attach(module, name, made, persistent=is_persistent(module, name))
 
 
 def _set_bias(layer: fx.Node, bias: Any) -> None:
     layer.args = (*layer.args[:2], bias, *layer.args[3:])
     layer.kwargs = {key: value for key, value in layer.kwargs.items() if key != "bias"}
-
-
-def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad)
-
-
-def _drop_unused(result: Traced, before: Traced) -> None:
-    """Remove the state of the batch norms that are gone."""
-    still = {str(node.target) for node in result.graph.nodes if node.op == "get_attr"}
-    gone = {str(node.target) for node in before.graph.nodes if node.op == "get_attr"} - still
-    for owner in {name.rpartition(".")[0] for name in gone}:
-        module = result.module.get_submodule(owner)
-        for leaf in list(module._parameters):
-            if f"{owner}.{leaf}" in gone:
-                del module._parameters[leaf]
-        for leaf in list(module._buffers):
-            if f"{owner}.{leaf}" in gone or leaf == "num_batches_tracked":
-                del module._buffers[leaf]

@@ -37,11 +37,13 @@ class Layout:
     analysis: Analysis
     classes: IntArray
     keeper: IntArray
+    plain_norms: bool = False
+    left_plain: list[str] = field(default_factory=list)
     _compact: dict[int, tuple[IntArray, IntArray]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, analysis: Analysis, merges: Iterable[Merge]) -> Layout:
-        """The first channel of each part stays."""
+    def of(cls, analysis: Analysis, merges: Iterable[Merge], *, plain_norms: bool = False) -> Layout:
+        """The first channel of each part stays. With `plain_norms`, norms count every channel once."""
         fine, coarse = analysis.fine, analysis.coarse
         classes = fine.classes.copy()
         total = fine.solution.count + (coarse.solution.count if coarse is not None else 0)
@@ -55,7 +57,7 @@ class Layout:
                 numbers = channels + fine.solution.count
             for part in parts:
                 keeper[numbers[list(part)]] = numbers[part[0]]
-        return cls(analysis, classes, keeper)
+        return cls(analysis, classes, keeper, plain_norms)
 
     @property
     def unchanged(self) -> bool:

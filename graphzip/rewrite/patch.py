@@ -11,6 +11,7 @@ from torch import fx
 
 from graphzip.graph.state import attach
 from graphzip.labels import IntArray
+from graphzip.ops.site import describe
 from graphzip.ops.spec import FloatArray
 from graphzip.rewrite.layout import Layout
 
@@ -40,6 +41,11 @@ class NodePatch:
 
     def multiplicity(self, value: Any, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
         return self.layout.multiplicity(value, dims, blocks)
+
+    def may_stay_plain(self) -> bool:
+        if self.layout.plain_norms:
+            self.layout.left_plain.append(describe(self.node))
+        return self.layout.plain_norms
 
     def consumes(self, value: Any, dim: int) -> bool:
         return self.layout.consumes(value, dim % len(value.meta["val"].shape))

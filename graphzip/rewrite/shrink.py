@@ -25,15 +25,18 @@ from graphzip.rewrite.patch import NodePatch
 __all__ = ["merge_channels"]
 
 
-def merge_channels(traced: Traced, analysis: Analysis, merges: Iterable[Merge]) -> Traced:
+def merge_channels(
+    traced: Traced, analysis: Analysis, merges: Iterable[Merge], *, plain_norms: bool = False
+) -> tuple[Traced, list[str]]:
     """Keep the first channel of every part and add up the consumers' slices of the others.
 
-    Returns a new graph; the given one and its tensors stay as they are. Raises `RewriteError` where the result would
-    not compute the same.
+    Returns a new graph, and the norms that no longer compute the same because `plain_norms` lets them count every
+    channel once. The given graph and its tensors stay as they are. Raises `RewriteError` where the result would not
+    compute the same.
     """
-    layout = Layout.of(analysis, merges)
+    layout = Layout.of(analysis, merges, plain_norms=plain_norms)
     if layout.unchanged:
-        return traced
+        return traced, []
     result = traced.copy()
     tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in analysis.propagation.params}
     changed = shrink_parameters(layout, tensors)
@@ -45,7 +48,7 @@ def merge_channels(traced: Traced, analysis: Analysis, merges: Iterable[Merge]) 
     refresh(result)
     _prove(result, layout)
     result.module.recompile()
-    return result
+    return result, layout.left_plain
 
 
 def _patch(result: Traced, traced: Traced, layout: Layout) -> None:
