@@ -141,7 +141,10 @@ def _kmeans(features: Features, k: int, seed: int) -> list[list[int]]:
         return _split_largest(_members(owner, len(first)), k)
     rows: Features = np.asarray(features[first], dtype=dtype)
     rows = rows / np.abs(rows).max()  # clusters do not change with scale, and squares neither overflow nor vanish
-    labels = _lloyd(_short(rows), np.bincount(owner).astype(dtype), k, seed)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1):  # deterministic sums; and small problems lose more to waiting threads than they gain
+        labels = _lloyd(_short(rows), np.bincount(owner).astype(dtype), k, seed)
     return _members(labels[owner], k)
 
 
@@ -176,15 +179,14 @@ def _split_largest(clusters: list[list[int]], k: int) -> list[list[int]]:
 
 
 def _lloyd(rows: Features, weights: Features, k: int, seed: int) -> Labels:
-    """Labels (u,) of k-means on distinct rows (u, d), u > k. Deterministic: sums are taken by one thread."""
+    """Labels (u,) of k-means on distinct rows (u, d), u > k."""
     from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
 
     def seeding(centred: Features, count: int, random_state: np.random.RandomState) -> Features:
         return centred[_spread(centred, weights, count, random_state)]
 
     solver = KMeans(k, init=seeding, n_init=1, random_state=seed)
-    with warnings.catch_warnings(), threadpool_limits(limits=1, user_api="openmp"):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer clusters than asked for: repaired below
         labels = solver.fit(rows, sample_weight=weights).labels_
     return _repaired(rows, labels.astype(np.intp), k)

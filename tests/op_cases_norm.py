@@ -54,7 +54,7 @@ CASES.add(aten.prelu.default, lambda m, x: aten.prelu.default(x, m.w), parts=aff
 CASES.add(group_norm, lambda m, x: group_norm(x, 1, m.w, m.b), parts=affine(6), name="in one group")
 CASES.add(group_norm, lambda m, x: group_norm(x, 1), name="in one group, without a scale")
 CASES.add(group_norm, lambda m, x: group_norm(x, 2, m.w, m.b, 0.1), (2, 6, 2, 2), parts=affine(6),
-          name="in two groups", free={"make": 6, "make#2": 2})  # fmt: skip
+          name="in two groups")  # fmt: skip
 CASES.add(group_norm, lambda m, x: group_norm(x, 6, m.w, m.b), parts=affine(6), name="in as many groups as channels")
 CASES.add(group_norm, lambda m, x: group_norm(x, 5), (2, 5, 6), dim=2, name="over positions",
           why="normalises over it")  # fmt: skip
@@ -67,7 +67,9 @@ CASES.add(layer_norm, lambda m, x: layer_norm(x, [6, 5], m.w, m.b), parts=affine
 CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3), [3], m.w, m.b).flatten(2), **WIDE,
           parts=affine(3), name="in every head", free={"make": 3})  # fmt: skip
 CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3), [3]).flatten(2), **WIDE,
-          name="in every head, without a scale", free={"make": 6, "make#2": 2})  # fmt: skip
+          name="in every head, without a scale")  # fmt: skip
+CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3).mT, [2]).mT.flatten(2), **WIDE, name="over heads",
+          free={"make": 3})  # fmt: skip
 CASES.add(rms_norm, lambda m, x: rms_norm(x, [6], m.w, 1e-3), **WIDE, parts=affine(6))
 CASES.add(rms_norm, lambda m, x: rms_norm(x, [6]), **WIDE, name="without a scale")
 CASES.add(rms_norm, lambda m, x: rms_norm(x, [6, 5]), name="over channels and positions")

@@ -17,6 +17,7 @@ import op_cases_movement
 import op_cases_norm
 import op_cases_pointwise
 import op_cases_positions
+import op_cases_uneven
 import pytest
 import torch
 from op_cases import Case
@@ -29,7 +30,7 @@ from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups
 from graphzip.graph.trace import Traced, trace
 from graphzip.ops import OPS
 
-FAMILIES = (op_cases_pointwise, op_cases_movement, op_cases_linear, op_cases_norm, op_cases_positions)
+FAMILIES = (op_cases_pointwise, op_cases_movement, op_cases_linear, op_cases_norm, op_cases_positions, op_cases_uneven)
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 
 UNREACHABLE: dict[Any, str] = {

@@ -97,6 +97,8 @@ class _Walk:
             parts, index = node.args
             found = axes.get(parts, ()) if isinstance(parts, fx.Node) else ()
             axes[node] = found[index] if isinstance(found, list) and isinstance(index, int) else ()
+            if parts in self.raw:
+                self.raw.add(node)
         elif node.op == "call_function" and node.target not in _SHAPE_QUERIES and _has_tensors(node):
             self._call(position, node)
 

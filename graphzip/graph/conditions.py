@@ -59,7 +59,7 @@ def conditions_of(graph: fx.Graph) -> tuple[str, ...]:
         for dim, size in enumerate(value.shape):
             if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
                 environment = size.node.shape_env
-                places.add(environment.replace(size.node.expr), f"{node.name}.shape[{dim}]")
+                places.add(environment.replace(size.node.expr), f"{node.target}.shape[{dim}]")
     if environment is None:
         return ()
     texts = [*places.conditions(), *_ranges(environment, places), *_guards(environment, places)]

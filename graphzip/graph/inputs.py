@@ -72,9 +72,9 @@ def input_specs(graph: fx.Graph) -> tuple[InputSpec, ...]:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             shape = tuple(_fixed(size) for size in value.shape)
-            specs.append(InputSpec(node.name, shape, value.dtype))
+            specs.append(InputSpec(str(node.target), shape, value.dtype))
         else:
-            specs.append(InputSpec(node.name, (), None))
+            specs.append(InputSpec(str(node.target), (), None))
     return tuple(specs)
 
 
@@ -117,8 +117,9 @@ def check_input(
 def check_constant(value: Any, name: str, expected: Any) -> None:
     """Raises `InputShapeError` unless an argument that is not a tensor has the value the graph was made for."""
     if type(value) is not type(expected) or value != expected:
+        given = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
         raise InputShapeError(
-            f"argument {name!r} is {value!r}, but the model was compiled for {expected!r}, which is part of the graph; "
+            f"argument {name!r} is {given}, but the model was compiled for {expected!r}, which is part of the graph; "
             "compile it with example_inputs that have the new value"
         )
 

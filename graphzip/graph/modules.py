@@ -65,8 +65,12 @@ def _check_inputs(module: fx.GraphModule, traced: Traced) -> None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     leaves = pytree.tree_leaves((traced.example_inputs, traced.example_kwargs))
     tensors = {
-        node.name: node for node, spec in zip(placeholders, traced.inputs, strict=True) if spec.dtype is not None
+        spec.name: node for node, spec in zip(placeholders, traced.inputs, strict=True) if spec.dtype is not None
     }
+    if traced.conditions:
+        terms = tuple(parse(text) for text in traced.conditions)
+        with graph.inserting_after(placeholders[-1]):
+            graph.call_function(check_sizes, (traced.conditions, terms, tuple(tensors), *tensors.values()))
     for node, spec, leaf in zip(reversed(placeholders), reversed(traced.inputs), reversed(leaves), strict=True):
         with graph.inserting_after(placeholders[-1]):
             if spec.dtype is None:
@@ -75,10 +79,6 @@ def _check_inputs(module: fx.GraphModule, traced: Traced) -> None:
             elif node.users:
                 checked = graph.call_function(check_input, (node, spec.name, spec.shape, spec.dtype))
                 node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
-    if traced.conditions:
-        terms = tuple(parse(text) for text in traced.conditions)
-        with graph.inserting_after(placeholders[-1]):
-            graph.call_function(check_sizes, (traced.conditions, terms, tuple(tensors), *tensors.values()))
 
 
 @dataclass(frozen=True)

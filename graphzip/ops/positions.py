@@ -81,10 +81,19 @@ def patch_mean(patch: Patch) -> None:
     _scale(patch, lambda counts: counts * (after / before))
 
 
+def _order(args: Any) -> float:
+    order = args.get("ord", args.get("p"))
+    return 2.0 if order is None else float(order)
+
+
+def norm(site: Site) -> Result:
+    """`(sum_c |x_c|^p)^(1/p)`; the norm of order 0 counts channels."""
+    return reduction(site) if _order(site.args) else choice(site)
+
+
 def patch_norm(patch: Patch) -> None:
-    order = patch.args.get("ord", patch.args.get("p"))
-    order = 2.0 if order is None else float(order)
-    if math.isfinite(order) and order > 0:
+    order = _order(patch.args)
+    if math.isfinite(order) and order:
         _scale(patch, lambda counts: counts ** (1 / order))
 
 
@@ -92,7 +101,8 @@ def _scale(patch: Patch, weight: Callable[[Any], Any]) -> None:
     source = patch.args["self"]
     counts = patch.multiplicity(source, _reduced(patch.args, len(source.meta["val"].shape)))
     if counts is not None and not np.allclose(weight(counts), 1.0, rtol=0, atol=1e-15):
-        scaled = patch.call(aten.mul.Tensor, patch.operand("self"), patch.values(weight(counts), source))
+        like = source if source.meta["val"].is_floating_point() else patch.node  # truth values and integers are counted
+        scaled = patch.call(aten.mul.Tensor, patch.operand("self"), patch.values(weight(counts), like))
         patch.set_node("self", scaled)
 
 
@@ -198,7 +208,7 @@ SPECS = (
     OpSpec((aten.amax.default, aten.amin.default, aten.max.default, aten.min.default), reduction),
     OpSpec((aten.any.dim, aten.all.dim, aten.any.default, aten.all.default), reduction),
     OpSpec((aten.logsumexp.default,), reduction, patch=patch_logsumexp),
-    OpSpec((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), reduction, patch=patch_norm),
+    OpSpec((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), norm, patch=patch_norm),
     OpSpec(
         (aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim),
         reduction,

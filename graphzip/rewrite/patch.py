@@ -85,6 +85,7 @@ class NodePatch:
         with self.copy.graph.inserting_after(self.copy):
             made = self._owned(self.copy.graph.call_function(target, (self.copy, *args)))
         self.copy.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+        self.to_copy[self.node] = made
         return made
 
     def become(self, value: fx.Node) -> None:

@@ -15,7 +15,7 @@ from graphzip.analysis.propagate import propagate
 from graphzip.errors import RewriteError
 from graphzip.graph.state import attach, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
-from graphzip.labels import IntArray
+from graphzip.labels import IntArray, Solution
 from graphzip.ops import OPS
 from graphzip.ops.site import bind, describe
 from graphzip.rewrite.layout import Layout, Merge
@@ -71,28 +71,33 @@ def refresh(traced: Traced) -> None:
         if isinstance(node.meta.get("val"), torch._subclasses.FakeTensor)
     )
     values: dict[fx.Node, Any] = {}
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = node.meta["val"]
-        elif node.op == "get_attr":
-            values[node] = mode.from_tensor(get_tensor(traced.module, str(node.target)), static_shapes=True)
-        elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            try:
-                with mode, enable_python_dispatcher(), torch.enable_grad():
-                    values[node] = node.target(*args, **kwargs)
-            except Exception as error:
-                raise RewriteError(
-                    f"{describe(node)} does not fit the shapes after the merge: {str(error).splitlines()[0]}"
-                ) from error
-        node.meta["val"] = values.get(node)
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = node.meta["val"]
+            elif node.op == "get_attr":
+                values[node] = mode.from_tensor(get_tensor(traced.module, str(node.target)), static_shapes=True)
+            elif node.op == "call_function":
+                values[node] = _run(node, values)
+            node.meta["val"] = values.get(node)
+
+
+def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    target: Any = node.target
+    try:
+        return target(*args, **kwargs)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RewriteError(f"{describe(node)} does not fit the shapes after the merge: {reason}") from error
 
 
 class _Proof:
     """Labels of a rewritten graph: wherever the analysis unified labels, the survivors must still meet each other."""
 
-    def __init__(self, classes: IntArray) -> None:
-        self.classes = classes
+    def __init__(self, solution: Solution) -> None:
+        self.classes = solution.classes
+        self.held = {pair for pairs in solution.containers for pair in zip(*(p.tolist() for p in pairs), strict=True)}
         self.unknown = 0
         self.at: fx.Node | None = None
 
@@ -103,8 +108,10 @@ class _Proof:
     def unify(self, left: IntArray, right: IntArray) -> None:
         left, right = np.broadcast_arrays(left, right)
         known = (left >= 0) & (right >= 0)
-        if (self.classes[left[known]] != self.classes[right[known]]).any():
-            raise RewriteError("channels that belong together no longer meet; nothing was changed")
+        found = np.unique(np.stack([self.classes[left[known]], self.classes[right[known]]]), axis=1)
+        for a, b in found[:, found[0] != found[1]].T.tolist():
+            if (a, b) not in self.held and (b, a) not in self.held:  # the last channel of a block stands for the block
+                raise RewriteError("channels that belong together no longer meet; nothing was changed")
 
     def pin(self, labels: IntArray, reason: str) -> None:
         """What was pinned has not been merged."""
@@ -115,7 +122,7 @@ class _Proof:
 
 def _prove(result: Traced, layout: Layout) -> None:
     survivors = {(axis.param, axis.dim): layout.after(axis.labels) for axis in layout.analysis.propagation.params}
-    proof = _Proof(layout.analysis.fine.classes)
+    proof = _Proof(layout.analysis.fine.solution)
 
     def labels_of(param: str, dim: int, size: int, groups: int) -> IntArray | None:
         known = survivors.get((param, dim))
