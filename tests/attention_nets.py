@@ -868,7 +868,7 @@ def _stream(norm: Callable[[int], nn.Module], *, last: bool) -> Example:
             y = y.permute(0, 3, 1, 2) if last else y
             x = x + down(F.gelu(up(y)))
         y = m.norm3(swap(x))
-        return m.last(y.mean((1, 2) if last else (2, 3)))
+        return m.last(F.relu(y).mean((1, 2) if last else (2, 3)))
 
     return Net(
         run, stem=conv(3, 8), norm1=norm(8), up1=conv(8, 6), down1=conv(6, 8), norm2=norm(8), up2=conv(8, 12, 1),
@@ -929,9 +929,9 @@ def _gated(activation: Callable[[Tensor], Tensor], *, whole: bool) -> Example:
         return m.last((x + m.down(activation(a) * b)).mean(1))
 
     gates = {"both": nn.Linear(8, 24)} if whole else {"gate": nn.Linear(8, 12), "up": nn.Linear(8, 12)}
-    return Net(
-        run, embed=nn.Linear(7, 8), norm=nn.RMSNorm(8), **gates, down=nn.Linear(12, 8), last=nn.Linear(8, 3)
-    ), (sequence(),)
+    return Net(run, embed=nn.Linear(7, 8), norm=nn.RMSNorm(8), **gates, down=nn.Linear(12, 8), last=nn.Linear(8, 3)), (
+        sequence(),
+    )
 
 
 @net
@@ -1122,9 +1122,7 @@ def between(middle: Callable[[Tensor], Tensor], width: int = 8, after: int | Non
     def run(m: Any, x: Tensor) -> Tensor:
         return m.last(F.relu(m.second(middle(m.first(x)))).mean(1))
 
-    return Net(
-        run, first=nn.Linear(7, width), second=nn.Linear(after or width, 6), last=nn.Linear(6, 3)
-    ), (sequence(),)
+    return Net(run, first=nn.Linear(7, width), second=nn.Linear(after or width, 6), last=nn.Linear(6, 3)), (sequence(),)
 
 
 def _complex_rotation(x: Tensor) -> Tensor:

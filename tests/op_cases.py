@@ -31,11 +31,14 @@ FITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network that runs `targets`, and what is expected of its groups."""
+    """A network that runs `targets`, and what is expected of its groups.
+
+    Where `free` is `None`, any groups will do, as long as exchanging and merging them is exact.
+    """
 
     targets: tuple[Any, ...]
     build: Callable[[], Example]
-    free: Mapping[str, int]
+    free: Mapping[str, int] | None
     why: str
 
 
@@ -49,22 +52,21 @@ class Cases(dict[str, Case]):
         shape: Sequence[int] = (2, 6, 5),
         *,
         name: str = "",
-        free: Mapping[str, int] | None = None,
+        free: Mapping[str, int] | str | None = "all",
         why: str = "",
         **options: Any,
     ) -> None:
         """The network of `network(run, shape, **options)`; all channels are expected to be free unless `why`."""
-        if free is None:
-            free = {} if why else {"make": shape[options.get("dim", 1)]}
+        expected = {} if why else {"make": shape[options.get("dim", 1)]}
         full = f"{str(target).removeprefix('aten.').removesuffix('.default')} {name}".strip()
-        self.put((target,), full, lambda: network(run, shape, **options), free, why)
+        self.put((target,), full, lambda: network(run, shape, **options), expected if free == "all" else free, why)
 
     def put(
         self,
         targets: Sequence[Any],
         name: str,
         build: Callable[[], Example],
-        free: Mapping[str, int],
+        free: Any,
         why: str = "",
     ) -> None:
         """A network of any form."""
@@ -92,7 +94,7 @@ class Cases(dict[str, Case]):
 
         def run(m: Any, *xs: Any) -> tuple[Tensor, ...]:
             return tuple(
-                call(*xs) if callable(call) else overload(target)(*xs, *call) for target, call in calls.items()
+                call(m, *xs) if callable(call) else overload(target)(*xs, *call) for target, call in calls.items()
             )
 
         targets = [overload(target) for target in calls]

@@ -64,6 +64,10 @@ CASES.add(conv, lambda m, x: conv(x, m.w, m.b) + conv(x, m.w.flip(0), m.b.flip(0
           parts=weights(4, 6, 2, 2, bias=4), free={"make": 6, "w": 2})  # fmt: skip
 CASES.add(conv, lambda m, x: conv(x, m.w * 0.5, m.b), MAP, name="with a computed weight",
           parts=weights(4, 6, 2, 2, bias=4), free={"make": 6, "w": 4})  # fmt: skip
+CASES.add(conv, lambda m, x: conv(x, m.w.expand(4, 6, 2, 2), m.b), MAP, name="with one weight for all channels",
+          parts=weights(4, 1, 2, 2, bias=4), free=None)  # fmt: skip
+CASES.add(conv, lambda m, x: conv(x, m.w / torch.linalg.vector_norm(m.w, dim=(1, 2, 3), keepdim=True), m.b, groups=2), MAP, free=None,
+          name="in groups with a computed weight", parts=weights(4, 3, 2, 2, bias=4))  # fmt: skip
 CASES.add(conv, lambda m, x: conv(x.unsqueeze(1), m.w, m.b), (2, 6, 5), name="sliding over channels", out=1,
           parts=weights(4, 1, 3, 3, bias=4), free={"w": 4}, why="mixes positions")  # fmt: skip
 
@@ -77,6 +81,8 @@ CASES.add(aten.linear.default, lambda m, x: aten.linear.default(x, m.w.softmax(0
           name="with a computed weight", parts=weights(4, 6), free={"make": 6, "w": 4})  # fmt: skip
 CASES.add(aten.linear.default, lambda m, x, y: aten.linear.default(x[:, 0], y[0]), **WIDE, name="of two activations",
           makers=TWO, out=1, free={"make": 6})  # fmt: skip
+CASES.add(aten.linear.default, lambda m, x: aten.linear.default(x, m.w.expand(4, 6)), **WIDE, parts=weights(4, 1),
+          name="with one weight for all channels", free=None)  # fmt: skip
 CASES.add(aten.addmm.default, lambda m, x: aten.addmm.default(m.b, x, m.w), (2, 6), parts=weights(6, 4, bias=4),
           free={"make": 6, "w": 4})  # fmt: skip
 CASES.add(aten.mm.default, lambda m, x: aten.mm.default(x, m.w), (2, 6), parts=weights(6, 4), free={"make": 6, "w": 4})
@@ -129,7 +135,7 @@ CASES.add(aten.einsum.default, lambda m, x, y: aten.einsum.default("bti,bsi->bts
           name="over channels", out=None)  # fmt: skip
 CASES.add(aten.einsum.default, lambda m, x, y: aten.einsum.default("bti,btj->bij", [x, y]).sin().sum(1), **WIDE,
           makers=TWO, name="over positions", out=1, free=BOTH)  # fmt: skip
-CASES.add(aten.einsum.default, lambda m, x: aten.einsum.default("bti->bi", [x]), **WIDE, name="of one", out=1)
+CASES.add(aten.einsum.default, lambda m, x: aten.einsum.default("bti->bi", [x]), **WIDE, name="of one operand", out=1)
 CASES.add(aten.einsum.default, lambda m, x: aten.einsum.default("bti->bt", [x]), **WIDE, name="summing channels",
           out=None)  # fmt: skip
 CASES.add(aten.einsum.default, lambda m, x, y, z: aten.einsum.default("bti,bsi,bui->btsu", [x, y, z]), **WIDE,

@@ -69,7 +69,7 @@ CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3), [3], m.w, m.b
 CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3), [3]).flatten(2), **WIDE,
           name="in every head, without a scale")  # fmt: skip
 CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3).mT, [2]).mT.flatten(2), **WIDE, name="over heads",
-          free={"make": 3})  # fmt: skip
+          free=None)  # fmt: skip
 CASES.add(rms_norm, lambda m, x: rms_norm(x, [6], m.w, 1e-3), **WIDE, parts=affine(6))
 CASES.add(rms_norm, lambda m, x: rms_norm(x, [6]), **WIDE, name="without a scale")
 CASES.add(rms_norm, lambda m, x: rms_norm(x, [6, 5]), name="over channels and positions")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from op_cases import Cases, param
+from torch import nn
 
 CASES = Cases()
 
@@ -14,7 +15,7 @@ aten = torch.ops.aten
 
 def plain(names: str) -> dict[str, Any]:
     """Operators that take nothing but activations."""
-    return {name: () for name in names.split()}
+    return dict.fromkeys(names.split(), ())
 
 
 # --- one tensor ----------------------------------------------------------------------------------------------------
@@ -24,7 +25,7 @@ CASES.together("rectifiers", plain("relu relu6 leaky_relu elu celu selu hardshri
 })  # fmt: skip
 CASES.together("gates", plain("sigmoid special_expit silu mish gelu hardsigmoid hardswish log_sigmoid softplus tanh"))
 CASES.together("whole numbers", plain("abs sign sgn ceil floor frac round trunc") | {
-    "round.decimals": lambda x: aten.round.decimals(x, decimals=1)
+    "round.decimals": lambda m, x: aten.round.decimals(x, decimals=1)
 })  # fmt: skip
 CASES.together("angles", plain("sin cos tan sinc sinh cosh asinh atan deg2rad rad2deg"))
 CASES.together("inverses", plain("acos asin atanh erfinv") | {"logit": (0.1,)}, fit="unit")
@@ -33,15 +34,32 @@ CASES.together("logarithms", plain("log log10 log1p log2 lgamma acosh sqrt rsqrt
 CASES.together("copies", plain("alias clone contiguous detach _to_copy") | {
     "to.dtype": (torch.float64,),
     "to.device": (torch.device("cpu"), torch.float64),
-    "to.dtype_layout": lambda x: aten.to.dtype_layout(x, dtype=torch.float64),
+    "to.dtype_layout": lambda m, x: aten.to.dtype_layout(x, dtype=torch.float64),
 })  # fmt: skip
 CASES.together("dropouts", {
-    "dropout": (0.5, False),
-    "alpha_dropout": (0.5, False),
-    "feature_dropout": (0.5, False),
-    "feature_alpha_dropout": (0.5, False),
+    "dropout": lambda m, x: m.drop(x),
+    "alpha_dropout": lambda m, x: m.alpha(x),
+    "feature_dropout": lambda m, x: m.feature(x),
+    "feature_alpha_dropout": lambda m, x: m.both(x),
+}, parts=lambda: {
+    "drop": nn.Dropout(), "alpha": nn.AlphaDropout(), "feature": nn.Dropout1d(), "both": nn.FeatureAlphaDropout(),
 })  # fmt: skip
-CASES.together("of the same shape", plain("ones_like zeros_like") | {"full_like": (2.0,), "fill.Scalar": (2.0,)})
+CASES.together("of the same shape", plain("ones_like zeros_like") | {
+    "full_like": (2.0,),
+    "fill.Scalar": (2.0,),
+    "fill.Tensor": lambda m, x: aten.fill.Tensor(x, torch.full((), 0.7, dtype=x.dtype)),
+})  # fmt: skip
+CASES.add(aten.fill.Tensor, lambda m, x: aten.fill.Tensor(x, m.number), name="with a parameter",
+          parts=lambda: {"number": nn.Parameter(torch.tensor(0.7))})  # fmt: skip
+MADE: dict[str, Any] = {
+    "new_full": lambda m, x: aten.new_full.default(x, [3, 1], 0.5),
+    "new_ones": lambda m, x: aten.new_ones.default(x, [1]),
+    "new_zeros": lambda m, x: aten.new_zeros.default(x, [1, 1]),
+    "new_empty": lambda m, x: aten.new_empty.default(x, [1]) * 0.0,
+}
+CASES.together("made like another", {name: lambda m, x, make=make: x + make(m, x) for name, make in MADE.items()})
+CASES.add(aten.new_full.default, lambda m, x: x + aten.new_full.default(x, [6, 1], 0.5), name="as wide as the channels",
+          why="combines it with a tensor whose channels are fixed")  # fmt: skip
 CASES.together("questions", plain("isfinite isinf isnan nan_to_num"))
 
 # --- a tensor and a number -----------------------------------------------------------------------------------------
@@ -50,27 +68,27 @@ CASES.together("arithmetic with a number", {
     "add.Scalar": (1.5,), "sub.Scalar": (1.5,), "subtract.Scalar": (1.5,), "rsub.Scalar": (1.5,), "mul.Scalar": (3.0,),
     "multiply.Scalar": (3.0,), "div.Scalar": (3.0,), "divide.Scalar": (3.0,), "true_divide.Scalar": (3.0,),
     "floor_divide.Scalar": (0.3,), "fmod.Scalar": (0.3,), "remainder.Scalar": (0.3,), "copysign.Scalar": (-1.0,),
-    "div.Scalar_mode": lambda x: aten.div.Scalar_mode(x, 0.3, rounding_mode="floor"),
-    "divide.Scalar_mode": lambda x: aten.divide.Scalar_mode(x, 0.3, rounding_mode="trunc"),
+    "div.Scalar_mode": lambda m, x: aten.div.Scalar_mode(x, 0.3, rounding_mode="floor"),
+    "divide.Scalar_mode": lambda m, x: aten.divide.Scalar_mode(x, 0.3, rounding_mode="trunc"),
 })  # fmt: skip
 CASES.together("comparisons with a number", {
     "eq.Scalar": (0.0,), "ne.Scalar": (0.0,), "ge.Scalar": (0.1,), "gt.Scalar": (0.1,), "le.Scalar": (0.1,),
     "lt.Scalar": (0.1,), "clamp": (-0.5, 0.5), "clamp_max": (0.5,), "clamp_min": (-0.5,),
-    "where.Scalar": lambda x: aten.where.Scalar(x > 0, 1.0, -2.0),
+    "where.Scalar": lambda m, x: aten.where.Scalar(x > 0, 1.0, -2.0),
 })  # fmt: skip
 CASES.together("a number to begin with", {
-    "pow.Scalar": lambda x: aten.pow.Scalar(2.0, x),
-    "remainder.Scalar_Tensor": lambda x: aten.remainder.Scalar_Tensor(2.0, x),
-    "xlogy.Scalar_Self": lambda x: aten.xlogy.Scalar_Self(2.0, x),
+    "pow.Scalar": lambda m, x: aten.pow.Scalar(2.0, x),
+    "remainder.Scalar_Tensor": lambda m, x: aten.remainder.Scalar_Tensor(2.0, x),
+    "xlogy.Scalar_Self": lambda m, x: aten.xlogy.Scalar_Self(2.0, x),
     "xlogy.Scalar_Other": (2.0,),
 }, fit="positive")  # fmt: skip
 CASES.together("bits", plain("bitwise_not") | {
     "bitwise_and.Scalar": (3,),
     "bitwise_or.Scalar": (3,),
     "bitwise_xor.Scalar": (3,),
-    "bitwise_and.Scalar_Tensor": lambda x: aten.bitwise_and.Scalar_Tensor(3, x),
-    "bitwise_or.Scalar_Tensor": lambda x: aten.bitwise_or.Scalar_Tensor(3, x),
-    "bitwise_xor.Scalar_Tensor": lambda x: aten.bitwise_xor.Scalar_Tensor(3, x),
+    "bitwise_and.Scalar_Tensor": lambda m, x: aten.bitwise_and.Scalar_Tensor(3, x),
+    "bitwise_or.Scalar_Tensor": lambda m, x: aten.bitwise_or.Scalar_Tensor(3, x),
+    "bitwise_xor.Scalar_Tensor": lambda m, x: aten.bitwise_xor.Scalar_Tensor(3, x),
 }, fit="whole")  # fmt: skip
 CASES.together("negation", plain("logical_not"), fit="flag")
 
@@ -83,8 +101,8 @@ CASES.together("arithmetic", plain(
     "add.Tensor sub.Tensor subtract.Tensor rsub.Tensor mul.Tensor multiply.Tensor div.Tensor divide.Tensor "
     "true_divide.Tensor floor_divide fmod.Tensor remainder.Tensor copy copysign.Tensor"
 ) | {
-    "div.Tensor_mode": lambda x, y: aten.div.Tensor_mode(x, y, rounding_mode="floor"),
-    "divide.Tensor_mode": lambda x, y: aten.divide.Tensor_mode(x, y, rounding_mode="trunc"),
+    "div.Tensor_mode": lambda m, x, y: aten.div.Tensor_mode(x, y, rounding_mode="floor"),
+    "divide.Tensor_mode": lambda m, x, y: aten.divide.Tensor_mode(x, y, rounding_mode="trunc"),
 }, makers=TWO)  # fmt: skip
 CASES.together("functions of two", plain("atan2 hypot logaddexp nextafter heaviside") | {"lerp.Scalar": (0.3,)},
                makers=TWO)  # fmt: skip
@@ -97,11 +115,11 @@ CASES.together("bits of two", plain("bitwise_and.Tensor bitwise_or.Tensor bitwis
                makers=TWO, fit="whole")  # fmt: skip
 CASES.together("logic", plain("logical_and logical_or logical_xor"), makers=TWO, fit="flag")
 CASES.together("choices", {
-    "masked_fill.Scalar": lambda x, y: aten.masked_fill.Scalar(x, y > 0, -1.0),
-    "masked_fill.Tensor": lambda x, y: aten.masked_fill.Tensor(x, y > 0, torch.full((), 0.7, dtype=x.dtype)),
-    "where.self": lambda x, y: aten.where.self(x > y, x, -y),
-    "where.ScalarOther": lambda x, y: aten.where.ScalarOther(x > 0, y, 0.5),
-    "where.ScalarSelf": lambda x, y: aten.where.ScalarSelf(x > 0, 0.5, y),
+    "masked_fill.Scalar": lambda m, x, y: aten.masked_fill.Scalar(x, y > 0, -1.0),
+    "masked_fill.Tensor": lambda m, x, y: aten.masked_fill.Tensor(x, y > 0, torch.full((), 0.7, dtype=x.dtype)),
+    "where.self": lambda m, x, y: aten.where.self(x > y, x, -y),
+    "where.ScalarOther": lambda m, x, y: aten.where.ScalarOther(x > 0, y, 0.5),
+    "where.ScalarSelf": lambda m, x, y: aten.where.ScalarSelf(x > 0, 0.5, y),
 }, makers=TWO)  # fmt: skip
 CASES.together("functions of three", plain("lerp.Tensor addcmul addcdiv clamp.Tensor"), makers=THREE, fit="positive")
 

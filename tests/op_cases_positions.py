@@ -18,7 +18,7 @@ WIDE = {"shape": (2, 5, 6), "dim": 2}
 
 
 def first(name: str, *args: Any) -> Any:
-    return lambda x: overload(name)(x, *args)[0]
+    return lambda m, x: overload(name)(x, *args)[0]
 
 
 def resampling(names: str, size: list[int], *align_corners: bool) -> dict[str, Any]:
@@ -40,67 +40,90 @@ for rank, shape in {1: (2, 3, 6), 2: (2, 3, 4, 4), 3: (2, 3, 4, 4, 4)}.items():
                    resampling(f"upsample_nearest{rank}d _upsample_nearest_exact{rank}d", three), shape, dim=1)  # fmt: skip
     CASES.each({f"avg_pool{rank}d": (two,)}, name="over channels", shape=(2, *shape[2:], 4), dim=rank + 1,
                why="mixes positions")  # fmt: skip
-CASES.together("linear", resampling("upsample_linear1d", [3], False), (2, 3, 6), dim=1)
-CASES.together("trilinear", resampling("upsample_trilinear3d", [3, 3, 3], False), (2, 3, 2, 2, 2), dim=1)
-CASES.together("bilinear and bicubic", resampling(
+CASES.together("linear resampling", resampling("upsample_linear1d", [3], False), (2, 3, 6), dim=1)
+CASES.together("trilinear resampling", resampling("upsample_trilinear3d", [3, 3, 3], False), (2, 3, 2, 2, 2), dim=1)
+CASES.together("bilinear and bicubic resampling", resampling(
     "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa", [3, 3], False
 ), (2, 3, 4, 4), dim=1)  # fmt: skip
 
 # --- sums and their relatives --------------------------------------------------------------------------------------
 
-for name in (
-    "sum.dim_IntList mean.dim amax amin logsumexp linalg_vector_norm var.correction var.dim std.correction std.dim "
-    "norm.ScalarOpt_dim any.dim all.dim"
-).split():
-    target = overload(name)
-    before: tuple[Any, ...] = {"linalg_vector_norm": (3.0,), "norm.ScalarOpt_dim": (2.0,)}.get(name, ())
-    dims: Any = 1 if name in {"any.dim", "all.dim"} else [1]
-    over: Any = 2 if name in {"any.dim", "all.dim"} else [2]
-    fit = "flag" if name in {"any.dim", "all.dim"} else "any"
-    CASES.add(target, lambda m, x, f=target, b=before, d=over: f(x, *b, d), name="over positions", fit=fit)
-    CASES.add(target, lambda m, x, f=target, b=before, d=dims: f(x, *b, d).to(m.make.weight.dtype), out=None, fit=fit,
-              name="over channels")  # fmt: skip
-    CASES.add(target, lambda m, x, f=target, b=before, d=dims: x * f(x, *b, d, keepdim=True), fit=fit,
-              name="over channels, as a gate")  # fmt: skip
-for name in "sum mean amax amin max min any all".split():
-    CASES.add(overload(name), lambda m, x, f=overload(name): f(x).to(m.make.weight.dtype), out=None,
-              name="over everything")  # fmt: skip
-CASES.add(aten.sum.dim_IntList, lambda m, x: aten.sum.dim_IntList(x.view(-1, 5, 2, 3), [3]), **WIDE, out=2,
-          name="over the width of heads", free={"make": 6, "make#2": 2})  # fmt: skip
-CASES.add(aten.mean.dim, lambda m, x: aten.mean.dim(x, [1, 2]), out=None, name="over channels and positions")
-CASES.add(aten.mean.dim, lambda m, x: aten.mean.dim(x, [0], True), name="over the batch")
-CASES.add(aten.var.dim, lambda m, x: aten.var.dim(x, [1, 2], False), out=None, name="over channels and positions")
-for order in (0.0, 1.0, 2.5, -2.0, float("inf"), float("-inf")):
-    CASES.add(aten.linalg_vector_norm.default, lambda m, x, p=order: aten.linalg_vector_norm.default(x, p, [1]),
-              out=None, name=f"of order {order}")  # fmt: skip
+SUMS: dict[str, tuple[Any, ...]] = {
+    "sum.dim_IntList": (), "mean.dim": (), "amax": (), "amin": (), "logsumexp": (), "linalg_vector_norm": (3.0,),
+    "norm.ScalarOpt_dim": (2.0,), "var.correction": (), "var.dim": (), "std.correction": (), "std.dim": (),
+}  # fmt: skip
+TRUTHS = ("any.dim", "all.dim")
+MAPS = {"shape": (2, 6, 5), "dim": 1}
+
+
+def over(*dims: int, gate: bool = False) -> dict[str, Any]:
+    """Every sum over these dimensions; as a gate it is multiplied with what it is taken of."""
+
+    def call(name: str, before: tuple[Any, ...]) -> Any:
+        take = overload(name)
+        if gate:
+            return lambda m, x: x * take(x, *before, list(dims), keepdim=True)
+        return lambda m, x: take(x, *before, list(dims))
+
+    return {name: call(name, before) for name, before in SUMS.items()}
+
+
+CASES.together("sums over positions", over(2), **MAPS)
+CASES.together("sums over channels", over(1), **MAPS, out=None)
+CASES.together("sums over channels, as gates", over(1, gate=True), **MAPS)
+CASES.together("sums over channels and positions, as gates", over(1, 2, gate=True), **MAPS)
+CASES.together("truths over positions", dict.fromkeys(TRUTHS, (2,)), fit="flag", **MAPS)
+CASES.together("truths over channels", dict.fromkeys(TRUTHS, (1,)), fit="flag", **MAPS, out=None)
+CASES.together(
+    "sums over everything",
+    dict.fromkeys(["sum", "mean", "amax", "amin", "max", "min", "any", "all"], ()),
+    **MAPS,
+    out=None,
+)
+CASES.together("norms over channels", {
+    "linalg_vector_norm": lambda m, x: torch.stack(
+        [aten.linalg_vector_norm.default(x, p, [1]) for p in (1.0, 2.5, -2.0, float("inf"), float("-inf"))]
+    ),
+    "norm.ScalarOpt_dim": lambda m, x: aten.norm.ScalarOpt_dim(x, 0.5, [1]),
+}, **MAPS, out=None)  # fmt: skip
+CASES.add(aten.linalg_vector_norm.default, lambda m, x: aten.linalg_vector_norm.default(x, 0.0, [1]), out=None,
+          name="that counts channels", why="tells positions or counts of channels apart")  # fmt: skip
 CASES.add(aten.linalg_vector_norm.default, lambda m, x: x / aten.linalg_vector_norm.default(x, 2, [-1], True), **WIDE,
           name="to length one")  # fmt: skip
+CASES.add(aten.sum.dim_IntList, lambda m, x: aten.sum.dim_IntList(x.view(-1, 5, 2, 3), [3]), **WIDE, out=2,
+          name="over the width of heads", free={"make": 6, "make#2": 2})  # fmt: skip
+CASES.add(aten.mean.dim, lambda m, x: aten.mean.dim(x, [0], True), name="over the batch")
+CASES.add(aten.var.dim, lambda m, x: aten.var.dim(x, [1, 2], False), out=None, name="without a correction")
 
 # --- which tell channels apart -------------------------------------------------------------------------------------
 
 APART = "tells positions or counts of channels apart"
-for name in "argmax argmin prod.dim_int".split():
-    target = overload(name)
-    CASES.add(target, lambda m, x, f=target: f(x, 1).to(x.dtype), out=None, name="over channels", why=APART)
-    CASES.add(target, lambda m, x, f=target: f(x, 2).to(x.dtype), name="over positions")
-    CASES.add(target, lambda m, x, f=target: f(x, 2, True).to(x.dtype), name="over positions, kept")
-for name in "max.dim min.dim median.dim".split():
-    target = overload(name)
-    CASES.add(target, lambda m, x, f=target: f(x, 1)[0], out=None, name="over channels", why=APART)
-    CASES.add(target, lambda m, x, f=target: f(x, 2)[0], name="over positions")
-    CASES.add(target, lambda m, x, f=target: f(x, 2)[1].to(x.dtype), name="over positions, their places")
 ORDER = "depends on the order of the channels"
-for name, args in {"cumsum": (), "cumprod": (), "argsort": ()}.items():
-    target = overload(name)
-    CASES.add(target, lambda m, x, f=target: f(x, 1).to(x.dtype), name="over channels", why=ORDER)
-    CASES.add(target, lambda m, x, f=target: f(x, 2).to(x.dtype), name="over positions")
-CASES.add(aten.sort.default, lambda m, x: aten.sort.default(x, 1)[0], name="over channels", why=ORDER)
-CASES.add(aten.sort.default, lambda m, x: aten.sort.default(x, 2)[0], name="over positions")
-CASES.add(aten.sort.stable, lambda m, x: aten.sort.stable(x, stable=True, dim=1)[1].to(x.dtype), name="over channels",
-          why=ORDER)  # fmt: skip
-CASES.add(aten.sort.stable, lambda m, x: aten.sort.stable(x, stable=True, dim=2)[1].to(x.dtype), name="over positions")
-CASES.add(aten.topk.default, lambda m, x: aten.topk.default(x, 3, 1)[0], name="over channels", why=ORDER)
-CASES.add(aten.topk.default, lambda m, x: aten.topk.default(x, 3, 2)[0], name="over positions")
+
+
+def places(name: str, dim: int) -> Any:
+    """The second result: where the values stood."""
+    return lambda m, x: overload(name)(x, dim)[1]
+
+
+CASES.together("choices over positions", {"argmax": (2,), "argmin": (2,), "prod.dim_int": (2,)} | {
+    name: first(name, 2) for name in ("max.dim", "min.dim", "median.dim")
+}, **MAPS)  # fmt: skip
+CASES.together("places over positions", {
+    "argmax": (2, True), "argmin": (2, True),
+    **{name: places(name, 2) for name in ("max.dim", "min.dim", "median.dim", "sort")},
+}, **MAPS)  # fmt: skip
+CASES.together("orders over positions", {
+    "cumsum": (2,), "cumprod": (2,), "argsort": (2,), "sort": first("sort", 2), "topk": first("topk", 3, 2),
+    "sort.stable": lambda m, x: aten.sort.stable(x, stable=True, dim=2)[0],
+}, **MAPS)  # fmt: skip
+CASES.each({"argmax": (1,), "argmin": (1,), "prod.dim_int": (1,)}, name="over channels", out=None, why=APART)
+CASES.each({"cumsum": (1,), "cumprod": (1,), "argsort": (1,)}, name="over channels", why=ORDER)
+for name in ("max.dim", "min.dim", "median.dim"):
+    CASES.add(overload(name), first(name, 1), name="over channels", out=None, why=APART)
+CASES.add(aten.sort.default, first("sort", 1), name="over channels", why=ORDER)
+CASES.add(aten.topk.default, first("topk", 3, 1), name="over channels", why=ORDER)
+CASES.add(aten.sort.stable, lambda m, x: aten.sort.stable(x, stable=True, dim=1)[1], name="over channels", why=ORDER)
 
 # --- softmax -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +132,7 @@ CASES.each({"softmax.int": (1,), "log_softmax.int": (1,)}, name="over channels")
 CASES.add(aten.softmax.int, lambda m, x: aten.softmax.int(x.view(-1, 5, 2, 3), 3).flatten(2), **WIDE,
           name="over the width of heads")  # fmt: skip
 CASES.add(aten.softmax.int, lambda m, x: aten.softmax.int(x.view(-1, 5, 2, 3), 2).flatten(2), **WIDE,
-          name="over heads", free={"make": 3})  # fmt: skip
+          name="over heads", free=None)  # fmt: skip
 CASES.add(aten.softmax.int, lambda m, x: aten.softmax.int(x, 0), name="over the batch")
 
 # --- positions picked by the data ----------------------------------------------------------------------------------

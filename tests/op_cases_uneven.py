@@ -36,7 +36,9 @@ CASES.add(aten.mul.Tensor, lambda m, x: torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]
 
 FIXED = "combines it with a tensor whose channels are fixed"
 CASES.add(aten.mul.Tensor, lambda m, x: x * torch.arange(6.0).view(6, 1), name="by its place", why=FIXED)
-CASES.add(aten.where.self, lambda m, x: torch.where(torch.arange(6).view(6, 1) > 2, x, -x), name="by its place", why=FIXED)
+CASES.add(
+    aten.where.self, lambda m, x: torch.where(torch.arange(6).view(6, 1) > 2, x, -x), name="by its place", why=FIXED
+)
 CASES.add(aten.linear.default, lambda m, x: x.mT @ torch.eye(6, 4, dtype=x.dtype), name="with a weight made on the spot",
           out=2, why=FIXED)  # fmt: skip
 CASES.add(aten.mul.Tensor, lambda m, x: x * m.scale, name="by a constant of the model", parts=lambda: {

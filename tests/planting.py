@@ -156,14 +156,19 @@ def plant(
     *,
     fraction: float = 0.5,
     choose: Callable[[Any], bool] = lambda group: True,
+    whole: float = 0.0,
 ) -> Clusters:
     """Copy slices inside random clusters of every mergeable, exact group, and return the clusters.
 
-    Of two groups that overlap only the first is shrunk, and a group that a constant in `forward` acts on is left alone:
-    no state holds it. Copies are repeated until none changes anything, because a
-    parameter's dimensions may belong to different groups; that they settle is asserted.
+    Of two groups that overlap only one is shrunk: with probability `whole` the one of whole blocks, else the first. A
+    group that a constant in `forward` acts on is left alone: no state holds it. Copies are repeated until none changes
+    anything, because a parameter's dimensions may belong to different groups; that they settle is asserted.
     """
     generator = torch.Generator().manual_seed(seed)
+    first = {
+        group.name for group in groups if group.whole_blocks and float(torch.rand((), generator=generator)) < whole
+    }
+    groups = sorted(groups, key=lambda group: group.name not in first)
     state = state_of(model)
     clusters: Clusters = {}
     taken: set[tuple[str, int, int]] = set()
@@ -270,18 +275,20 @@ def assert_lossless(
     unused: Callable[[str], bool] = lambda name: False,
     trains: bool = True,
     alive: bool = True,
+    choose: Callable[[Any], bool] = lambda group: True,
+    whole: float = 0.0,
 ) -> Lossless:
     """Randomise `model`, plant duplicates, compile, and compare outputs in float64 at two batch sizes.
 
     `unused` says which parameters exist only in training (auxiliary heads) and may be gone; with `trains=False` the
     compiled module is not trained for a step, which is the costly part on large models. `alive` demands outputs that
-    depend on the inputs, which a random network may fail to have.
+    depend on the inputs, which a random network may fail to have. `choose` and `whole` are those of `plant`.
     """
     model = double(model)
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     randomize_(model, seed, inputs)
     groups = gz.channel_groups(model, inputs)
-    clusters = plant(model, groups, seed, fraction=fraction)
+    clusters = plant(model, groups, seed, fraction=fraction, choose=choose, whole=whole)
     snapshot = {name: tensor.detach().clone() for name, tensor in state_of(model).items()}
     more = _other_batch(inputs)
     with torch.no_grad():

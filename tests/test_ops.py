@@ -7,9 +7,11 @@ of its mergeable groups are exchanged in every parameter slice they own, and pla
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import op_cases_linear
@@ -30,15 +32,25 @@ from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups
 from graphzip.graph.trace import Traced, trace
 from graphzip.ops import OPS
 
-FAMILIES = (op_cases_pointwise, op_cases_movement, op_cases_linear, op_cases_norm, op_cases_positions, op_cases_uneven)
+FAMILIES = (
+    op_cases_pointwise,
+    op_cases_movement,
+    op_cases_linear,
+    op_cases_norm,
+    op_cases_positions,
+    op_cases_uneven,
+)
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
+COVERED = {target for case in CASES.values() for target in case.targets}
 
 UNREACHABLE: dict[Any, str] = {
-    torch.ops.aten.lift_fresh_copy.default: "every graph is traced without the copies that torch.export lifts",
+    torch.ops.aten.lift_fresh_copy.default: "tracing drops the copies that torch.export makes of constants",
+    torch.ops.aten.unbind.int: "tracing makes a select of every part that is read",
 }
 """Targets of the table that no model brings into a traced graph, with the reason."""
 
-TOLERANCE = 1e-12
+EXCHANGED = 1e-12
+MERGED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Probe:
         return [group for group in self.groups if group.mergeable]
 
 
-@lru_cache(maxsize=None)
+@cache
 def probe(name: str) -> Probe:
     model, inputs = CASES[name].build()
     traced = trace(model, inputs)
@@ -65,38 +77,39 @@ def probe(name: str) -> Probe:
 
 
 def test_every_operator_has_a_case() -> None:
-    covered = {target for case in CASES.values() for target in case.targets} | UNREACHABLE.keys()
-    assert not OPS.keys() - covered, "add a case to the op_cases_*.py of its kind"
+    missing = sorted(map(str, OPS.keys() - COVERED - UNREACHABLE.keys()))
+    assert not missing, "add a case to the op_cases_*.py of its kind"
 
 
 def test_no_case_is_about_an_unknown_operator() -> None:
-    assert not {target for case in CASES.values() for target in case.targets} - OPS.keys()
+    assert not COVERED - OPS.keys()
     assert not UNREACHABLE.keys() - OPS.keys()
-    assert len(CASES) == sum(len(family.CASES) for family in FAMILIES)
+    assert not UNREACHABLE.keys() & COVERED
+    assert len(CASES) == sum(len(family.CASES) for family in FAMILIES), "two families have a case of the same name"
+
+
+_BY_AN_OPERATOR = re.compile(r"(?P<operator>\w+) \(node (?P<node>\w+), \w+\.py:\d+ in \w+\) \w+")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_groups_are_what_the_case_expects(name: str) -> None:
+    """Mergeable groups and their sizes; the reason of a pinned one names the operator, its node and its line."""
     case, found = CASES[name], probe(name)
-    missing = set(case.targets) - {node.target for node in found.traced.graph.nodes}
+    nodes = {node.name: node for node in found.traced.graph.nodes}
+    missing = set(case.targets) - {node.target for node in nodes.values()}
     assert not missing, "the graph lacks them"
-    assert {group.name: group.size for group in found.free()} == dict(case.free), str(found.groups)
+    if case.free is not None:
+        assert {group.name: group.size for group in found.free()} == dict(case.free), str(found.groups)
     if case.why:
-        reasons = [group.reason or "" for group in found.groups if group.name == "make"]
-        assert case.why in reasons[0], reasons
+        reason = next(group.reason or "" for group in found.groups if group.name == "make")
+        assert case.why in reason
+        if "(node" in reason:
+            named = _BY_AN_OPERATOR.match(reason)
+            assert named is not None, reason
+            assert nodes[named["node"]].target.overloadpacket.__name__ == named["operator"]
 
 
 # --- exchanging channels -------------------------------------------------------------------------------------------
-
-
-def exchanged(traced: Traced, group: ChannelGroup, order: Sequence[int]) -> Any:
-    """The outputs after channel `i` of a group has taken the place of channel `order[i]` in every slice it owns."""
-    module = copy.deepcopy(traced.module)
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, moves in moves_of(group, order).items():
-            state[name].copy_(_move(state[name], moves))
-        return module(*traced.example_inputs)
 
 
 @dataclass
@@ -111,6 +124,7 @@ class Moves:
 
 
 def moves_of(group: ChannelGroup, order: Sequence[int]) -> dict[str, Moves]:
+    """By parameter, what happens when channel `i` takes the place of channel `order[i]`."""
     found: dict[str, Moves] = {}
     for target, source in enumerate(order):
         for to, of in zip(group.slices(target), group.slices(source), strict=True):
@@ -125,7 +139,7 @@ def moves_of(group: ChannelGroup, order: Sequence[int]) -> dict[str, Moves]:
     return found
 
 
-def _move(tensor: Tensor, moves: Moves) -> Tensor:
+def moved(tensor: Tensor, moves: Moves) -> Tensor:
     rows = moves.whole.get(0, {})
     result = tensor.clone()
     for (start, column), (other, place) in moves.columns.items():
@@ -136,6 +150,16 @@ def _move(tensor: Tensor, moves: Moves) -> Tensor:
         sources, targets = torch.tensor(list(places)), torch.tensor(list(places.values()))
         result = result.index_copy(dim, targets, result.index_select(dim, sources))
     return result
+
+
+def exchanged(traced: Traced, group: ChannelGroup, order: Sequence[int]) -> Any:
+    """The outputs after channel `i` of a group has taken the place of channel `order[i]` in every slice it owns."""
+    module = copy.deepcopy(traced.module)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, moves in moves_of(group, order).items():
+            state[name].copy_(moved(state[name], moves))
+        return module(*traced.example_inputs)
 
 
 def orders(group: ChannelGroup) -> Iterator[list[int]]:
@@ -152,7 +176,7 @@ def orders(group: ChannelGroup) -> Iterator[list[int]]:
     yield shuffled
 
 
-FREE = [name for name, case in CASES.items() if case.free]
+FREE = [name for name, case in CASES.items() if case.free != {}]
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -160,25 +184,73 @@ def test_exchanging_channels_changes_no_output(name: str) -> None:
     found = probe(name)
     with torch.no_grad():
         before = found.model(*found.inputs)
-    assert found.free()
     for group in found.free():
         for order in orders(group):
             after = exchanged(found.traced, group, order)
-            assert relative(before, after) <= TOLERANCE, f"{group.name}: {order}"
+            assert relative(before, after) <= EXCHANGED, f"{group.name}: {order}"
+
+
+def test_exchanging_notices_a_wrong_group() -> None:
+    """Rows of `make` alone, without the columns that read them: the outputs move."""
+    found = probe("rectifiers")
+    group = found.groups["make"]
+    alone = ChannelGroup(
+        **{**vars(group), "params": tuple(param for param in group.params if param.role != "consumer")}
+    )
+    with torch.no_grad():
+        before = found.model(*found.inputs)
+    assert relative(before, exchanged(found.traced, alone, [1, 0, 2, 3, 4, 5])) > 1e-3
 
 
 # --- merging channels ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_planted_duplicates_merge(name: str) -> None:
+def test_planted_duplicates_merge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two samples as traced, and with three; several times where the case leaves open what may be merged."""
     found = probe(name)
-    model = copy.deepcopy(found.model)
-    clusters = plant(model, found.groups, 1)
-    assert clusters
-    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), found.inputs)
-    more = tuple(torch.cat([x, x.flip(-1)[:1]]) for x in found.inputs)
-    with torch.no_grad():
-        assert relative(model(*found.inputs), compiled.module(*found.inputs)) <= 1e-9
-        assert relative(model(*more), compiled.module(*more)) <= 1e-9
-    assert sum(p.numel() for p in compiled.module.parameters()) < sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(
+        "graphzip.api.trace", lambda *args, **options: found.traced.copy()
+    )  # the slow part, done before
+    for seed in range(1) if CASES[name].free else range(3):
+        model = copy.deepcopy(found.model)
+        clusters = plant(model, found.groups, seed, fraction=(0.5, 0.3, 0.8)[seed])
+        compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), found.inputs)
+        more = tuple(torch.cat([x, x.flip(-1)[:1]]) for x in found.inputs)
+        with torch.no_grad():
+            assert relative(model(*found.inputs), compiled.module(*found.inputs)) <= MERGED, clusters
+            assert relative(model(*more), compiled.module(*more)) <= MERGED, clusters
+        merged = any(len(members) > 1 for parts in clusters.values() for members in parts)
+        assert (_size(compiled.module) < _size(model)) == merged
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- what a person reads -------------------------------------------------------------------------------------------
+
+
+class Solver(nn.Module):
+    """Channels that go through an operator without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make = nn.Linear(3, 4)
+        self.use = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.make(x)
+        return self.use(torch.linalg.cross(y[..., :3], y[..., 1:])) if x.is_complex() else self.use(torch.linalg.inv(y))
+
+
+def test_the_reason_of_an_unknown_operator() -> None:
+    groups = gz.channel_groups(Solver(), (torch.randn(2, 4, 3),))
+    lines, start = inspect.getsourcelines(Solver.forward)
+    line = start + next(number for number, text in enumerate(lines) if "linalg.inv(y)" in text)
+    assert groups["make"].reason == (
+        f"linalg_inv (node linalg_inv, test_ops.py:{line} in forward) is not understood; "
+        "add an OpSpec for it in graphzip/ops/"
+    )
+    assert not groups["make"].mergeable
+    assert "add an OpSpec for it" in " ".join(str(groups).split())

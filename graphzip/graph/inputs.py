@@ -93,17 +93,16 @@ def check_input(
 
     Where `dtype` is given `value` must be of the same kind: floating, complex, bool or another integer.
     """
-    wanted = " x ".join("any" if size is None else str(size) for size in shape)
     if not isinstance(value, torch.Tensor):
         raise InputShapeError(
-            f"input {name!r} is a {type(value).__name__}, but the model was compiled for a tensor of {wanted}"
+            f"input {name!r} is a {type(value).__name__}, but the model was compiled for a tensor of {_text(shape)}"
         )
     fits = value.dim() == len(shape) and all(
         want is None or size == want for size, want in zip(value.shape, shape, strict=True)
     )
     if not fits:
         raise InputShapeError(
-            f"input {name!r} has shape {tuple(value.shape)}, but the model was compiled for {wanted}; "
+            f"input {name!r} has shape {tuple(value.shape)}, but the model was compiled for {_text(shape)}; "
             "compile it with example_inputs of the new shape, or with dynamic_shapes"
         )
     if dtype is not None and _kind(value.dtype) != _kind(dtype):
@@ -112,6 +111,10 @@ def check_input(
             "compile with example_inputs of the new dtype"
         )
     return value
+
+
+def _text(shape: tuple[int | None, ...]) -> str:
+    return " x ".join("any" if size is None else str(size) for size in shape)
 
 
 def check_constant(value: Any, name: str, expected: Any) -> None:

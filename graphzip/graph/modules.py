@@ -286,8 +286,14 @@ def _batch_norm(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor])
         affine="weight" in state,
         track_running_stats="running_mean" in state,
         device="meta",
+        **_without_bias(state),
     )
     return layer
+
+
+def _without_bias(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The option of a norm that has a weight and no bias, which older versions of torch do not know."""
+    return {"bias": False} if "weight" in state and "bias" not in state else {}
 
 
 def _layer_norm(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
@@ -295,7 +301,8 @@ def _layer_norm(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor])
 
 
 def _group_norm(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
-    return nn.GroupNorm(args["num_groups"], state["weight"].shape[0], eps=args["eps"], device="meta")
+    groups, width = args["num_groups"], state["weight"].shape[0]
+    return nn.GroupNorm(groups, width, eps=args["eps"], device="meta", **_without_bias(state))
 
 
 def _prelu(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:

@@ -90,14 +90,17 @@ class Traced:
         fake values of operators are then out of date.
         """
         current = dict(named_state(module))
+        traced_as = {str(node.target): node.meta.get("val") for node in self.graph.nodes if node.op == "get_attr"}
         own: dict[int, torch.Tensor] = {}
         moves: dict[_Place, _Place] = {}
         held = [(name, old, current.get(name)) for name, old in named_state(self.module)]
         for name, old, tensor in held:
             if tensor is None:
                 continue
-            if _place(old) != _place(tensor):
-                moves[_place(old)] = _place(tensor)
+            known = traced_as.get(name)  # the tensor held may be the model's own, moved in place
+            before = _place(old if known is None else known)
+            if before != _place(tensor):
+                moves[before] = _place(tensor)
             if id(tensor) not in own:
                 value = tensor.detach().clone()
                 own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(old, nn.Parameter) else value

@@ -97,7 +97,10 @@ class _Proof:
 
     def __init__(self, solution: Solution) -> None:
         self.classes = solution.classes
-        self.held = {pair for pairs in solution.containers for pair in zip(*(p.tolist() for p in pairs), strict=True)}
+        self.holders: dict[int, set[int]] = {}
+        for outer, inner in solution.containers:
+            for channel, holder in zip(inner.tolist(), outer.tolist(), strict=True):
+                self.holders.setdefault(channel, {channel}).add(holder)
         self.unknown = 0
         self.at: fx.Node | None = None
 
@@ -110,7 +113,7 @@ class _Proof:
         known = (left >= 0) & (right >= 0)
         found = np.unique(np.stack([self.classes[left[known]], self.classes[right[known]]]), axis=1)
         for a, b in found[:, found[0] != found[1]].T.tolist():
-            if (a, b) not in self.held and (b, a) not in self.held:  # the last channel of a block stands for the block
+            if not self.holders.get(a, {a}) & self.holders.get(b, {b}):  # a block's last channel stands for the block
                 raise RewriteError("channels that belong together no longer meet; nothing was changed")
 
     def pin(self, labels: IntArray, reason: str) -> None:
