@@ -69,11 +69,14 @@ def mix(*parts: int | IntArray) -> Hashes:
 
 @dataclass
 class Solution:
-    """`classes[label]` is the channel of a label; `pins[channel]` says why a channel must stay."""
+    """`classes[label]` is the channel of a label; `pins[channel]` says why a channel must stay.
+
+    `containers` are channels that hold others, the channels they hold, and the label of each container.
+    """
 
     classes: IntArray
     pins: dict[int, str]
-    containers: list[tuple[IntArray, IntArray]]
+    containers: list[tuple[IntArray, IntArray, IntArray]]
 
     @property
     def count(self) -> int:
@@ -129,7 +132,7 @@ class LabelSpace:
         for outer, inner in self._contain:
             open_ = classes[outer] != classes[inner]
             if open_.any():
-                containers.append((classes[outer[open_]], classes[inner[open_]]))
+                containers.append((classes[outer[open_]], classes[inner[open_]], outer[open_]))
         return Solution(classes, pins, containers)
 
     def _components(self, edges: Sequence[tuple[IntArray, IntArray]]) -> IntArray:

@@ -143,9 +143,7 @@ def _kmeans(features: Features, k: int, seed: int) -> list[list[int]]:
     rows = rows / np.abs(rows).max()  # clusters do not change with scale, and squares neither overflow nor vanish
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(
-        limits=1
-    ):  # deterministic sums; and small problems lose more to waiting threads than they gain
+    with threadpool_limits(limits=1):  # deterministic sums, and small problems lose by waiting for other threads
         labels = _lloyd(_short(rows), np.bincount(owner).astype(dtype), k, seed)
     return _members(labels[owner], k)
 

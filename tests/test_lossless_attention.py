@@ -19,7 +19,8 @@ TRAINS_OTHERWISE = {"spectral_norm"}
 
 PLAIN = [
     "attention_scores_as_output", "causal_made_in_forward", "causal_tril", "convolution_on_scores",
-    "cross_attention", "einsum_attention", "explicit_attention", "learned_positions", "mask_as_an_input", "packed_3_h_d",
+    "cross_attention", "einsum_attention", "explicit_attention", "learned_positions", "mask_as_an_input",
+    "packed_3_h_d",
     "packed_3_h_d_indexed", "packed_chunk", "packed_h_3_d", "packed_h_3_d_selected", "packed_h_d_3",
     "packed_key_value", "position_embedding_table", "query_key_norm_all_heads", "relative_position_bias",
     "scale_per_head", "sdpa", "slope_per_head", "tied_embedding_functional", "tied_embedding_module", "windows",

@@ -20,10 +20,10 @@ def find_blocks(propagation: Propagation, solution: Solution, signature: Hashes)
     """A block number per channel, and why channels cannot be merged where no blocks would do."""
     block = np.zeros(solution.count, dtype=np.int64)
     conflicts: dict[int, str] = {}
-    for outer, inner in solution.containers:
+    for outer, inner, place in solution.containers:
         for channel in np.unique(outer).tolist():
             conflicts.setdefault(channel, "holds whole blocks of channels")
-        block = _refine(block, _sets(inner, outer, solution.count))
+        block = _refine(block, _sets(inner, place, solution.count))  # containers of one channel stay apart
     rectangles = _Rectangles(propagation, solution)
     for _, classes, lines in rectangles.found:
         block = _refine(block, _sets(classes.ravel(), lines.ravel(), solution.count))

@@ -98,7 +98,7 @@ class _Proof:
     def __init__(self, solution: Solution) -> None:
         self.classes = solution.classes
         self.holders: dict[int, set[int]] = {}
-        for outer, inner in solution.containers:
+        for outer, inner, _ in solution.containers:
             for channel, holder in zip(inner.tolist(), outer.tolist(), strict=True):
                 self.holders.setdefault(channel, {channel}).add(holder)
         self.unknown = 0
