@@ -40,6 +40,8 @@ def collapse(axis: IntArray) -> IntArray:
 def ranks(classes: IntArray) -> IntArray | None:
     """For each position its rank among the positions of the same class; `None` where every class occurs once."""
     flat = classes.ravel()
+    if not flat.size:
+        return None
     order = np.argsort(flat, kind="stable")
     ordered = flat[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

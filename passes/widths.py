@@ -218,7 +218,7 @@ def _kept(
         keep = {"*": options.keep}
     widths: dict[str, Width] = {}
     for group in free:
-        key = next((pattern for pattern in keep if matches(pattern, group.name)), None)
+        key = next((pattern for pattern in keep if _is_meant(group, pattern, keep is options.keep, by_name)), None)
         if key is None or not group.mergeable:
             continue
         path = f"{where}[{key!r}]" if keep is options.keep else where
@@ -227,6 +227,15 @@ def _kept(
         except _Misfit as misfit:
             problems.append(f"{path}: {misfit}")
     return widths
+
+
+def _is_meant(group: Group, key: str, is_named: bool, by_name: Mapping[str, Group]) -> bool:
+    """Whether a key matches; whole blocks by their own name only, and by none at all if no width inside can shrink."""
+    if not group.whole_blocks:
+        return matches(key, group.name)
+    if is_named:
+        return fnmatchcase(group.name, key)
+    return not any(by_name[other].mergeable for other in group.overlaps if other in by_name)
 
 
 def _key_problem(pattern: str, amount: float, by_name: Mapping[str, Group], excluded: Collection[str]) -> str | None:

@@ -273,3 +273,32 @@ def test_clusters_of_an_excluded_group_contradict() -> None:
     assert message(SMALL, clusters={"a": [[0, 1, 2, 3]]}, exclude=["a"]) == (
         "cluster_merge.clusters['a']: the group is excluded too; take it out of one of the two"
     )
+
+
+def heads() -> list[Group]:
+    width = group("q", 32, blocks=4)
+    return [
+        Group(width.name, width.size, width.blocks, overlaps=("q#2",)),
+        Group("q#2", 4, ((0, 1, 2, 3),), whole_blocks=True, overlaps=("q",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (0.5, {"q": Width(16)}),
+        (8, {"q": Width(8)}),
+        ({"q": 8}, {"q": Width(8)}),
+        ({"q#2": 2}, {"q#2": Width(2)}),
+        ({"*": 0.5}, {"q": Width(16)}),
+    ],
+)
+def test_the_width_inside_blocks_shrinks_unless_whole_blocks_are_named(
+    keep: float | dict[str, float], expected: dict[str, Width]
+) -> None:
+    assert resolve(ClusterMerge(keep=keep), heads()) == expected
+
+
+def test_a_plan_may_not_shrink_both_of_two_overlapping_groups() -> None:
+    with pytest.raises(PlanError, match=r"groups 'q#2' and 'q' overlap; a plan may shrink one of them"):
+        resolve(ClusterMerge(keep={"q": 0.5, "q#2": 0.5}), heads())
