@@ -46,6 +46,9 @@ def lossless(name: str, seed: int = 0, **options: Any) -> Lossless:
     return assert_lossless(model, inputs, seed, trains=name not in TRAINS_OTHERWISE, **options)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("name", sorted(ATTENTION_NETS))
 def test_planted_duplicates_merge_losslessly(name: str) -> None:
     lossless(name)

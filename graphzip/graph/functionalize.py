@@ -79,7 +79,11 @@ def _shares_memory(node: fx.Node) -> bool:
 
     args: Any = fx.node.map_arg(node.args, empty)
     kwargs: Any = fx.node.map_arg(node.kwargs, empty)
-    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    target: Any = node.target
+    try:
+        result = target(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):
+        return True  # a move between devices cannot be tried without data
     shares: bool = result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
     return shares
 

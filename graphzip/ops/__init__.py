@@ -15,5 +15,8 @@ __all__ = ["MOVES", "OPS", "OpSpec"]
 
 OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in (pointwise, movement, conv, linear, norm, positions))
 
-MOVES: frozenset[Any] = frozenset(target for spec in (*movement.SPECS, pointwise.IDENTITY) for target in spec.targets)
+_SPREADS = {movement.aten.expand.default, movement.aten.expand_as.default}
+MOVES: frozenset[Any] = (
+    frozenset(target for spec in (*movement.SPECS, pointwise.IDENTITY) for target in spec.targets) - _SPREADS
+)
 """Operators that only rearrange: their result is still a parameter where their operands are."""

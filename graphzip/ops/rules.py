@@ -131,7 +131,18 @@ def mixing(site: Site, axes: Axes, dims: Sequence[int], why: str) -> Axes:
 
 def alike(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
     """Channels along `dims` are treated alike, each by how often it occurs; the axes pass."""
-    return tuple(_without_batch(site, axis) if set(support(axis)) & set(dims) else axis for axis in axes)
+    result = []
+    for axis in axes:
+        inside = set(support(axis)) & set(dims)
+        if inside:
+            axis = _without_batch(site, axis)
+            outer = axis
+            for dim in inside:
+                outer = np.take(outer, [0], axis=dim)
+            if support(outer):
+                site.contain(site.fresh(outer.shape), axis)
+        result.append(axis)
+    return tuple(result)
 
 
 def _without_batch(site: Site, axis: IntArray) -> IntArray:
