@@ -84,11 +84,10 @@ def _inline(node: fx.Node, name: str, inner: fx.GraphModule, operands: tuple[Any
                 made[found] = graph.node_copy(found, made.__getitem__)
             if found.op == "get_attr":
                 made[found].target = f"{name}.{found.target}"
-    outside = {id(operand) for operand in operands}
     for user in list(node.users):
         assert user.target is operator.getitem
         value = made[results[user.args[1]]]
-        if detach and id(value) not in outside and isinstance(user.meta.get("val"), torch.Tensor):
+        if detach and isinstance(user.meta.get("val"), torch.Tensor):
             with graph.inserting_before(user):
                 value = graph.call_function(aten.detach.default, (value,))
             value.meta.update(user.meta)

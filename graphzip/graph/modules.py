@@ -149,8 +149,8 @@ class _Restorer:
         if self.types.get(owner) not in kinds or any(full != f"{owner}.{name}" for name, full in names.items()):
             return None
         inner = self.module.get_submodule(owner)
-        held = (inner._parameters | inner._buffers).keys() - {"num_batches_tracked"}
-        return owner if held == set(names) else None
+        held = {leaf for leaf, tensor in (inner._parameters | inner._buffers).items() if tensor is not None}
+        return owner if held - {"num_batches_tracked"} == set(names) else None
 
     def _install(self, owner: str, layer: nn.Module) -> None:
         old = self.module.get_submodule(owner)
