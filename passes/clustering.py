@@ -13,7 +13,7 @@ A new clustering is a function and a line: `@register_clustering("name")`.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,6 +21,8 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import get_lapack_funcs
+from threadpoolctl import ThreadpoolController
 
 from graphzip.errors import PlanError, WeightsError
 from graphzip.tables import closest
@@ -78,8 +80,8 @@ def cluster(name: str, features: Features, k: int, *, seed: int = 0, what: str =
     n = len(features)
     if not 1 <= k <= n:
         raise PlanError(f"{what}: {n} channels cannot be divided into {k} clusters; keep between 1 and {n}")
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
+    if not np.isfinite([features.min(initial=0.0), features.max(initial=0.0)]).all():
+        finite = np.isfinite(features).all(axis=1)
         raise WeightsError(
             f"{what}: {n - int(finite.sum())} of {n} channels have NaN or infinite weights, the first is channel "
             f"{int(np.argmin(finite))}; load weights that are finite"
@@ -139,21 +141,35 @@ def _kmeans(features: Features, k: int, seed: int) -> list[list[int]]:
     first, owner = _distinct(features)
     if len(first) <= k:
         return _split_largest(_members(owner, len(first)), k)
-    rows: Features = np.asarray(features[first], dtype=dtype)
-    rows = rows / np.abs(rows).max()  # clusters do not change with scale, and squares neither overflow nor vanish
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(limits=1):  # deterministic sums, and small problems lose by waiting for other threads
-        labels = _lloyd(_short(rows), np.bincount(owner).astype(dtype), k, seed)
+    rows: Features = np.asarray(features if len(first) == len(features) else features[first], dtype=dtype)
+    largest = max(rows.max(), -rows.min())
+    rows = rows / largest  # clusters do not change with scale, and squares neither overflow nor vanish
+    rows -= rows.mean(axis=0)
+    with _controller().limit(limits=1):  # deterministic sums, and small problems lose by waiting for other threads
+        gram: Features = rows @ rows.T
+        labels = _lloyd(_short(rows, gram), gram, np.bincount(owner).astype(dtype), k, seed)
     return _members(labels[owner], k)
 
 
-def _short(rows: Features) -> Features:
-    """Rows (u, min(u, d)) at the same distances from each other: with `rows^T = Q R` these are the rows of `R^T`."""
+@functools.cache
+def _controller() -> ThreadpoolController:
+    """Finding the libraries that hold threads takes longer than most clusterings, so they are looked up once."""
+    import sklearn.cluster  # noqa: F401  (loads the libraries that it computes with)
+
+    return ThreadpoolController()
+
+
+def _short(rows: Features, gram: Features) -> Features:
+    """Rows (u, at most min(u, d)) at the same distances from each other, by the pivoted Cholesky factor of `gram`.
+
+    `gram = L L^T` is the matrix of the rows' inner products, and the rows of `L` have the same ones.
+    """
     if rows.shape[1] <= len(rows):
         return rows
-    triangle: Features = np.linalg.qr(rows.T, mode="reduced")[1]
-    short: Features = np.ascontiguousarray(triangle.T)
+    (factorise,) = get_lapack_funcs(("pstrf",), (gram,))
+    factor, order, rank, _ = factorise(gram, lower=1)
+    short: Features = np.empty((len(rows), rank), dtype=gram.dtype)
+    short[order - 1] = np.tril(factor)[:, :rank]
     return short
 
 
@@ -162,8 +178,8 @@ def _distinct(features: Features) -> tuple[Labels, Labels]:
     seen: dict[bytes, int] = {}
     first: list[int] = []
     owner = np.empty(len(features), dtype=np.intp)
-    for channel, row in enumerate(features):
-        key = hashlib.blake2b((row + 0.0).tobytes()).digest()  # + 0.0: -0.0 equals 0.0
+    for channel, row in enumerate(features + 0.0):  # -0.0 equals 0.0
+        key = row.tobytes()
         owner[channel] = seen.setdefault(key, len(first))
         if owner[channel] == len(first):
             first.append(channel)
@@ -178,38 +194,36 @@ def _split_largest(clusters: list[list[int]], k: int) -> list[list[int]]:
     return clusters
 
 
-def _lloyd(rows: Features, weights: Features, k: int, seed: int) -> Labels:
-    """Labels (u,) of k-means on distinct rows (u, d), u > k."""
+def _lloyd(rows: Features, gram: Features, weights: Features, k: int, seed: int) -> Labels:
+    """Labels (u,) of k-means on distinct rows (u, d), u > k, with inner products `gram` (u, u)."""
     from sklearn.cluster import KMeans
 
-    def seeding(centred: Features, count: int, random_state: np.random.RandomState) -> Features:
-        return centred[_spread(centred, weights, count, random_state)]
-
-    solver = KMeans(k, init=seeding, n_init=1, random_state=seed)
+    random = np.random.RandomState(seed)
+    solver = KMeans(k, init=rows[_spread(gram, weights, k, random)], n_init=1, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer clusters than asked for: repaired below
         labels = solver.fit(rows, sample_weight=weights).labels_
     return _repaired(rows, labels.astype(np.intp), k)
 
 
-def _spread(rows: Features, weights: Features, k: int, random: np.random.RandomState) -> list[int]:
+def _spread(gram: Features, weights: Features, k: int, random: np.random.RandomState) -> list[int]:
     """Rows that are far from each other: the seeds of greedy k-means++ (Arthur and Vassilvitskii, 2007).
 
     Every next seed is the best of some rows drawn in proportion to their squared distance from the nearest seed. All
-    pairs' distances are taken once, as one matrix product, which is what makes many clusters of long rows affordable.
+    pairs' distances are taken once, from the inner products, which makes many clusters of long rows affordable.
     """
-    square = np.einsum("ij,ij->i", rows, rows)
-    distances = square[:, None] + square[None, :] - 2.0 * (rows @ rows.T)
+    square = np.diagonal(gram)
+    distances = square[:, None] + square[None, :] - 2.0 * gram
     np.maximum(distances, 0.0, out=distances)
     np.fill_diagonal(distances, 0.0)
     trials = 2 + int(math.log(k))
     share: NDArray[np.float64] = np.asarray(weights, dtype=np.float64) / float(weights.sum())
-    seeds = [int(random.choice(len(rows), p=share))]
+    seeds = [int(random.choice(len(gram), p=share))]
     nearest = distances[seeds[0]]
     while len(seeds) < k:
         potential = np.cumsum(nearest * weights, dtype=np.float64)
         draws = np.searchsorted(potential, random.random_sample(trials) * potential[-1])
-        candidates = np.minimum(draws, len(rows) - 1)
+        candidates = np.minimum(draws, len(gram) - 1)
         options = np.minimum(distances[candidates], nearest)
         best = int(np.argmin(options @ weights))
         seeds.append(int(candidates[best]))

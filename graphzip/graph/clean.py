@@ -38,7 +38,6 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> None:
     unpack(module)
     graph.eliminate_dead_code()
     module.graph.lint()
-    module.recompile()
 
 
 def _fetch_once(graph: fx.Graph, aliases: Aliases) -> None:

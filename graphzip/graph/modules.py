@@ -6,7 +6,7 @@ they had. Batch norm and dropout follow `.train()` and `.eval()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from graphzip.graph.conditions import check_sizes, parse
 from graphzip.graph.inputs import check_constant, check_input
 from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
-from graphzip.graph.state import attach, get_tensor, graph_module, named_state
-from graphzip.graph.trace import Traced, share_copy
+from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
+from graphzip.graph.trace import Traced
 
 __all__ = ["to_module"]
 
@@ -30,8 +30,8 @@ def to_module(traced: Traced) -> fx.GraphModule:
 
     All tensors are copies. Inputs whose shape the graph was not made for raise `InputShapeError`.
     """
-    copied = traced.copy()
-    module = graph_module(_own_state(copied.module), copied.module.graph, type(traced.module).__name__)
+    module = traced.copy().module
+    _own_state(module)
     _Restorer(module, traced.module_types).run()
     _check_inputs(module, traced)
     module.graph.lint()
@@ -39,24 +39,14 @@ def to_module(traced: Traced) -> fx.GraphModule:
     return module
 
 
-def _own_state(module: nn.Module) -> nn.Module:
-    """The same tree with tensors of its own; tied ones stay tied."""
-    root = share_copy(module)
+def _own_state(root: nn.Module) -> None:
+    """Give the module tensors of its own; tied ones stay tied."""
     own: dict[int, torch.Tensor] = {}
-    persistent = {name for name, _ in _persistent_buffers(root)}
     for name, tensor in list(named_state(root)):
         if id(tensor) not in own:
             value = tensor.detach().clone()
             own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        attach(root, name, own[id(tensor)], persistent=name in persistent)
-    return root
-
-
-def _persistent_buffers(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, module in root.named_modules(remove_duplicate=False):
-        for leaf, tensor in module._buffers.items():
-            if tensor is not None and leaf not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{leaf}" if prefix else leaf, tensor
+        attach(root, name, own[id(tensor)], persistent=is_persistent(root, name))
 
 
 def _check_inputs(module: fx.GraphModule, traced: Traced) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "is_persistent",
     "named_state",
     "rebuild_state",
+    "share_tree",
 ]
 
 Aliases = dict[str, str]
@@ -85,6 +86,23 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     module.training = root.training
     module.graph = graph
     return module
+
+
+def share_tree(root: nn.Module) -> nn.Module:
+    """A tree of plain containers of its own that holds the tensors of `root`; submodules that are one stay one."""
+    made: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            twin = made[id(module)] = nn.Module()
+            twin.training = module.training
+            twin._parameters.update(module._parameters)
+            twin._buffers.update(module._buffers)
+            twin._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+            twin._modules.update({name: child and copied(child) for name, child in module._modules.items()})
+        return made[id(module)]
+
+    return copied(root)
 
 
 def drop_unread(root: nn.Module, graph: fx.Graph) -> None:

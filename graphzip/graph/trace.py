@@ -39,6 +39,7 @@ from graphzip.graph.state import (
     is_persistent,
     named_state,
     rebuild_state,
+    share_tree,
 )
 
 __all__ = ["Traced", "share_copy", "trace"]
@@ -80,7 +81,7 @@ class Traced:
     def copy(self) -> Traced:
         """A graph of its own that shares all tensors with this one."""
         graph = copy.deepcopy(self.module.graph, _fake_memo(self.module))
-        module = graph_module(share_copy(self.module), graph, type(self.module).__name__)
+        module = graph_module(share_tree(self.module), graph, type(self.module).__name__)
         return replace(self, module=module)
 
     def adopt_state(self, module: nn.Module) -> bool:

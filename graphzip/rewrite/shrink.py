@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.utils import _pytree as pytree
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.propagate import propagate
@@ -17,6 +18,8 @@ from graphzip.graph.state import attach, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, Solution
 from graphzip.ops import OPS
+from graphzip.ops.norm import batch_norm
+from graphzip.ops.rules import same
 from graphzip.ops.site import bind, describe
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.params import shrink_parameters
@@ -70,7 +73,9 @@ def refresh(traced: Traced) -> None:
         for node in traced.graph.nodes
         if isinstance(node.meta.get("val"), torch._subclasses.FakeTensor)
     )
+    before = {node: node.meta.get("val") for node in traced.graph.nodes}
     values: dict[fx.Node, Any] = {}
+    known: dict[Any, Any] = {}
     with mode, enable_python_dispatcher(), torch.no_grad():
         for node in traced.graph.nodes:
             if node.op == "placeholder":
@@ -78,18 +83,42 @@ def refresh(traced: Traced) -> None:
             elif node.op == "get_attr":
                 values[node] = mode.from_tensor(get_tensor(traced.module, str(node.target)), static_shapes=True)
             elif node.op == "call_function":
-                values[node] = _run(node, values)
+                like = _like(node, before)
+                values[node] = _run(node, values, known) if like is None else values[like]
             node.meta["val"] = values.get(node)
 
 
-def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def _like(node: fx.Node, before: dict[fx.Node, Any]) -> fx.Node | None:
+    """The operand whose shape an elementwise operator takes over as it is."""
+    spec = OPS.get(node.target)
+    if spec is None or spec.propagate not in (same, batch_norm) or not isinstance(node.args[0], fx.Node):
+        return None
+    source, result = (_kind(value) for value in (before[node.args[0]], before[node]))
+    return node.args[0] if source == result else None
+
+
+def _run(node: fx.Node, values: dict[fx.Node, Any], known: dict[Any, Any]) -> Any:
+    """The fake value of an operator; repeated layers, which differ in nothing that it depends on, share theirs."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     target: Any = node.target
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    key = (target, tree, *map(_kind, leaves))
     try:
-        return target(*args, **kwargs)
+        if key not in known:
+            known[key] = target(*args, **kwargs)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RewriteError(f"{describe(node)} does not fit the shapes after the merge: {reason}") from error
+    return known[key]
+
+
+def _kind(leaf: Any) -> Any:
+    """What the result's shape, dtype and device depend on; the type tells 1 from 1.0 and True."""
+    if isinstance(leaf, torch.Tensor):
+        return (*map(_kind, leaf.shape), None, *map(_kind, leaf.stride()), leaf.dtype, leaf.device)
+    if isinstance(leaf, torch.SymInt):
+        return leaf.node.expr
+    return type(leaf), leaf
 
 
 class _Proof:

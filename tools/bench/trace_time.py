@@ -4,13 +4,14 @@
 
 Each repeat runs, one after the other, a bare non-strict export with a dynamic batch, `graphzip.channel_groups` (trace
 and analysis) and `graphzip.compile` (trace, analysis and cluster-merging), so that all feel the same load of the
-machine. Times are seconds of wall clock on two threads; a ratio is the median of the repeats' ratios to the bare
+machine; what one leaves behind is thrown away before the next. Times are seconds of wall clock on two threads; a ratio is the median of the repeats' ratios to the bare
 export.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -48,6 +49,7 @@ def measure(model: nn.Module, size: int, plan: gz.Plan, repeats: int) -> dict[st
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for repeat in range(repeats + 1):
         for stage, work in stages.items():
+            gc.collect()
             taken = seconds(work)
             if repeat:
                 times[stage].append(taken)
