@@ -104,17 +104,14 @@ class Prepared(nn.Module):
         return torch.zeros(()) if parameter is None else parameter.new_zeros(())
 
     def convert(self) -> Compiled:
-        """Carry out every pass that is left and give the slimmer model, which `model` then is where passes were left."""
+        """Carry out every pass that is left and give the slimmer model; the prepared one can be thrown away then."""
         unfinished = self._progress.active is not None
         for _ in self.steps():
             pass
         original: nn.Module = self._hidden["original"]
         with torch.inference_mode(False):
-            traced = self._progress.traced
-            if unfinished:
-                module = self.model
-            else:
-                module = _with_submodule(self.model, traced.scope, to_module(self._adopt()))
+            traced = self._progress.traced if unfinished else self._adopt()
+            module = self.model if unfinished else _with_submodule(self.model, traced.scope, to_module(traced))
             _follow_modes(module, original)
             inputs = _placed(self._hidden["inputs"], original, module) if traced.scope else traced.example_inputs
             compiled = Compiled(module, self._report(module), traced, inputs)

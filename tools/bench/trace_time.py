@@ -4,8 +4,8 @@
 
 Each repeat runs, one after the other, a bare non-strict export with a dynamic batch, `graphzip.channel_groups` (trace
 and analysis) and `graphzip.compile` (trace, analysis and cluster-merging), so that all feel the same load of the
-machine; what one leaves behind is thrown away before the next. Times are seconds of wall clock on two threads; a ratio is the median of the repeats' ratios to the bare
-export.
+machine; what one leaves behind is thrown away before the next. Times are seconds of wall clock on two threads; a
+ratio is the median of the repeats' ratios to the bare export.
 """
 
 from __future__ import annotations
