@@ -93,8 +93,9 @@ def _like(node: fx.Node, before: dict[fx.Node, Any]) -> fx.Node | None:
     spec = OPS.get(node.target)
     if spec is None or spec.propagate not in (same, batch_norm) or not isinstance(node.args[0], fx.Node):
         return None
-    source, result = (_kind(value) for value in (before[node.args[0]], before[node]))
-    return node.args[0] if source == result else None
+    source, result = before[node.args[0]], before[node]
+    known = isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor)
+    return node.args[0] if known and _kind(source) == _kind(result) else None
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Any], known: dict[Any, Any]) -> Any:
@@ -144,6 +145,10 @@ class _Proof:
         for a, b in found[:, found[0] != found[1]].T.tolist():
             if not self.holders.get(a, {a}) & self.holders.get(b, {b}):  # a block's last channel stands for the block
                 raise RewriteError("channels that belong together no longer meet; nothing was changed")
+
+    def share(self, one: IntArray, every: IntArray) -> None:
+        """Channels that every block has alike are the same in every block that stays."""
+        self.unify(one, every)
 
     def pin(self, labels: IntArray, reason: str) -> None:
         """What was pinned has not been merged."""
