@@ -91,6 +91,7 @@ class LabelSpace:
 
     size: int = 0
     _equal: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _shared: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _pins: list[tuple[IntArray, str]] = field(default_factory=list)
     _contain: list[tuple[IntArray, IntArray]] = field(default_factory=list)
 
@@ -105,6 +106,14 @@ class LabelSpace:
             left, right = np.broadcast_arrays(left, right)
             self._equal.append((left.ravel(), right.ravel()))
 
+    def share(self, one: IntArray, every: IntArray) -> None:
+        """Each label of `one` is the same as those of every block at its place in `every`.
+
+        Whole blocks may come and go without it, so it does not couple them where they are the channels.
+        """
+        one, every = np.broadcast_arrays(one, every)
+        self._shared.append((one.ravel(), every.ravel()))
+
     def pin(self, labels: IntArray, reason: str) -> None:
         self._pins.append((labels.ravel(), reason))
 
@@ -118,7 +127,7 @@ class LabelSpace:
 
         With `coarse`, every container and all that it holds are one channel: whole heads, whole groups.
         """
-        edges = list(self._equal) + (list(self._contain) if coarse else [])
+        edges = list(self._equal) + (list(self._contain) if coarse else list(self._shared))
         while True:
             classes = self._components(edges)
             joined = [_single(classes, outer, inner) for outer, inner in self._contain]
@@ -130,6 +139,9 @@ class LabelSpace:
         for labels, reason in self._pins:
             for channel in np.unique(classes[labels]).tolist():
                 pins.setdefault(channel, reason)
+        for one, _ in self._shared if coarse else ():
+            for channel in np.unique(classes[one]).tolist():
+                pins.setdefault(channel, "it is part of every block alike")
         containers = []
         for outer, inner in self._contain:
             open_ = classes[outer] != classes[inner]

@@ -167,7 +167,7 @@ CASES.add(attend, lambda m, q, k, v: joined(attend(heads(q), heads(k), heads(v),
 CASES.add(attend, lambda m, q, k, v: joined(attend(heads(q), heads(k), heads(v), None, 0.0, True)), **WIDE,
           makers=THREE, name="that is causal", free={"make": 6, "make#2": 2, "third": 6})  # fmt: skip
 CASES.add(attend, lambda m, q, k, v: joined(attend(heads(q), heads(k[..., :3], 1), heads(v[..., 3:], 1))), **WIDE,
-          makers=THREE, name="with one head for keys", free={"make": 3, "other": 3, "third": 3})  # fmt: skip
+          makers=THREE, name="with one head for keys", free={"make": 3, "other": 3, "third": 3, "third#2": 3})  # fmt: skip
 CASES.add(attend, lambda m, q, k, v: joined(attend(heads(q, 4), heads(k[..., :6]), heads(v[..., 6:]), enable_gqa=True)),
           shape=(2, 5, 12), dim=2, makers=THREE, name="with grouped keys",
           free={"make": 6, "make#2": 2, "other": 6, "third": 6, "third#2": 6})  # fmt: skip

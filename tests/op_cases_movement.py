@@ -26,7 +26,8 @@ CASES.together("views of positions", {
     "reshape": lambda m, x: aten.reshape.default(x, [x.shape[0], 6, 1, 4]),
     "_unsafe_view": lambda m, x: aten._unsafe_view.default(x.contiguous(), [-1, 6, 4]),
     "unflatten.int": (-1, [2, -1]), "flatten.using_ints": (2, -1), "unsqueeze": (-1,), "squeeze": (),
-    "squeeze.dim": (2,), "squeeze.dims": ([2],), "expand": ([3, -1, 6, 4],),
+    "squeeze.dim": (2,), "squeeze.dims": ([2],),
+    "expand": lambda m, x: aten.expand.default(x.unsqueeze(-1), [-1, -1, -1, 3]),
 }, (2, 6, 4), dim=1)  # fmt: skip
 CASES.together("parts of positions", {
     "select.int": (2, -1), "slice.Tensor": (2, 1, 3), "narrow": (2, -3, 2), "index_select": (2, torch.tensor([3, 1])),

@@ -65,9 +65,9 @@ CASES.add(layer_norm, lambda m, x: layer_norm(x, [6, 5]), name="over channels an
 CASES.add(layer_norm, lambda m, x: layer_norm(x, [6, 5], m.w, m.b), parts=affine(6, 5),
           name="over channels and positions, with a scale")  # fmt: skip
 CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3), [3], m.w, m.b).flatten(2), **WIDE,
-          parts=affine(3), name="in every head", free={"make": 3})  # fmt: skip
+          parts=affine(3), name="in every head", free={"make": 3, "make#2": 2})  # fmt: skip
 CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3), [3]).flatten(2), **WIDE,
-          name="in every head, without a scale")  # fmt: skip
+          name="in every head, without a scale", free={"make": 6, "make#2": 2})  # fmt: skip
 CASES.add(layer_norm, lambda m, x: layer_norm(x.view(-1, 5, 2, 3).mT, [2]).mT.flatten(2), **WIDE, name="over heads",
           free=None)  # fmt: skip
 CASES.add(rms_norm, lambda m, x: rms_norm(x, [6], m.w, 1e-3), **WIDE, parts=affine(6))

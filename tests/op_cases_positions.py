@@ -130,7 +130,7 @@ CASES.add(aten.sort.stable, lambda m, x: aten.sort.stable(x, stable=True, dim=1)
 CASES.each({"softmax.int": (2,), "log_softmax.int": (2,)}, name="over positions")
 CASES.each({"softmax.int": (1,), "log_softmax.int": (1,)}, name="over channels")
 CASES.add(aten.softmax.int, lambda m, x: aten.softmax.int(x.view(-1, 5, 2, 3), 3).flatten(2), **WIDE,
-          name="over the width of heads")  # fmt: skip
+          name="over the width of heads", free={"make": 6, "make#2": 2})  # fmt: skip
 CASES.add(aten.softmax.int, lambda m, x: aten.softmax.int(x.view(-1, 5, 2, 3), 2).flatten(2), **WIDE,
           name="over heads", free=None)  # fmt: skip
 CASES.add(aten.softmax.int, lambda m, x: aten.softmax.int(x, 0), name="over the batch")

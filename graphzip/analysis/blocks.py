@@ -87,6 +87,14 @@ class _Rectangles:
             known = self._lines_along(axis, self._varying(axis)[-1])
         return known
 
+    def _numbers(self, source: IntArray, laid_out: bool) -> IntArray:
+        """The lines of a source; one that has the same channels in every row has a line for each row."""
+        if laid_out:
+            return self._lines_of(source)
+        varying = self._varying(source)
+        shape = [1 if dim in varying or not varying else size for dim, size in enumerate(source.shape)]
+        return np.broadcast_to(self._fresh(int(np.prod(shape))).reshape(shape), source.shape)
+
     def _lines_along(self, axis: IntArray, dim: int) -> IntArray:
         shape = [1 if d == dim else size for d, size in enumerate(axis.shape)]
         lines = np.broadcast_to(self._fresh(int(np.prod(shape))).reshape(shape), axis.shape)
@@ -101,16 +109,20 @@ class _Rectangles:
             if self._is_rectangle(move.result):
                 self._lines_along(move.result, self._innermost(move))
             return
-        flat = [
-            (self._lines_of(source) if known else np.broadcast_to(self._fresh(1), source.shape)).ravel()
-            for source, known in zip(move.sources, laid_out, strict=True)
-        ]
-        lines = np.where(move.origin >= 0, np.concatenate(flat)[np.maximum(move.origin, 0)], -1)
+        flat = np.concatenate(
+            [
+                self._numbers(source, source_laid_out).ravel()
+                for source, source_laid_out in zip(move.sources, laid_out, strict=True)
+            ]
+        )
+        lines = np.where(move.origin >= 0, flat[np.maximum(move.origin, 0)], -1)
         if self._keeps_together(move.result, lines):
             self.lines[id(move.result)] = lines
             self._held.append(move.result)
         elif self._is_rectangle(move.result) and self._splits_lines(move, lines):
             self._lines_along(move.result, self._innermost(move))
+        elif (dim := self._joined_along(move, lines, flat)) is not None:
+            self._lines_along(move.result, dim)
         else:
             self.torn.append((name, self.classes(move.result)))
 
@@ -143,6 +155,21 @@ class _Rectangles:
         """Whether a view cuts lines into equal parts, innermost dimension last."""
         dim = self._innermost(move)
         return np.array_equal(lines, np.broadcast_to(np.take(lines, [0], axis=dim), lines.shape))
+
+    def _joined_along(self, move: Move, lines: IntArray, sources: IntArray) -> int | None:
+        """The dimension along which whole lines of the sources stand behind each other, the same ones in every row."""
+        sizes = dict(zip(*np.unique(sources, return_counts=True), strict=True))
+        starts = np.cumsum([source.size for source in move.sources])
+        operand = np.searchsorted(starts, move.origin, side="right")
+        for dim in support(move.result):
+            rows = np.moveaxis(lines, dim, -1).reshape(-1, lines.shape[dim])
+            kinds = np.moveaxis(operand, dim, -1).reshape(rows.shape)
+            found, counts = np.unique(rows, return_counts=True)
+            apart = sum(np.unique(row).size for row in rows) == found.size
+            whole = all(sizes.get(line) == count for line, count in zip(found, counts, strict=True))
+            if apart and whole and (kinds == kinds[0]).all():
+                return dim
+        return None
 
     def _add(self, name: str, classes: IntArray, lines: IntArray) -> None:
         key = classes.tobytes() + lines.tobytes()

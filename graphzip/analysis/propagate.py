@@ -84,6 +84,7 @@ class _Walk:
         self.raw = self.result.raw
         self.groups = blocked_weights(graph)
         self.blocked: dict[fx.Node, IntArray] = {}
+        self.derived: set[int] = set()
 
     def visit(self, position: int, node: fx.Node) -> None:
         axes = self.result.axes
@@ -124,7 +125,7 @@ class _Walk:
     def _call(self, position: int, node: fx.Node) -> None:
         spec = OPS.get(node.target)
         args = bind(node) if hasattr(node.target, "_schema") else {}
-        site = Site(node, args, self.space, self.result.axes, self.raw, self.blocked)
+        site = Site(node, args, self.space, self.result.axes, self.raw, self.blocked, self.derived)
         operands = site.tensors()
         if spec is None:
             self.result.unknown.append(node)

@@ -64,18 +64,16 @@ def view(site: Site) -> Result:
 
 
 def _separable(site: Site, axes: Axes, runs: Sequence[tuple[list[int], list[int]]]) -> Axes:
-    """Two axes that a view would lay into each other are pinned."""
-    clashing = [
-        axis
-        for left, right in runs
-        for axis in axes
-        if right
-        and len([other for other in axes if set(support(other)) & set(left)]) > 1
-        and set(support(axis)) & set(left)
-    ]
-    for axis in clashing:
+    """Of two axes that a view would lay into each other one stays, if that is the only one that a parameter makes."""
+    gone: list[IntArray] = []
+    for left, right in runs:
+        met = [axis for axis in axes if set(support(axis)) & set(left)] if right else []
+        if len(met) > 1:
+            made = [axis for axis in met if not site.is_derived(axis)]
+            gone += [axis for axis in met if len(made) != 1 or axis is not made[0]]
+    for axis in gone:
         site.pin(axis, "merges two labelled dimensions")
-    return tuple(axis for axis in axes if not any(axis is other for other in clashing))
+    return tuple(axis for axis in axes if not any(axis is other for other in gone))
 
 
 def permute(site: Site) -> Result:
@@ -113,12 +111,16 @@ def expand(site: Site) -> Result:
     source, after = site.tensors()[0], site.shape()
     before = (1,) * (len(after) - len(site.shape(source))) + site.shape(source)
     axes = moved(site, site.axes(source), lambda array: array.reshape((1,) * (len(after) - array.ndim) + array.shape))
-    spread = [dim for dim in range(1, len(after)) if before[dim] == 1 and after[dim] > 1]
-    return axes + tuple(_along(site, dim, after) for dim in spread)
+    return axes + _spread(site, before, after)
 
 
-def _along(site: Site, dim: int, shape: Sequence[int]) -> IntArray:
-    return site.fresh([size if position == dim else 1 for position, size in enumerate(shape)])
+def _spread(site: Site, before: Sequence[int], after: Sequence[int]) -> Axes:
+    dims = [dim for dim in range(1, len(after)) if before[dim] == 1 and after[dim] > 1]
+    return tuple(site.derive(_along(dim, after)) for dim in dims)
+
+
+def _along(dim: int, shape: Sequence[int]) -> list[int]:
+    return [size if position == dim else 1 for position, size in enumerate(shape)]
 
 
 def select(site: Site) -> Result:
@@ -281,7 +283,7 @@ def cat(site: Site) -> Result:
         if found:
             pieces.append(broadcast_dims(found[0], {dim: site.shape(value)[dim]}))
         else:
-            bare = _along(site, dim, site.shape(value))
+            bare = site.fresh(_along(dim, site.shape(value)))
             site.pin(bare, "joins channels that are fixed")
             pieces.append(bare)
     wide = {d: max(piece.shape[d] for piece in pieces) for d in range(len(shape)) if d != dim}
@@ -360,9 +362,18 @@ def index_select(site: Site) -> Result:
         site.pin(axis, "uses it as an index")
     if positions is None:
         return mixing(site, site.axes(source), [dim], "picks channels by an index that is computed")
-    return moved(
-        site, site.axes(source), lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array
-    )
+    axes = site.axes(source)
+    if (np.diff(positions) < 0).any():
+        axes = tuple(_in_every_line_alike(site, axis, dim) for axis in axes)
+    return moved(site, axes, lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array)
+
+
+def _in_every_line_alike(site: Site, axis: IntArray, dim: int) -> IntArray:
+    """What changes the order of channels in all lines at once needs the same channels to stay in all of them."""
+    others = [other for other in support(axis) if other != dim]
+    if support(axis)[-1:] == (dim,) and others:
+        site.tie(axis, others)
+    return axis
 
 
 def numbers_of(value: Any) -> IntArray | None:
@@ -436,7 +447,10 @@ def roll(site: Site) -> Result:
             array = np.roll(array, shift, axis=dim)
         return array
 
-    return moved(site, site.axes(site.args["self"]), run)
+    axes = site.axes(site.args["self"])
+    for dim in dims:
+        axes = tuple(_in_every_line_alike(site, axis, dim) for axis in axes)
+    return moved(site, axes, run)
 
 
 def patch_roll(patch: Patch) -> None:
@@ -459,7 +473,7 @@ def repeat(site: Site) -> Result:
         array = array.reshape((1,) * (len(after) - array.ndim) + array.shape)
         return np.tile(array, [count if array.shape[dim] > 1 else 1 for dim, count in enumerate(times)])
 
-    return moved(site, site.axes(source), run)
+    return moved(site, site.axes(source), run) + _spread(site, before, after)
 
 
 def repeat_interleave(site: Site) -> Result:

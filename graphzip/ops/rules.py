@@ -77,35 +77,65 @@ def merge(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
             cluster += overlapping
             dims |= {dim for axis in overlapping for dim in support(axis)}
             grew = bool(overlapping)
-        met = _meet(site, cluster, dims, operands)
-        if met is not None:
-            result.append(met)
+        result += _meet(site, cluster, dims, operands)
     return tuple(result)
 
 
 def _meet(
     site: Site, cluster: list[IntArray], dims: set[int], operands: Sequence[tuple[Axes, tuple[int, ...]]]
-) -> IntArray | None:
-    widest = max(cluster, key=lambda axis: len(support(axis)))
+) -> list[IntArray]:
     bare = any(
         shape[dim] > 1 and not any(dim in support(axis) for axis in axes) for axes, shape in operands for dim in dims
     )
-    if bare or set(support(widest)) != dims:
+    widest = _widest(cluster, dims)
+    if bare or widest is None:
         why = (
             "combines it with a tensor whose channels are fixed" if bare else "combines axes that cut across each other"
         )
         for axis in cluster:
             site.pin(axis, why)
-        return None
-    inner = support(widest)[-1]
+        return []
+    if len(widest) > 1:
+        outer = support(widest[0])[:-1]
+        block = site.fresh([size if dim in outer else 1 for dim, size in enumerate(widest[0].shape)])
+        for axis in widest:
+            site.contain(block, axis)
     for axis in cluster:
-        if axis is widest:
-            continue
-        if inner in support(axis):
-            site.unify(axis, widest)
-        else:
-            site.contain(axis, widest)
+        for wide in widest:
+            _join(site, axis, wide)
     return widest
+
+
+def _widest(cluster: list[IntArray], dims: set[int]) -> list[IntArray] | None:
+    """The axis that extends along all of `dims`; or several that differ in the innermost dimension only.
+
+    Those are the widths of two operands in the same blocks: `(heads, d)` and `(heads, e)` of `(heads, d, e)`.
+    """
+    largest = max(len(support(axis)) for axis in cluster)
+    found: dict[tuple[int, ...], IntArray] = {}
+    for axis in cluster:
+        if len(support(axis)) == largest:
+            found.setdefault(support(axis), axis)
+    outer = {along[:-1] for along in found}
+    inner = {along[-1] for along in found}
+    blocks = len(found) == 1 or (len(outer) == 1 and all(outer) and not inner & set(*outer))
+    inside = all(any(set(support(axis)) <= set(along) for along in found) for axis in cluster)
+    if not blocks or not inside or set().union(*found) != dims:
+        return None
+    return list(found.values())
+
+
+def _join(site: Site, axis: IntArray, widest: IntArray) -> None:
+    """What the labels of one axis have to do with those of one that extends at least as far."""
+    along, inner = set(support(axis)), support(widest)[-1]
+    if axis is widest or not along <= set(support(widest)):
+        return
+    if inner not in along:
+        site.contain(axis, widest)
+    elif len(along) < len(support(widest)):
+        site.share(axis, widest)
+    else:
+        site.unify(axis, widest)
 
 
 def split_axes(axes: Axes, dims: Sequence[int]) -> tuple[list[IntArray], list[IntArray]]:
@@ -166,9 +196,13 @@ def residual(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
         for dim in inside:
             outer = np.take(outer, [0], axis=dim)
         if support(outer):
-            held = site.fresh(outer.shape)
+            held = site.derive(outer.shape)
             site.contain(held, axis)
-            result.append(held)
+            wider = [other for other in result if set(support(held)) <= set(support(other))]
+            for other in wider:
+                (site.unify if support(held) == support(other) else site.contain)(held, other)
+            if not wider:
+                result.append(held)
     return tuple(result)
 
 

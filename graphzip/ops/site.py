@@ -22,6 +22,7 @@ class Space(Protocol):
 
     def fresh(self, count: int) -> IntArray: ...
     def unify(self, left: IntArray, right: IntArray) -> None: ...
+    def share(self, one: IntArray, every: IntArray) -> None: ...
     def pin(self, labels: IntArray, reason: str) -> None: ...
     def contain(self, outer: IntArray, inner: IntArray) -> None: ...
 
@@ -31,6 +32,7 @@ class _NoSpace:
         return np.zeros(count, dtype=np.int64)
 
     def unify(self, left: IntArray, right: IntArray) -> None: ...
+    def share(self, one: IntArray, every: IntArray) -> None: ...
     def pin(self, labels: IntArray, reason: str) -> None: ...
     def contain(self, outer: IntArray, inner: IntArray) -> None: ...
 
@@ -57,6 +59,7 @@ class Site:
     known: Mapping[fx.Node, Any]
     raw_nodes: frozenset[fx.Node] | set[fx.Node]
     blocked: Mapping[fx.Node, IntArray]
+    derived: set[int] = field(default_factory=set)
     moves: list[Move] = field(default_factory=list)
     consumed: list[IntArray] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
@@ -110,11 +113,23 @@ class Site:
     def unify(self, left: IntArray, right: IntArray) -> None:
         self.space.unify(left, right)
 
+    def share(self, one: IntArray, every: IntArray) -> None:
+        self.space.share(one, every)
+
     def contain(self, outer: IntArray, inner: IntArray) -> None:
         self.space.contain(outer, inner)
 
     def fresh(self, shape: Sequence[int]) -> IntArray:
         return self.space.fresh(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+    def derive(self, shape: Sequence[int]) -> IntArray:
+        """Fresh labels of positions that no parameter makes: copies, or what is left of a block that was summed up."""
+        labels = self.fresh(shape)
+        self.derived.update(labels.ravel().tolist())
+        return labels
+
+    def is_derived(self, axis: IntArray) -> bool:
+        return int(axis.flat[0]) in self.derived
 
     def consume(self, labels: IntArray) -> None:
         """These labels of a weight are summed over: merged channels add up their slices."""

@@ -16,7 +16,7 @@ from graphzip.analysis.propagate import propagate
 from graphzip.errors import RewriteError
 from graphzip.graph.state import attach, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
-from graphzip.labels import IntArray, Solution
+from graphzip.labels import IntArray, Solution, support
 from graphzip.ops import OPS
 from graphzip.ops.norm import batch_norm
 from graphzip.ops.rules import same
@@ -125,8 +125,9 @@ def _kind(leaf: Any) -> Any:
 class _Proof:
     """Labels of a rewritten graph: wherever the analysis unified labels, the survivors must still meet each other."""
 
-    def __init__(self, solution: Solution) -> None:
+    def __init__(self, solution: Solution, lone: set[int]) -> None:
         self.classes = solution.classes
+        self.lone = lone
         self.holders: dict[int, set[int]] = {}
         for outer, inner, _ in solution.containers:
             for channel, holder in zip(inner.tolist(), outer.tolist(), strict=True):
@@ -143,7 +144,8 @@ class _Proof:
         known = (left >= 0) & (right >= 0)
         found = np.unique(np.stack([self.classes[left[known]], self.classes[right[known]]]), axis=1)
         for a, b in found[:, found[0] != found[1]].T.tolist():
-            if not self.holders.get(a, {a}) & self.holders.get(b, {b}):  # a block's last channel stands for the block
+            held = self.holders.get(a, {a}) & self.holders.get(b, {b})  # a block's last channel stands for the block
+            if not held and not {a, b} <= self.lone:
                 raise RewriteError("channels that belong together no longer meet; nothing was changed")
 
     def share(self, one: IntArray, every: IntArray) -> None:
@@ -159,7 +161,7 @@ class _Proof:
 
 def _prove(result: Traced, layout: Layout) -> None:
     survivors = {(axis.param, axis.dim): layout.after(axis.labels) for axis in layout.analysis.propagation.params}
-    proof = _Proof(layout.analysis.fine.solution)
+    proof = _Proof(layout.analysis.fine.solution, _last_of_lines(layout))
 
     def labels_of(param: str, dim: int, size: int, groups: int) -> IntArray | None:
         known = survivors.get((param, dim))
@@ -168,3 +170,14 @@ def _prove(result: Traced, layout: Layout) -> None:
         return proof.fresh(size * groups) if size > 1 else None
 
     propagate(result.graph, proof, labels_of)
+
+
+def _last_of_lines(layout: Layout) -> set[int]:
+    """Channels that are alone in their line of an array now, so that rules take them for its other dimensions."""
+    last: set[int] = set()
+    for axes in layout.analysis.propagation.axes.values():
+        for axis in (each for found in (axes if isinstance(axes, list) else [axes]) for each in found):
+            left = layout.after(axis)
+            if support(left) and len(support(left)) < len(support(axis)):
+                last.update(layout.analysis.fine.classes[left].ravel().tolist())
+    return last
