@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
+from torch import nn
 
 from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level
+from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, ranks
 from graphzip.tables import closest, groups_table
@@ -235,7 +237,7 @@ class _Builder:
         slices, part = namers[0]
         channels = slices.channels[part][_first_occurrence(slices.channels[part])]
         reason = self._reason(channels)
-        if reason is not None and (self.whole_blocks or slices.role != "producer"):
+        if reason is not None and (self.whole_blocks or not self._makes_channels(parts, channels)):
             return None
         position = np.full(self.level.solution.count, -1, dtype=np.int64)
         position[channels] = np.arange(channels.size)
@@ -249,6 +251,15 @@ class _Builder:
             whole_blocks=self.whole_blocks,
             labels=frozenset(np.concatenate([s.labels[p] for s, p in parts]).tolist()),
         )
+
+    def _makes_channels(self, parts: list[tuple[_Slices, IntArray]], channels: IntArray) -> bool:
+        """Whether a weight makes them; where a pinned weight is computed, they may still have a bias or a scale."""
+        pinned = any(channel in self.level.solution.pins for channel in channels.tolist())
+        return any(found.role == "producer" or (pinned and self._is_vector(found.param)) for found, _ in parts)
+
+    def _is_vector(self, param: str) -> bool:
+        tensor = get_tensor(self.traced.module, param)
+        return tensor.dim() == 1 and isinstance(tensor, nn.Parameter)
 
     def _reason(self, channels: IntArray) -> str | None:
         reason = self.level.reason(channels)

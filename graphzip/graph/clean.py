@@ -11,6 +11,7 @@ import operator
 import torch
 from torch import fx, nn
 
+from graphzip.graph.decompose import decompose
 from graphzip.graph.functionalize import functionalize
 from graphzip.graph.shuffles import fuse_shuffles
 from graphzip.graph.source import annotate
@@ -33,6 +34,7 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> None:
     _fetch_once(graph, aliases)
     _drop_constant_copies(module)
     functionalize(graph)
+    decompose(graph)
     graph.eliminate_dead_code()
     fuse_shuffles(module)
     unpack(module)

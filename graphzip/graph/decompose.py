@@ -1,0 +1,140 @@
+"""Write operators that are made of others as those others, so that the table of operators needs no row for them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["decompose"]
+
+aten = torch.ops.aten
+
+
+def decompose(graph: fx.Graph) -> None:
+    """Replace every operator of the table below; owners and source lines stay."""
+    for node in list(graph.nodes):
+        rule = _RULES.get(node.target) if node.op == "call_function" else None
+        if rule is not None:
+            with graph.inserting_before(node):
+                made = rule(_Builder(graph, node), *node.args, **node.kwargs)
+            if isinstance(made, fx.Node):
+                node.replace_all_uses_with(made)
+                graph.erase_node(node)
+
+
+@dataclass
+class _Builder:
+    """Makes nodes that stand for `node`, with their fake values."""
+
+    graph: fx.Graph
+    node: fx.Node
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta.update(self.node.meta)
+        values, options = fx.node.map_arg((args, kwargs), lambda found: found.meta["val"])
+        with self._mode():
+            made.meta["val"] = target(*values, **options)
+        return made
+
+    def _mode(self) -> Any:
+        return next(source.meta["val"].fake_mode for source in self.node.all_input_nodes)
+
+
+def _rank(value: fx.Node) -> int:
+    return len(value.meta["val"].shape)
+
+
+def _weight_norm(build: _Builder, v: fx.Node, g: fx.Node, dim: int = 0) -> fx.Node:
+    """`v * (g / |v|)` with the norm over all dimensions but `dim`, over all of them where `dim` is -1."""
+    dims = [other for other in range(_rank(v)) if dim == -1 or other != dim]
+    size = build(aten.linalg_vector_norm.default, v, 2, dims, dim != -1)
+    return build(aten.mul.Tensor, v, build(aten.div.Tensor, g, size))
+
+
+def _moments(spread: Any) -> Callable[..., None]:
+    """`var_mean` and `std_mean`: each of the two results on its own."""
+
+    def rule(build: _Builder, x: fx.Node, dim: Any = None, *more: Any, **options: Any) -> None:
+        keepdim = options.get("keepdim", False)
+        dims = dim if dim is not None else list(range(_rank(x)))
+        for part in list(build.node.users):
+            assert part.target is operator.getitem
+            if part.args[1] == 0:
+                made = build(spread, x, dims, *more, **options)
+            else:
+                made = build(aten.mean.dim, x, dims, keepdim if not more[1:] else more[1])
+            part.replace_all_uses_with(made)
+            build.graph.erase_node(part)
+        build.graph.erase_node(build.node)
+
+    return rule
+
+
+def _shape_of(build: _Builder, other: fx.Node) -> list[Any]:
+    sizes = other.meta["val"].shape
+    return [
+        build(aten.sym_size.int, other, dim) if isinstance(size, torch.SymInt) else size
+        for dim, size in enumerate(sizes)
+    ]
+
+
+def _reshape_as(build: _Builder, x: fx.Node, other: fx.Node) -> fx.Node:
+    return build(aten.reshape.default, x, _shape_of(build, other))
+
+
+def _cosine_similarity(build: _Builder, a: fx.Node, b: fx.Node, dim: int = 1, eps: float = 1e-8) -> fx.Node:
+    """`sum(a / max(|a|, eps) * b / max(|b|, eps))` along `dim`."""
+
+    def unit(x: fx.Node) -> fx.Node:
+        size = build(aten.linalg_vector_norm.default, x, 2, [dim], True)
+        return build(aten.div.Tensor, x, build(aten.clamp_min.default, size, eps))
+
+    return build(aten.sum.dim_IntList, build(aten.mul.Tensor, unit(a), unit(b)), [dim])
+
+
+def _normalised_weight(build: _Builder, x: fx.Node, weight: Any, bias: Any, *more: Any) -> fx.Node | None:
+    """Weight standardisation as the batch norm of a weight `(O, ..)` that is viewed as an image `(1, O, -1)`."""
+    mean, _, training, _, eps, _ = more
+    source: Any = x.args[0] if x.args else None
+    if not training or mean is not None or x.target not in _VIEWS or source.op != "get_attr":
+        return None
+    shape = source.meta["val"].shape
+    users = list(build.node.users)
+    if x.meta["val"].shape[:2] != (1, shape[0]) or any(
+        user.target not in _VIEWS | _LIKE or user.meta["val"].shape != shape for user in users
+    ):
+        return None
+    dims = list(range(1, len(shape)))
+    var = build(aten.var.correction, source, dims, correction=0, keepdim=True)
+    centred = build(aten.sub.Tensor, source, build(aten.mean.dim, source, dims, True))
+    made = build(aten.mul.Tensor, centred, build(aten.rsqrt.default, build(aten.add.Tensor, var, eps)))
+    column = [-1, *(1 for _ in dims)]
+    if weight is not None:
+        made = build(aten.mul.Tensor, made, build(aten.reshape.default, weight, column))
+    if bias is not None:
+        made = build(aten.add.Tensor, made, build(aten.reshape.default, bias, column))
+    for user in users:
+        user.replace_all_uses_with(made)
+    return made
+
+
+_VIEWS = {aten.view.default, aten.reshape.default}
+_LIKE = {aten.view_as.default, aten.reshape_as.default}
+
+_RULES: dict[Any, Callable[..., fx.Node | None]] = {
+    aten._weight_norm.default: _weight_norm,
+    aten.var_mean.correction: _moments(aten.var.correction),
+    aten.var_mean.dim: _moments(aten.var.dim),
+    aten.std_mean.correction: _moments(aten.std.correction),
+    aten.std_mean.dim: _moments(aten.std.dim),
+    aten.reshape_as.default: _reshape_as,
+    aten.view_as.default: _reshape_as,
+    aten.cosine_similarity.default: _cosine_similarity,
+    aten.batch_norm.default: _normalised_weight,
+}
