@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,56 +10,82 @@ from nets import CifarResNet
 from planting import assert_lossless, mergeable_share
 from torch import nn
 
+import graphzip as gz
+
 models: Any = pytest.importorskip("torchvision.models")
 
-QUICK = {"resnet18": 64, "mobilenet_v2": 64, "shufflenet_v2_x1_0": 64, "squeezenet1_1": 64}
-SLOW = {
-    "resnet50": 64, "wide_resnet50_2": 64, "resnext50_32x4d": 64, "vgg16_bn": 32, "alexnet": 64, "densenet121": 64,
-    "googlenet": 64, "inception_v3": 96, "mobilenet_v3_small": 64, "mnasnet1_0": 64, "efficientnet_b0": 64,
-    "regnet_y_400mf": 64,
+QUICK = {"resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "squeezenet1_1"}
+GIANTS = {"vit_l_16", "vit_l_32", "vit_h_14", "regnet_y_128gf"}
+"""More than 300 million parameters: analysed without weights."""
+
+CLASSIFIERS = sorted(set(models.list_models(module=models)) - GIANTS)
+SIZES = {
+    "inception_v3": 96, "alexnet": 96, "vgg": 32, "vit_": 224, "maxvit_t": 224, "swin_": 96, "swin_v2": 128,
 }  # fmt: skip
-SIZES = QUICK | SLOW
-"""Height and width of the input image: smaller than usual, the channels are the same."""
+"""Height and width of the input image by the start of the name, 64 for the others: the channels are the same."""
+
+CLIPS = {
+    "r3d_18": (8, 32, 32), "mc3_18": (8, 32, 32), "r2plus1d_18": (8, 32, 32), "s3d": (16, 224, 224),
+    "mvit_v1_b": (16, 224, 224), "mvit_v2_s": (16, 224, 224), "swin3d_t": (8, 64, 64),
+}  # fmt: skip
+"""Frames, height and width."""
 
 
-def build(name: str) -> nn.Module:
+def size_of(name: str) -> int:
+    return max(((start, size) for start, size in SIZES.items() if name.startswith(start)), default=("", 64))[1]
+
+
+def build(name: str, **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        options: dict[str, Any] = {"num_classes": 10}
         if name in {"googlenet", "inception_v3"}:
             options["init_weights"] = False
-        model: nn.Module = getattr(models, name)(weights=None, **options)
+        model: nn.Module = models.get_model(name, weights=None, **options)
         return model
 
 
-def check(model: nn.Module, size: int) -> None:
-    """Lossless, at least 95 % of the channels that are not the output mergeable, and most of them merged."""
-    inputs = (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(5)),)
-    found = assert_lossless(model, inputs, unused=lambda key: "aux" in key.lower())
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
+
+
+def check(model: nn.Module, *inputs: torch.Tensor) -> None:
+    """Lossless, at least 95 % of the channels that are not the output mergeable, and most of them merged.
+
+    The larger models are not trained for a step.
+    """
+    small = sum(parameter.numel() for parameter in model.parameters()) < 30e6
+    found = assert_lossless(model, inputs, unused=lambda key: "aux" in key.lower(), trains=small)
     assert mergeable_share(found.groups) >= 0.95, str(found.groups)
     assert found.merged >= 0.4 * sum(group.size for group in found.groups if group.mergeable)
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(SIZES)])
-def test_torchvision(name: str) -> None:
-    check(build(name), SIZES[name])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CLASSIFIERS])
+def test_classification(name: str) -> None:
+    check(build(name, num_classes=10), noise(3, size_of(name), size_of(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(GIANTS))
+def test_giants_are_analysed_without_weights(name: str) -> None:
+    with torch.device("meta"):
+        model, image = build(name), torch.empty(2, 3, 224, 224)
+    assert mergeable_share(gz.channel_groups(model.eval(), (image,))) >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shortcut", ["pad", "projection"])
 @pytest.mark.parametrize("blocks", [3, 9])
 def test_cifar_resnets(blocks: int, shortcut: str) -> None:
-    check(CifarResNet(blocks, shortcut=shortcut), 32)
-
-
-SEGMENTATION: dict[str, Callable[[], nn.Module]] = {
-    "fcn_resnet50": lambda: models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=4),
-    "lraspp": lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4),
-}
+    check(CifarResNet(blocks, shortcut=shortcut), noise(3, 32, 32))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SEGMENTATION))
+@pytest.mark.parametrize("name", models.list_models(module=models.segmentation))
 def test_segmentation(name: str) -> None:
-    torch.manual_seed(0)
-    check(SEGMENTATION[name](), 64)
+    check(build(name, weights_backbone=None, num_classes=4), noise(3, 64, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CLIPS))
+def test_video(name: str) -> None:
+    check(build(name, num_classes=10), noise(3, *CLIPS[name]))
