@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from graphzip.analysis.cost import Cost
+    from graphzip.analysis.explain import Explanation
     from graphzip.analysis.groups import ChannelGroup, ChannelGroups, ParamSlice
     from graphzip.api import Compiled, Prepared, channel_groups, compile, cost, load, prepare
     from graphzip.errors import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from graphzip.export.onnx import ExportReport
+    from graphzip.picture import draw_groups
     from graphzip.plan import ClusterMerge, FoldBatchNorm, Plan
     from passes.clustering import register_clustering
 
@@ -46,6 +48,7 @@ __all__ = [
     "Compiled",
     "Cost",
     "ExampleInputError",
+    "Explanation",
     "ExportError",
     "ExportReport",
     "FoldBatchNorm",
@@ -64,6 +67,7 @@ __all__ = [
     "channel_groups",
     "compile",
     "cost",
+    "draw_groups",
     "load",
     "prepare",
     "register_clustering",
@@ -71,9 +75,11 @@ __all__ = [
 
 _HOMES: Final = {
     "graphzip.analysis.cost": ("Cost",),
+    "graphzip.analysis.explain": ("Explanation",),
     "graphzip.analysis.groups": ("ChannelGroup", "ChannelGroups", "ParamSlice"),
     "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
     "graphzip.export.onnx": ("ExportReport",),
+    "graphzip.picture": ("draw_groups",),
     "graphzip.plan": ("ClusterMerge", "FoldBatchNorm", "Plan"),
     "passes.clustering": ("register_clustering",),
 }

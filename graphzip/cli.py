@@ -105,6 +105,12 @@ def inspect(
     inputs: InputOption = None,
     weights: WeightsOption = None,
     scope: ScopeOption = None,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="GROUP", help="say which operators a group runs through")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--graph", metavar="FILE", help="also draw the groups: .svg, .png or .pdf")
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -120,7 +126,12 @@ def inspect(
         _check_scope(model, module, scope)
         tell(f"tracing {model}")
         groups = gz.channel_groups(module, example, scope=scope)
-        text = _json(groups.to_dict()) if as_json else str(groups)
+        if explain is not None and explain not in groups.names:
+            raise UsageError(f"--explain: there is no channel group {explain!r}; {closest(explain, groups.names)}")
+        if picture is not None:
+            gz.draw_groups(groups, picture)
+        shown = groups if explain is None else groups.explain(explain)
+        text = _json(shown.to_dict()) if as_json else str(shown)
     typer.echo(text)
 
 

@@ -118,6 +118,16 @@ def test_inspect_a_submodule(run: Run, model: str) -> None:
     assert names == ["body.0", "body.3"]
 
 
+def test_inspect_explains_and_draws(run: Run, model: str, tmp_path: Path) -> None:
+    options = ["--input", "1x3x8x8", "--explain", "body.0"]
+    result = run("inspect", model, *options, "--graph", str(tmp_path / "groups.svg"))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("body.0: ")
+    assert "makes the channels (body.0.weight" in result.stdout
+    assert (tmp_path / "groups.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert json.loads(run("inspect", model, *options, "--json").stdout)["group"] == "body.0"
+
+
 def test_inspect_needs_no_input_for_torchvision(run: Run) -> None:
     pytest.importorskip("torchvision")
     result = run("inspect", "torchvision:squeezenet1_1")
@@ -207,6 +217,12 @@ def test_nothing_changed(run: Run, model: str, plan: Path, tmp_path: Path) -> No
             "network.py:net has no submodule 'bodi'; did you mean 'body'",
         ),
         (["{model}", "--input", "2x3x8x8", "--weights", "{folder}/w.pt"], 1, "w.pt does not exist or is not a file"),
+        (
+            ["{model}", "--input", "2x3x8x8", "--explain", "bodi.0"],
+            2,
+            "no channel group 'bodi.0'; did you mean 'body.0'",
+        ),
+        (["{model}", "--input", "2x3x8x8", "--graph", "{folder}/groups.txt"], 1, "groups.txt is no picture"),
         (["{folder}/network.py:broken", "--input", "1x3"], 1, "could not be built: RuntimeError: no such layer"),
         (["{folder}/network.py:Undecided", "--input", "2x3"], 1, "network.py:{line}"),
     ],

@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.labels",),
     ("graphzip.ops",),
     ("graphzip.analysis",),
-    ("graphzip.plan", "graphzip.results"),
+    ("graphzip.picture", "graphzip.plan", "graphzip.results"),
     ("graphzip.rewrite",),
     ("graphzip.export",),
     ("graphzip.compiled",),

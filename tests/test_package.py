@@ -113,7 +113,7 @@ def test_each_platform_gets_one_onnxruntime(platform: str, machine: str, distrib
 
 def test_every_import_is_declared() -> None:
     dependencies, extras = requirements()
-    declared = {re.split(r"[>;\s]", each)[0].lower() for each in [*dependencies, *extras["models"]]}
+    declared = {re.split(r"[>;\s]", each)[0].lower() for each in [*dependencies, *extras["models"], *extras["plot"]]}
     used = set()
     for path in [*(ROOT / "graphzip").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level
+from graphzip.analysis.explain import Explanation, explain
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, ranks
@@ -116,10 +117,20 @@ class ChannelGroup:
 class ChannelGroups(Sequence[ChannelGroup]):
     """All channel groups of a model, in execution order, also by name: `groups["layer1.0.conv1"]`."""
 
-    def __init__(self, groups: Sequence[ChannelGroup], parameters: int = 0, shrinkable: int = 0) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        parameters: int = 0,
+        shrinkable: int = 0,
+        explain: Callable[[ChannelGroup], Explanation] | None = None,
+        order: Sequence[str] = (),
+    ) -> None:
         self._groups = tuple(groups)
         self.parameters = parameters
         self.shrinkable_parameters = shrinkable
+        self._explain = explain
+        self.order = tuple(order)
+        """Parameters and buffers in the order in which the model first reads them."""
 
     @cached_property
     def _by_name(self) -> dict[str, ChannelGroup]:
@@ -136,7 +147,9 @@ class ChannelGroups(Sequence[ChannelGroup]):
     def __getitem__(self, key: slice) -> ChannelGroups: ...
     def __getitem__(self, key: int | str | slice) -> ChannelGroup | ChannelGroups:
         if isinstance(key, slice):
-            return ChannelGroups(self._groups[key], self.parameters, self.shrinkable_parameters)
+            return ChannelGroups(
+                self._groups[key], self.parameters, self.shrinkable_parameters, self._explain, self.order
+            )
         if isinstance(key, str):
             if key not in self._by_name:
                 raise KeyError(f"no channel group {key!r}; {closest(key, self._by_name)}")
@@ -154,6 +167,14 @@ class ChannelGroups(Sequence[ChannelGroup]):
 
     def __str__(self) -> str:
         return groups_table(self)
+
+    def explain(self, name: str) -> Explanation:
+        """The operators along which the channels of a group run, up to the one that pins them where one does.
+
+        Raises `KeyError` for an unknown name, with the closest ones.
+        """
+        assert self._explain is not None
+        return self._explain(self[name])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description of every group and of what can shrink."""
@@ -173,7 +194,14 @@ def channel_groups_of(traced: Traced, analysis: Analysis) -> ChannelGroups:
         drafts += _Builder(traced, analysis, analysis.coarse, whole_blocks=True).drafts()
     drafts.sort(key=lambda draft: draft.place)
     groups = _named(traced, drafts)
-    return ChannelGroups(groups, *_shares(traced, groups))
+
+    def explained(group: ChannelGroup) -> Explanation:
+        roles = {_local(traced, param.param): param.role for param in group.params}
+        return explain(traced.graph, analysis, group, roles)
+
+    first_use = _execution_order(traced)
+    order = [traced.qualified(name) for name in sorted(first_use, key=first_use.__getitem__)]
+    return ChannelGroups(groups, *_shares(traced, groups), explained, order)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""Draw the channel groups of a model: every layer is a row, every group a line along the layers that it couples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from graphzip.errors import GraphZipError, MissingDependencyError
+from graphzip.files import check_target, staged
+
+__all__ = ["draw_groups"]
+
+_FORMATS = (".svg", ".png", ".pdf")
+_ROW, _LANE = 0.24, 0.3
+"""Height of a row and width of a lane, in inches."""
+
+_GREY = "0.6"
+
+
+class Group(Protocol):
+    """What is drawn of a channel group."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def mergeable(self) -> bool: ...
+    @property
+    def whole_blocks(self) -> bool: ...
+    def touched(self, role: str) -> Sequence[str]: ...
+
+
+class Groups(Protocol):
+    """All groups of a model."""
+
+    @property
+    def order(self) -> Sequence[str]: ...
+    def __iter__(self) -> Iterator[Group]: ...
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A group as a line: rows where its channels are made, and rows that sum over them."""
+
+    group: Group
+    makers: tuple[int, ...]
+    readers: tuple[int, ...]
+
+    @property
+    def top(self) -> int:
+        return min(self.makers + self.readers)
+
+    @property
+    def bottom(self) -> int:
+        return max(self.makers + self.readers)
+
+
+def draw_groups(groups: Groups, path: str | os.PathLike[str]) -> Path:
+    """Write a picture of `gz.channel_groups(...)` to `path` (.svg, .png or .pdf) and give the path.
+
+    Layers stand below each other in execution order. A group is a vertical line: a full dot at each layer that makes
+    its channels, a ring at each that sums over them; one colour per group. Groups that cannot shrink are dashed and
+    grey with a cross.
+
+    Raises `GraphZipError` for another kind of file or a directory that does not exist, `MissingDependencyError`
+    without matplotlib.
+    """
+    target = check_target(path, GraphZipError)
+    if target.suffix not in _FORMATS:
+        raise GraphZipError(f"{target} is no picture; name a file that ends in {', '.join(_FORMATS)}")
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("drawing needs matplotlib: pip install 'graphzip[plot]'") from error
+    layers, lines = _lines(groups)
+    lanes = _lanes(lines)
+    width = max(lanes, default=0) + 1
+    longest = max(map(len, layers), default=0)
+    with mpl.rc_context({"svg.hashsalt": "graphzip", "svg.fonttype": "none"}):
+        figure = Figure(
+            figsize=(2.5 + _LANE * width + 0.06 * longest, 0.8 + _ROW * max(len(layers), 4)), layout="constrained"
+        )
+        axes = figure.add_subplot()
+        _draw(axes, layers, lines, lanes, mpl.colormaps["tab20"])
+        with staged(target, GraphZipError) as file:
+            figure.savefig(file, format=target.suffix[1:], metadata={"Date": None} if target.suffix == ".svg" else None)
+    return target
+
+
+def _lines(groups: Groups) -> tuple[list[str], list[_Line]]:
+    """Layers in execution order, and a line for every group of single channels."""
+    found = []
+    for group in groups:
+        if not group.whole_blocks:
+            makers = group.touched("producer") or group.touched("pointwise")
+            found.append((group, _layers(makers), _layers(group.touched("consumer"))))
+    shown = {layer for _, makers, readers in found for layer in (*makers, *readers)}
+    row = {layer: number for number, layer in enumerate(layer for layer in _layers(groups.order) if layer in shown)}
+    lines = [
+        _Line(group, tuple(row[layer] for layer in makers), tuple(row[layer] for layer in readers))
+        for group, makers, readers in found
+    ]
+    return list(row), lines
+
+
+def _layers(params: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_layer(name) for name in params))
+
+
+def _layer(param: str) -> str:
+    return param.rpartition(".")[0] or param
+
+
+def _lanes(lines: Sequence[_Line]) -> list[int]:
+    """A column for each line such that lines in one column do not touch."""
+    free_from: list[int] = []
+    columns = [0] * len(lines)
+    for number, line in sorted(enumerate(lines), key=lambda item: (item[1].top, -item[1].bottom)):
+        column = next((lane for lane, row in enumerate(free_from) if row < line.top), len(free_from))
+        free_from[column:] = [line.bottom, *free_from[column + 1 :]]
+        columns[number] = column
+    return columns
+
+
+def _draw(axes: Any, layers: Sequence[str], lines: Sequence[_Line], lanes: Sequence[int], colours: Any) -> None:
+    for number, (line, lane) in enumerate(zip(lines, lanes, strict=True)):
+        pinned = not line.group.mergeable
+        colour, mark = (_GREY, "X") if pinned else (colours(number % 20), "o")
+        axes.plot([lane, lane], [line.top, line.bottom], color=colour, lw=2, ls=":" if pinned else "-", zorder=1)
+        axes.scatter([lane] * len(line.makers), line.makers, s=34, color=colour, zorder=3, marker=mark)
+        readers = [row for row in line.readers if row not in line.makers]
+        axes.scatter([lane] * len(readers), readers, s=30, facecolor="white", edgecolor=colour, linewidth=1.5, zorder=2)
+        axes.text(lane + 0.14, line.top - 0.22, str(line.group.size), fontsize=6, color=colour, ha="left", va="center")
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    axes.set_ylim(len(layers) - 0.4, -0.8)
+    axes.set_xlim(-0.6, max(lanes, default=0) + 0.8)
+    axes.set_xticks([])
+    axes.grid(axis="y", color="0.93")
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "bottom", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title("● makes   ○ sums over   ✕ cannot shrink", fontsize=7, loc="left", color="0.4")
