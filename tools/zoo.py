@@ -1,0 +1,189 @@
+"""Run models through the whole compiler, and print for each how much of it shrinks and whether that is lossless.
+
+    python tools/zoo.py torchvision:resnet18 timm:vit_tiny_patch16_224@2x3x224x224
+    python tools/zoo.py --families --out timm.jsonl              # one model of every architecture family of timm
+    python tools/zoo.py --transformers
+
+A model is what the command line of graphzip takes, with the shapes of its inputs after an `@` where they are not the
+usual ones. Each runs in a process of its own with bounded time and memory. In float64, duplicates are planted in every
+group that can shrink and merged; "worst" is the largest relative difference of the outputs, at two batch sizes. The
+cuts are those of keep 0.5. With `--out` results are appended to a file, and models that it has are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def examine(spec: str) -> dict[str, Any]:
+    """Everything about one model; raises what the compiler raises."""
+    import torch
+    from planting import assert_lossless, mergeable_share
+
+    import graphzip as gz
+    from graphzip.graph.trace import trace
+    from graphzip.models import find_model, make_inputs, parse_shape
+
+    torch.manual_seed(0)
+    name, _, shapes = spec.partition("@")
+    found = find_model(name)
+    model = found.build().eval()
+    given = tuple(parse_shape(text) for text in shapes.split(",")) if shapes else found.inputs(model)
+    if given is None:
+        raise SystemExit(f"{spec}: give the shapes of its inputs after an @")
+    inputs = tuple(torch.cat([x, x.flip(0)])[:2] for x in make_inputs(model, given))
+    times = {}
+    trace(model, inputs)  # what is done once in a process does not count
+    times["trace"], _ = _timed(lambda: trace(model, inputs))
+    times["all"], groups = _timed(lambda: gz.channel_groups(model, inputs))
+    times["compile"], half = _timed(
+        lambda: gz.compile(model, gz.Plan([gz.ClusterMerge(keep=0.5, clustering="even")]), inputs)
+    )
+    report = half.report
+    row = {
+        "model": spec,
+        "channels": sum(group.size for group in groups),
+        "mergeable": mergeable_share(groups),
+        "params": 1 - report.after.params / report.before.params,
+        "macs": 1 - report.after.macs / max(report.before.macs, 1),
+        "seconds": {"trace": times["trace"], "analyse": times["all"] - times["trace"], "compile": times["compile"]},
+        "pinned": sorted({group.reason for group in groups if group.reason})[:5],
+    }
+    lossless = assert_lossless(model, inputs, trains=False, alive=False, unused=lambda key: True)
+    return {**row, "worst": lossless.worst}
+
+
+def _timed(work: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def child(spec: str, memory: float) -> None:
+    """Examine one model in this process and print the result as JSON on the last line of stdout."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
+    try:
+        result = examine(spec)
+    except BaseException as error:
+        result = {"model": spec, "error": type(error).__name__, "reason": (str(error) or repr(error))[:600]}
+    print("\n" + json.dumps(result))
+
+
+def run(spec: str, seconds: float, memory: float) -> dict[str, Any]:
+    """Examine one model in a process of its own."""
+    command = [sys.executable, __file__, "--child", spec, "--memory", str(memory)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"model": spec, "error": "timeout", "reason": f"took more than {seconds:g} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"model": spec, "error": "crash", "reason": done.stderr.strip()[-300:] or f"exit {done.returncode}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def families() -> Iterator[str]:
+    """The smallest model of every module of timm that has any, by the number of parameters."""
+    import timm
+    import torch
+
+    for module in timm.list_modules():
+        names = timm.list_models(module=module, pretrained=False)
+        sizes = {}
+        for name in names:
+            try:
+                with torch.device("meta"):
+                    sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+            except Exception as error:  # a model that cannot be built on the meta device is not the one to take
+                print(f"{name}: {error}", file=sys.stderr)
+        if sizes:
+            yield f"timm:{min(sizes, key=lambda name: sizes[name])}"
+
+
+def transformers() -> Iterator[str]:
+    """Every model of `transformers_zoo.py`."""
+    from transformers_zoo import MODELS
+
+    for name, shapes in MODELS.items():
+        yield f"{ROOT / 'tools' / 'transformers_zoo.py'}:{name}@{shapes}"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line per model."""
+    result = Table()
+    result.add_column("model", overflow="fold")
+    for heading in ("channels", "mergeable", "params", "MACs", "worst", "trace", "analyse", "compile"):
+        result.add_column(heading, justify="right")
+    result.add_column("refused because", overflow="fold")
+    for row in rows:
+        name = row["model"].rpartition("/")[2]
+        if "error" in row:
+            result.add_row(name, *[""] * 8, f"{row['error']}: {row['reason']}")
+        else:
+            cuts = (f"{row[key]:.1%}" for key in ("mergeable", "params", "macs"))
+            times = (f"{row['seconds'][stage]:.1f} s" for stage in ("trace", "analyse", "compile"))
+            result.add_row(name, str(row["channels"]), *cuts, f"{row['worst']:.0e}", *times, "")
+    return result
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--families", action="store_true", help="add the smallest model of every family of timm")
+    parser.add_argument("--transformers", action="store_true", help="add the models of transformers_zoo.py")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of all models, only each N-th")
+    parser.add_argument("--out", type=Path, help="file of JSON lines to continue and append to")
+    parser.add_argument("--seconds", type=float, default=300.0, help="time for each model")
+    parser.add_argument("--memory", type=float, default=12.0, help="GiB for each model")
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    if options.child:
+        child(options.child, options.memory)
+        return 0
+    specs = [
+        *options.models,
+        *(families() if options.families else ()),
+        *(transformers() if options.transformers else ()),
+    ]
+    known = {}
+    if options.out is not None and options.out.exists():
+        known = {row["model"]: row for row in map(json.loads, options.out.read_text(encoding="utf-8").splitlines())}
+    rows = []
+    for spec in specs[:: options.every]:
+        if spec not in known:
+            print(f"{spec} ...", file=sys.stderr, flush=True)
+            known[spec] = run(spec, options.seconds, options.memory)
+            if options.out is not None:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(known[spec]) + os.linesep)
+        rows.append(known[spec])
+    if options.json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
+        Console(width=160).print(table(rows))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
