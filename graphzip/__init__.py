@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from graphzip.export.onnx import ExportReport
+    from graphzip.history import History
     from graphzip.picture import draw_groups
     from graphzip.plan import ClusterMerge, FoldBatchNorm, Plan
     from passes.clustering import register_clustering
@@ -53,6 +54,7 @@ __all__ = [
     "ExportReport",
     "FoldBatchNorm",
     "GraphZipError",
+    "History",
     "InputShapeError",
     "MissingDependencyError",
     "ParamSlice",
@@ -80,6 +82,7 @@ _HOMES: Final = {
     "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
     "graphzip.export.onnx": ("ExportReport",),
     "graphzip.picture": ("draw_groups",),
+    "graphzip.history": ("History",),
     "graphzip.plan": ("ClusterMerge", "FoldBatchNorm", "Plan"),
     "passes.clustering": ("register_clustering",),
 }

@@ -282,8 +282,9 @@ class ClusterMerge(PassOptions):
       channel of the group once.
     - `exclude`: globs of the groups that stay whole.
     - `round_to`: the kept width is rounded up to a multiple of this number of channels, at most to the group's size.
-    - `strength`: the centripetal strength of training, epsilon of C-SGD's Eq. 6 (per step, before the learning rate
-      is applied), above 0; or `"auto"`.
+    - `strength`: the centripetal strength of `Prepared.optimizer`, epsilon of C-SGD's Eq. 6 (per step, before the
+      learning rate is applied), above 0. The default is the paper's, for hundreds of epochs. `"auto"` takes the one
+      that makes filters identical after three quarters of the planned steps, which the optimizer is told.
     - `norms`: `"exact"` makes a norm over merged channels a weighted one where they stand for different numbers of
       channels; `"plain"` leaves it as it is, faster and no longer lossless: the report then says `exact=False`.
 

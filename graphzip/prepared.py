@@ -7,10 +7,12 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from graphzip.analysis.cost import Cost, cost_of
@@ -18,6 +20,7 @@ from graphzip.compiled import Compiled
 from graphzip.errors import ExampleInputError, GraphZipError, RewriteError
 from graphzip.graph.modules import to_module
 from graphzip.graph.trace import Traced, share_copy
+from graphzip.history import History, Record
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report
 from graphzip.rewrite.shrink import refresh
@@ -39,6 +42,7 @@ class _Progress:
     seed: int
     position: int = 0
     active: Pass | None = None
+    taken: int = 0
 
 
 class Prepared(nn.Module):
@@ -68,6 +72,11 @@ class Prepared(nn.Module):
         self._progress = _Progress(traced, seed)
         self._before: Cost = cost_of(traced)
         self._changes: list[Pass] = []
+        self._history = History()
+        self.clusters: torch.Tensor
+        self.register_buffer("clusters", torch.zeros(0, dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(_keep_clusters)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_take_clusters)  # type: ignore[no-untyped-call]
         self._begin()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,20 +92,75 @@ class Prepared(nn.Module):
 
     def collapse_(self) -> None:
         """Set every cluster of the current pass to its centre at once."""
-        if self._progress.active is not None:
-            self._progress.active.collapse_(self._inner())
+        active = self._synced()
+        if active is not None:
+            active.collapse_(self._inner())
 
     def pull_(self, fraction: float) -> None:
         """Move every clustered slice by `fraction` (0 to 1) of the way to the centre of its cluster."""
         if not 0.0 <= fraction <= 1.0:
             raise GraphZipError(f"pull_ takes a fraction between 0 and 1, got {fraction}")
-        if self._progress.active is not None:
-            self._progress.active.pull_(self._inner(), fraction)
+        active = self._synced()
+        if active is not None:
+            active.pull_(self._inner(), fraction)
 
     def deviation(self) -> float:
         """Sum of squared kernel deviations from the cluster centres (C-SGD, Eq. 7); kernels only."""
-        active = self._progress.active
+        active = self._synced()
         return 0.0 if active is None else active.deviation(self._inner())
+
+    def optimizer(
+        self, cls: type[Optimizer], params: Iterable[Any] | None = None, *, steps: int | None = None, **options: Any
+    ) -> Optimizer:
+        """`cls(params, **options)` that also brings the current pass about: for `ClusterMerge` Centripetal SGD.
+
+        It is a `cls`, and is used like one. Gradients are averaged over every cluster, weights decay, and what a
+        cluster's members are apart is multiplied by `1 - lr * (weight_decay + strength)` a step, at the learning rate
+        of the step (C-SGD, Eq. 6 and 18 to 20), for kernels, biases and batch norm parameters of the pacesetter and
+        all followers. Without momentum `torch.optim.SGD` then is Eq. 6; momentum, Nesterov and Adam work on the
+        averaged gradient, and the deviation falls by the same number a step. Running statistics and frozen parameters
+        are brought together too, at the first parameter group's learning rate and without its weight decay.
+
+        `params` is what `cls` takes, parameters or parameter groups; by default all parameters. A group may bring a
+        `strength` of its own. `steps` is the planned number of optimizer steps, which `strength="auto"` needs: then
+        the deviation falls evenly, whatever the learning rate does, and is gone after three quarters of them.
+
+        Make it anew for every stage of a plan. Raises `PlanError` for "auto" without `steps`, `GraphZipError` for an
+        optimizer that evaluates the model within its step (LBFGS).
+        """
+        active = self._synced()
+        optimizer = cls(self.parameters() if params is None else params, **options)
+        if active is None:
+            return optimizer
+        active.bind(optimizer, self._inner(), steps=steps)
+        bound = optimizer.step
+
+        def step(_: Optimizer, *args: Any, **given: Any) -> Any:
+            if self._progress.taken == 0:
+                self._synced()  # DistributedDataParallel has told every process the clusters of the first one by now
+                self.record()
+            result = bound(*args, **given)
+            self._progress.taken += 1
+            if self._history.is_due(self._progress.taken):
+                self.record()
+            return result
+
+        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        return optimizer
+
+    @property
+    def history(self) -> History:
+        """The deviation of every group, and the loss where `record` was told one, over the optimizer's steps."""
+        return self._history
+
+    def record(self, loss: float | torch.Tensor | None = None, **values: float) -> Record:
+        """Add the present deviations to `history`, with the loss and other numbers (an accuracy, say) beside them."""
+        active = self._progress.active
+        groups = {} if active is None else active.deviations(self._inner())
+        told = float(loss.detach() if isinstance(loss, torch.Tensor) else loss) if loss is not None else None
+        record = Record(self._progress.taken, groups, told, {name: float(value) for name, value in values.items()})
+        self._history.add(record)
+        return record
 
     def regularizer(self) -> torch.Tensor:
         """A term to add to the loss; zero where the plan's passes have none."""
@@ -118,6 +182,13 @@ class Prepared(nn.Module):
         logger.info("%s", compiled.report)
         return compiled
 
+    def _synced(self) -> Pass | None:
+        """The current pass, with the clusters of the buffer: a checkpoint or another process may have set them."""
+        active = self._progress.active
+        if active is not None and not torch.equal(self.clusters.cpu(), active.state()):
+            active.load_state(self.clusters)
+        return active
+
     def _inner(self) -> nn.Module:
         return _inside(self.model, self._progress.traced.scope)
 
@@ -129,17 +200,21 @@ class Prepared(nn.Module):
             progress.active = PASSES[type(options)](options, progress.traced, seed=self.seed, where=where)
         else:
             progress.active = None
+        progress.taken = 0
+        state = torch.zeros(0, dtype=torch.int64) if progress.active is None else progress.active.state()
+        self.clusters = state.to(self.clusters.device)
 
     def _finish(self) -> None:
         """Carry out the current pass on the trained weights and begin the next one."""
         progress = self._progress
-        assert progress.active is not None
+        active = self._synced()
+        assert active is not None
         with torch.inference_mode(False):
-            progress.traced = progress.active.convert(self._adopt())
+            progress.traced = active.convert(self._adopt())
             slim = to_module(progress.traced)
             _follow_modes(slim, self._inner())
             self.model = _with_submodule(self.model, progress.traced.scope, slim)
-            self._changes.append(progress.active)
+            self._changes.append(active)
             progress.position += 1
             self._begin()
 
@@ -176,6 +251,16 @@ class Prepared(nn.Module):
             notes=traced.training_only if finite else (*traced.training_only, _NOT_FINITE),
             passes=summaries,
         )
+
+
+def _keep_clusters(module: Prepared, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let the weights of the original model be loaded, which have no clusters."""
+    state.setdefault(f"{prefix}clusters", module.clusters)
+
+
+def _take_clusters(module: Prepared, _: Any) -> None:
+    """Use the clusters that were loaded."""
+    module._synced()
 
 
 def _inside(model: nn.Module, scope: str) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from graphzip.graph.trace import Traced
@@ -30,6 +31,18 @@ class Pass(Protocol):
 
     def deviation(self, model: nn.Module) -> float:
         """How far `model` is from that state."""
+
+    def deviations(self, model: nn.Module) -> dict[str, float]:
+        """The same by the name of each group that changes."""
+
+    def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
+        """Make `optimizer`, which trains `model` for `steps` steps, bring it into that state."""
+
+    def state(self) -> torch.Tensor:
+        """What was decided and has to be in a checkpoint: int64, one dimension, of a length that the plan fixes."""
+
+    def load_state(self, state: torch.Tensor) -> None:
+        """Decide as the pass that gave this state did."""
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """Channels before and after, by the name of each group that changes."""

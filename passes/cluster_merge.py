@@ -3,7 +3,7 @@
 With the channels of a group partitioned into clusters `H`, every producer and pointwise slice `F^(j)` of a channel is
 replaced by the mean over its cluster, `F^(j) <- 1/|H(j)| sum_{k in H(j)} F^(k)`; then one channel per cluster is kept
 and the consumers' input slices are summed, `W'_h = sum_{k in h} W_k`. Where the slices of a cluster were identical
-before, nothing changes.
+before, nothing changes. `passes.centripetal` makes them so by training.
 
 Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pruning on Deep and Complicated CNN"
 (C-SGD): clusters in section 3.2, pacesetters and followers in section 3.5, the deviation is Eq. 7.
@@ -12,8 +12,6 @@ Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pru
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,20 +19,20 @@ import torch
 from torch import nn
 
 from graphzip.analysis.channels import Analysis, analyse
-from graphzip.analysis.groups import ChannelGroup, ChannelGroups, GroupParam, channel_groups_of
+from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups_of
 from graphzip.errors import WeightsError
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.plan import ClusterMerge
 from graphzip.rewrite.shrink import merge_channels
+from passes.centripetal import attach
 from passes.clustering import check_clustering, cluster
+from passes.segments import Partition, Place, rows_of, slices_of
 from passes.widths import Clusters, resolve
 
 __all__ = ["ClusterMergePass"]
 
 logger = logging.getLogger(__name__)
-
-Partition = tuple[tuple[int, ...], ...]
 
 
 class ClusterMergePass:
@@ -45,6 +43,7 @@ class ClusterMergePass:
     def __init__(self, options: ClusterMerge, traced: Traced, *, seed: int, where: str) -> None:
         check_clustering(options.clustering, f"{where}.clustering")
         self.options = options
+        self.where = where
         self.left_plain: list[str] = []
         self.traced = traced
         self.analysis: Analysis = analyse(traced.graph)
@@ -58,6 +57,8 @@ class ClusterMergePass:
             else:
                 self.clusters[name] = _cluster(group, width.count, options.clustering, seed, traced)
             logger.info("%s: %d channels in %d clusters", name, group.size, len(self.clusters[name]))
+        self._slices = slices_of(self.groups, self.clusters, traced)
+        self._found: tuple[nn.Module, list[Place]] | None = None
 
     def convert(self, traced: Traced) -> Traced:
         self.collapse_(traced.module)
@@ -75,20 +76,58 @@ class ClusterMergePass:
 
     @torch.no_grad()
     def pull_(self, model: nn.Module, fraction: float) -> None:
-        for tensor, part in self._members(model):
-            rows = part.rows(tensor)
-            centre = part.centres(rows)
-            moved = centre if fraction == 1.0 else torch.lerp(rows, centre, fraction)
-            tensor.index_copy_(part.dim, part.positions.to(tensor.device), part.columns(tensor, moved))
+        for _, rows in rows_of((place, 0) for place in self._places(model)):
+            tensors = rows.tensors()
+            apart = rows.gather(tensors)
+            centre = rows.means(apart)
+            moved = centre if fraction == 1.0 else torch.lerp(apart, centre, fraction)
+            torch._foreach_copy_(tensors, rows.parts(moved, tensors))
+
+    def deviation(self, model: nn.Module) -> float:
+        return sum(self.deviations(model).values())
 
     @torch.no_grad()
-    def deviation(self, model: nn.Module) -> float:
-        total = 0.0
-        for tensor, part in self._members(model):
-            if part.is_kernel and tensor.dim() > 1:
-                rows = part.rows(tensor).double()
-                total += float((rows - part.centres(rows)).square().sum())
-        return total
+    def deviations(self, model: nn.Module) -> dict[str, float]:
+        total = np.zeros(len(self.clusters))
+        for _, rows in rows_of((place, 0) for place in self._places(model) if place.is_kernel):
+            apart = rows.gather(rows.tensors()).double()
+            squares = (apart - rows.means(apart)).square().sum(1).cpu().numpy()
+            owner = np.concatenate([place.slices.owner for place in rows.places])
+            total += np.bincount(owner[owner >= 0], weights=squares[owner >= 0], minlength=total.size)
+        return dict(zip(self.clusters, total.tolist(), strict=True))
+
+    def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
+        attach(optimizer, lambda: self._places(model), strength=self.options.strength, steps=steps, where=self.where)
+
+    def state(self) -> torch.Tensor:
+        """The number of the cluster of every channel, group after group: int64, (channels of all clustered groups)."""
+        numbers = [np.zeros(0, dtype=np.int64)]
+        for name, parts in self.clusters.items():
+            group = np.empty(self.groups[name].size, dtype=np.int64)
+            for number, part in enumerate(parts):
+                group[list(part)] = number
+            numbers.append(group)
+        return torch.from_numpy(np.concatenate(numbers))
+
+    def load_state(self, state: torch.Tensor) -> None:
+        sizes = [self.groups[name].size for name in self.clusters]
+        found = {}
+        for (name, old), numbers in zip(self.clusters.items(), torch.split(state.cpu(), sizes), strict=True):
+            _, number = np.unique(numbers.numpy(), return_inverse=True)
+            parts = tuple(sorted(tuple(np.flatnonzero(number == n).tolist()) for n in range(int(number.max()) + 1)))
+            blocks = [
+                sorted(sum(part[0] in block for part in each) for block in self.groups[name].blocks)
+                for each in (old, parts)
+            ]
+            if len(parts) != len(old) or blocks[0] != blocks[1]:
+                raise WeightsError(
+                    f"group {name!r}: the loaded state has {len(parts)} clusters, the plan {len(old)}; prepare the "
+                    "model with the plan that the checkpoint was made with"
+                )
+            found[name] = parts
+        if found != self.clusters:
+            self.clusters = found
+            self._slices, self._found = slices_of(self.groups, found, self.traced), None
 
     def widths(self) -> dict[str, tuple[int, int]]:
         return {name: (self.groups[name].size, len(parts)) for name, parts in self.clusters.items()}
@@ -97,63 +136,11 @@ class ClusterMergePass:
         clusters = {name: [list(part) for part in parts] for name, parts in self.clusters.items()}
         return {"clusters": clusters, "plain_norms": self.left_plain}
 
-    def _members(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, _Members]]:
-        """Every slice that the clusters tie together, parameter by parameter."""
-        prefix = f"{self.traced.scope}." if self.traced.scope else ""
-        for name, parts in self.clusters.items():
-            for param in self.groups[name].params:
-                if param.role != "consumer":
-                    tensor = get_tensor(model, param.param.removeprefix(prefix))
-                    if tensor.is_floating_point():
-                        yield tensor, _Members.of(param, parts)
-
-
-@dataclass(frozen=True)
-class _Members:
-    """The slices of one parameter that belong to clustered channels, and the cluster of each."""
-
-    dim: int
-    positions: torch.Tensor
-    segment: torch.Tensor
-    counts: torch.Tensor
-    is_kernel: bool
-
-    @classmethod
-    def of(cls, param: GroupParam, parts: Partition) -> _Members:
-        width = param.indices.shape[1]
-        shared = [part for part in parts if len(part) > 1]
-        channels = np.array([channel for part in shared for channel in part], dtype=np.int64)
-        number = np.repeat(np.arange(len(shared)), [len(part) for part in shared])
-        segment = (number[:, None] * width + np.arange(width)).ravel()
-        counts = np.bincount(segment, minlength=len(shared) * width)
-        positions = param.indices[channels].ravel()
-        return cls(
-            param.dim,
-            torch.from_numpy(positions),
-            torch.from_numpy(segment),
-            torch.from_numpy(counts),
-            param.role == "producer",
-        )
-
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slices, one per row: `(slices, everything else)`."""
-        return (
-            tensor.index_select(self.dim, self.positions.to(tensor.device))
-            .movedim(self.dim, 0)
-            .reshape(self.positions.numel(), -1)
-        )
-
-    def columns(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`rows` in the shape in which `tensor` holds its slices."""
-        shape = list(tensor.shape)
-        del shape[self.dim]
-        return rows.reshape(-1, *shape).movedim(0, self.dim)
-
-    def centres(self, rows: torch.Tensor) -> torch.Tensor:
-        """For each row the mean of its cluster (a segment mean, no C x C matrix)."""
-        segment = self.segment.to(rows.device)
-        sums = rows.new_zeros(self.counts.numel(), rows.shape[1]).index_add_(0, segment, rows)
-        return (sums / self.counts.to(rows.device, rows.dtype)[:, None])[segment]
+    def _places(self, model: nn.Module) -> list[Place]:
+        """Every slice that the clusters tie together; the same list for the same model until the clusters change."""
+        if self._found is None or self._found[0] is not model:
+            self._found = model, [Place.of(model, slices) for slices in self._slices]
+        return self._found[1]
 
 
 def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Traced) -> Partition:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphzip.graph.trace import Traced
@@ -33,6 +34,18 @@ class FoldBatchNormPass:
 
     def deviation(self, model: nn.Module) -> float:
         return 0.0
+
+    def deviations(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+    def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
+        """Training is not constrained."""
+
+    def state(self) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def load_state(self, state: torch.Tensor) -> None:
+        """The pass decides nothing."""
 
     def widths(self) -> dict[str, tuple[int, int]]:
         return {}

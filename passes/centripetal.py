@@ -1,0 +1,209 @@
+"""Centripetal SGD: an optimizer that draws the slices of a cluster together while it trains.
+
+For every producer and pointwise slice `F` of a clustered channel, with `H` its cluster, C-SGD's update is (Eq. 6)
+
+    F_j <- F_j - lr * (mean_H(dL/dF) + weight_decay * F_j + strength * (F_j - mean_H(F))).
+
+Split into the centre of the cluster, `m = mean_H(F)`, and the deviation from it, `d_j = F_j - m`, this is the same as
+
+    m   <- m - lr * (mean_H(dL/dF) + weight_decay * m)            what the optimizer does to m alone,
+    d_j <- (1 - lr * (weight_decay + strength)) * d_j             a number times d_j,
+
+and that is how a step is taken: the optimizer, whichever it is, sees every member at the centre with the averaged
+gradient, and the shrunken deviations are put back after it. So for `torch.optim.SGD` without momentum Eq. 6 holds as it
+stands. With momentum, Nesterov, Adam, AdamW and others the second line holds to the letter, which makes the squared
+deviation fall by (1 - lr * (weight_decay + strength))^2 a step; the first line is the optimizer's own rule, applied to
+the centre. Members see the same gradients and weights, so their moments are equal and never drive them apart.
+
+Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pruning on Deep and Complicated CNN",
+sections 3.2 to 3.4, Eq. 6 and 18 to 20.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from graphzip.errors import GraphZipError, PlanError
+from passes.segments import Place, Rows, rows_of
+
+__all__ = ["AUTO_LEFT", "AUTO_SHARE", "attach", "auto_contraction"]
+
+logger = logging.getLogger(__name__)
+
+AUTO_LEFT: Final = 1e-8
+"""What `strength="auto"` leaves of a deviation: less than the rounding of float32 against weights of its size."""
+
+AUTO_SHARE: Final = 0.75
+"""The share of the planned steps in which it does so; in the rest the clusters train as the narrow model."""
+
+_UNTRAINED: Final = -1
+
+Number = float | Tensor
+
+
+def auto_contraction(steps: int) -> float:
+    """What one of `steps` planned steps leaves of a deviation under `strength="auto"`, a number in (0, 1).
+
+    It is the same at every step, so that the deviation falls in a straight line on a log axis whatever the learning
+    rate does: the strength is `(1 - contraction) / lr - weight_decay` at the learning rate of the step.
+    """
+    return math.exp(math.log(AUTO_LEFT) / max(1.0, AUTO_SHARE * steps))
+
+
+@dataclass
+class _Matrix:
+    """Rows with what a step needs to know: the parameter group that they follow, and whether they have gradients."""
+
+    rows: Rows
+    group: int
+    trained: bool
+
+
+class _Centripetal:
+    """What is done before and after a step of one optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, places: Callable[[], Sequence[Place]]) -> None:
+        self.optimizer = optimizer
+        self.places = places
+        self._made: list[_Matrix] = []
+        self._made_for: Sequence[Place] | None = None
+        self._counts: tuple[int, ...] = ()
+
+    @torch.no_grad()
+    def step(self, plain: Callable[[], Any]) -> None:
+        """Average the gradients, let the optimizer move the centres, put the shrunken deviations back."""
+        apart = []
+        for matrix in self._matrices():
+            tensors = matrix.rows.tensors()
+            rows = matrix.rows.gather(tensors)
+            centres = matrix.rows.means(rows)
+            _copy(tensors, matrix.rows.parts(centres, tensors))
+            apart.append((matrix, tensors, rows.sub_(centres)))
+            if matrix.trained:
+                _average_gradients(matrix.rows, tensors)
+        skipped = getattr(self.optimizer, "found_inf", None)
+        try:
+            plain()
+        finally:
+            for matrix, tensors, deviation in reversed(apart):
+                deviation.mul_(self._left(matrix, skipped))
+                torch._foreach_add_(tensors, matrix.rows.parts(deviation, tensors))
+
+    def _left(self, matrix: _Matrix, skipped: Tensor | None) -> Number:
+        """What the step leaves of a deviation; all of it where a gradient scaler makes a fused optimizer skip it."""
+        group = {**self.optimizer.defaults, **self.optimizer.param_groups[max(matrix.group, 0)]}
+        if group["strength"] == "auto":
+            left: Number = group["contraction"]
+        else:
+            decay = (group.get("weight_decay") or 0.0) if matrix.trained else 0.0
+            left = 1.0 - group["lr"] * (decay + group["strength"])
+            left = left.clamp(min=0.0).to(matrix.rows.order.device) if isinstance(left, Tensor) else max(left, 0.0)
+        return left if skipped is None else 1.0 - (1.0 - left) * (1.0 - skipped)
+
+    def _matrices(self) -> list[_Matrix]:
+        places = self.places()
+        counts = tuple(len(group["params"]) for group in self.optimizer.param_groups)
+        known = places is self._made_for and counts == self._counts
+        if not known or not all(matrix.rows.fits() for matrix in self._made):
+            self._made, self._made_for, self._counts = self._make(places), places, counts
+        return self._made
+
+    def _make(self, places: Sequence[Place]) -> list[_Matrix]:
+        """One matrix per parameter group and slice length; what is not trained follows the first group."""
+        number = {id(p): at for at, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        found = rows_of((place, number.get(id(place.holder[place.leaf]), _UNTRAINED)) for place in places)
+        return [_Matrix(rows, group, group != _UNTRAINED) for group, rows in found]
+
+
+def _average_gradients(rows: Rows, tensors: Sequence[Tensor]) -> None:
+    gradients = [place.tensor.grad for place in rows.places]
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return
+    for place, gradient in zip(rows.places, gradients, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise GraphZipError(
+                f"{place.slices.name} has a sparse gradient, which cannot be averaged over a cluster; make the "
+                "embedding with sparse=False"
+            )
+    whole = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
+    parts = rows.parts(rows.means(rows.gather(whole)), tensors)
+    _copy(present, [part for part, gradient in zip(parts, gradients, strict=True) if gradient is not None])
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def attach(
+    optimizer: torch.optim.Optimizer,
+    places: Callable[[], Sequence[Place]],
+    *,
+    strength: float | str,
+    steps: int | None,
+    where: str,
+) -> None:
+    """Make `optimizer` take centripetal steps. `places` gives the clustered slices, the same list until they change.
+
+    Every parameter group gets a `strength` unless it brings one, which may be changed as the learning rate may.
+    Raises `PlanError` where `strength` is "auto" and `steps` is missing, `GraphZipError` for an optimizer that
+    evaluates the model within its step.
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise GraphZipError(
+            f"{type(optimizer).__name__} evaluates the model several times a step, between which clusters cannot be "
+            "kept together; use a first-order optimizer such as torch.optim.SGD"
+        )
+    contraction = None
+    if strength == "auto":
+        if steps is None:
+            raise PlanError(
+                f"{where}.strength: 'auto' depends on how long the training is; tell the number of optimizer steps: "
+                "prepared.optimizer(..., steps=epochs * len(loader))"
+            )
+        contraction = auto_contraction(steps)
+    elif steps is not None and isinstance(strength, float):
+        _warn_if_short(optimizer, strength, steps, where)
+    optimizer.defaults = {**optimizer.defaults, "strength": strength, "contraction": contraction}
+    for group in optimizer.param_groups:
+        group.setdefault("strength", strength)
+        group.setdefault("contraction", contraction)
+    centripetal = _Centripetal(optimizer, places)
+    plain = optimizer.step
+
+    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        centripetal.step(lambda: plain(**options))
+        return loss
+
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
+def _warn_if_short(optimizer: torch.optim.Optimizer, strength: float, steps: int, where: str) -> None:
+    """Say so where even a constant learning rate leaves filters apart at the end of the training."""
+    group = optimizer.param_groups[0]
+    pull = float(group["lr"]) * (strength + float(group.get("weight_decay") or 0.0))
+    left = max(1.0 - pull, 0.0) ** steps
+    if left > 1e-3:
+        logger.warning(
+            "%s.strength: %g is weak for %d steps at a learning rate of %g: %.0f %% of the distance between filters of "
+            "a cluster is left at the end, and merging them costs accuracy; set strength: auto",
+            where,
+            strength,
+            steps,
+            float(group["lr"]),
+            100 * left,
+        )

@@ -1,0 +1,177 @@
+"""Slices of many tensors that a partition ties together, as the rows of a few matrices.
+
+C-SGD multiplies gradients by an averaging matrix `Gamma`, `Gamma[m, n] = 1 / |H(m)|` where `H(m) = H(n)` (Eq. 19 of
+Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pruning on Deep and Complicated CNN"). Here that
+product is a segment mean: rows in the order of their clusters, one mean per cluster, spread over the members again. No
+matrix of channels by channels is made, and tensors with slices of the same length share one matrix, so that a step
+takes a few large operations whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphzip.analysis.groups import ChannelGroups
+from graphzip.graph.state import get_tensor
+from graphzip.graph.trace import Traced
+from graphzip.labels import IntArray
+
+__all__ = ["Partition", "Place", "Rows", "Slices", "rows_of", "slices_of"]
+
+Partition = tuple[tuple[int, ...], ...]
+"""Clusters of a group's channels: each sorted, ordered by their smallest channel."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """One dimension of one tensor: `cluster[i]` is the first slice of the cluster that slice i belongs to.
+
+    `owner[i]` is the number of the clustered group of slice i, -1 where it has none. `kernel` tells the slices that
+    make channels from those that only act on them.
+    """
+
+    name: str
+    dim: int
+    cluster: IntArray
+    owner: IntArray
+    kernel: bool
+
+
+def slices_of(groups: ChannelGroups, partitions: Mapping[str, Partition], traced: Traced) -> list[Slices]:
+    """Producer and pointwise slices of all clustered groups, one entry per tensor, dimension and kind.
+
+    A tensor that several groups share (a batch norm after a concatenation) has one entry with the clusters of each
+    group at its offset.
+    """
+    prefix = f"{traced.scope}." if traced.scope else ""
+    found: dict[tuple[str, int, bool], Slices] = {}
+    for number, (name, parts) in enumerate(partitions.items()):
+        for param in groups[name].params:
+            if param.role == "consumer":
+                continue
+            key = param.param.removeprefix(prefix), param.dim, param.role == "producer"
+            if key not in found:
+                size = get_tensor(traced.module, key[0]).shape[param.dim]
+                found[key] = Slices(key[0], key[1], np.arange(size), np.full(size, -1, dtype=np.int64), key[2])
+            held = found[key]
+            for part in parts:
+                places = param.indices[list(part)]
+                held.owner[places] = number
+                held.cluster[places] = places[0]
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model holds a tensor. It is looked up each time, for a moved model holds another one."""
+
+    holder: Mapping[str, torch.Tensor | None]
+    leaf: str
+    slices: Slices
+
+    @classmethod
+    def of(cls, model: nn.Module, slices: Slices) -> Place:
+        """The place of `slices` in `model`."""
+        path, _, leaf = slices.name.rpartition(".")
+        owner = model.get_submodule(path)
+        return cls(owner._parameters if leaf in owner._parameters else owner._buffers, leaf, slices)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether its slices make channels and have more than one element, as Eq. 7 counts them."""
+        return self.slices.kernel and self.tensor.dim() > 1
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor that is there now."""
+        value = self.holder[self.leaf]
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Slices of several tensors of one device, dtype and slice length L as one matrix (rows, L)."""
+
+    places: tuple[Place, ...]
+    cluster: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor
+    heights: list[int]
+    vectors: bool
+
+    @classmethod
+    def of(cls, places: Sequence[Place], device: torch.device) -> Rows:
+        """The matrix of these places; what it computes with lives on `device`."""
+        heights = [place.slices.cluster.size for place in places]
+        offsets = np.cumsum([0, *heights[:-1]])
+        first = np.concatenate([place.slices.cluster + at for place, at in zip(places, offsets, strict=True)])
+        order = np.argsort(first, kind="stable")
+        _, starts, cluster = np.unique(first[order], return_index=True, return_inverse=True)
+        number = np.empty_like(first)
+        number[order] = cluster.reshape(-1)
+        indices = [torch.from_numpy(each.astype(np.int64)).to(device) for each in (number, order, starts)]
+        vectors = all(place.tensor.dim() == 1 for place in places)
+        return cls(tuple(places), indices[0], indices[1], indices[2], heights, vectors)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors, as they are now."""
+        return [place.tensor.detach() for place in self.places]
+
+    def gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A matrix (rows, L) with the slices of `tensors`, which are shaped as those of the places."""
+        if self.vectors:
+            return torch.cat(tuple(tensors)).unsqueeze(1)
+        return torch.cat([_flat(tensor, at.slices.dim) for tensor, at in zip(tensors, self.places, strict=True)])
+
+    def parts(self, rows: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The matrix cut into tensors of the shapes of `like`, without a copy."""
+        if self.vectors:
+            return list(torch.split(rows.squeeze(1), self.heights))
+        found = []
+        for part, tensor, place in zip(torch.split(rows, self.heights), like, self.places, strict=True):
+            dim = place.slices.dim
+            if dim == 0:
+                found.append(part.view_as(tensor))
+            else:
+                shape = (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
+                found.append(part.view(-1, *shape).movedim(0, dim))
+        return found
+
+    def means(self, rows: torch.Tensor) -> torch.Tensor:
+        """For every row the mean over its cluster: the product with `Gamma`, shape (rows, L)."""
+        centres = F.embedding_bag(self.order, rows, self.starts, mode="mean")
+        return centres.index_select(0, self.cluster)
+
+    def fits(self) -> bool:
+        """Whether the model still lives where the matrix was made for."""
+        return self.places[0].tensor.device == self.order.device
+
+
+def _flat(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    rows = tensor if dim == 0 else tensor.movedim(dim, 0)
+    return rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+
+
+def rows_of(places: Iterable[tuple[Place, int]]) -> list[tuple[int, Rows]]:
+    """As few matrices as possible; places with different numbers do not share one, and the number goes with it.
+
+    A tensor that is clustered along two dimensions is in two matrices, and the later one sees what the earlier did.
+    """
+    found: dict[tuple[int, int, torch.device, torch.dtype, int, bool], list[Place]] = {}
+    seen: dict[tuple[int, str], int] = {}
+    for place, number in places:
+        tensor = place.tensor
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        level = seen[id(place.holder), place.leaf] = seen.get((id(place.holder), place.leaf), -1) + 1
+        length = tensor.numel() // tensor.shape[place.slices.dim]
+        key = level, number, tensor.device, tensor.dtype, length, tensor.dim() == 1
+        found.setdefault(key, []).append(place)
+    return [(key[1], Rows.of(found[key], key[2])) for key in sorted(found, key=lambda key: key[0])]
