@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from graphzip.export.onnx import ExportReport
     from graphzip.history import History
     from graphzip.picture import draw_groups
-    from graphzip.plan import ClusterMerge, FoldBatchNorm, Plan
+    from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, Plan, SliceGenerate
     from passes.clustering import register_clustering
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArchiveError",
+    "AtomFactorize",
     "ChannelGroup",
     "ChannelGroups",
     "ClusterMerge",
@@ -62,6 +63,7 @@ __all__ = [
     "PlanError",
     "Prepared",
     "RewriteError",
+    "SliceGenerate",
     "TraceError",
     "VerificationError",
     "WeightsError",
@@ -83,7 +85,7 @@ _HOMES: Final = {
     "graphzip.export.onnx": ("ExportReport",),
     "graphzip.picture": ("draw_groups",),
     "graphzip.history": ("History",),
-    "graphzip.plan": ("ClusterMerge", "FoldBatchNorm", "Plan"),
+    "graphzip.plan": ("AtomFactorize", "ClusterMerge", "FoldBatchNorm", "Plan", "SliceGenerate"),
     "passes.clustering": ("register_clustering",),
 }
 """Where public names live. A public name that is not here is an error class in `graphzip.errors`."""

@@ -30,12 +30,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from graphzip.errors import PlanError
 from graphzip.files import write_text
+from graphzip.plan_checks import count_of, globs, is_flag, one_of, path_or_none, share_of_atoms, slice_shape
 from graphzip.tables import closest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PASS_OPTIONS", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan", "plan_error"]
+__all__ = ["PASS_OPTIONS", "AtomFactorize", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan"]
+__all__ += ["SliceGenerate", "plan_error"]
 
 VERSION: Final = 1
 _LISTED: Final = 10  # problems or names that one message lists before it only counts the rest
@@ -205,6 +207,9 @@ class PassOptions(BaseModel):
     kind: ClassVar[str]
     """The name of the pass in a plan file and in reports."""
 
+    factorizes: ClassVar[bool] = False
+    """Whether kernels are stored as factors after it, which no pass can narrow: it comes after those that do."""
+
     def __init__(self, **options: Any) -> None:
         problems = _fill(self, options, self.kind)
         if problems:
@@ -310,11 +315,70 @@ class FoldBatchNorm(PassOptions):
     kind: ClassVar[str] = "fold_batch_norm"
 
 
+class AtomFactorize(PassOptions):
+    """Store kernels as atoms times coefficients, `K = A D` (ACDC, "A Joint Subspace View to Convolutional Neural
+    Networks", Eq. 1 to 3).
+
+    - `atoms`: how many atoms a layer has, m.
+    - `share`: who shares coefficients: `"net"` (all layers), `"block"` (runs of layers with equal output channels and
+      feature size), `"layer"` (the groups of filters inside a layer), or `None` (nobody). Coefficients have the largest
+      dimensions needed; smaller layers use a corner of them.
+    - `group_size`: s of section 3.4: layers are divided into groups of s output channels that read s input channels,
+      followed by a channel shuffle. This changes what the model computes.
+    - `include`, `exclude`: globs of layer names. By default all but the first convolution, 1x1 and depthwise ones.
+    - `init`: `"fit"` (least squares on the weights) or `"random"` (orthogonal atoms, Kaiming coefficients).
+    - `weighted`: weigh the fit by the second moments of each layer's inputs on the calibration data.
+    - `atom_drop`: the share of atoms dropped in training.
+    - `lower`: `"reconstruct"` (build the kernel), `"atoms_first"` (a depthwise convolution by the atoms, then a 1x1 one
+      by the coefficients), or `"auto"` (the faster in onnxruntime, layer by layer).
+    """
+
+    kind: ClassVar[str] = "atom_factorize"
+    factorizes: ClassVar[bool] = True
+
+    atoms: Annotated[int, BeforeValidator(count_of("atoms"))] = 8
+    share: Annotated[str | None, BeforeValidator(one_of("net", "block", "layer", None))] = "net"
+    group_size: Annotated[int | None, BeforeValidator(count_of("channels", optional=True))] = None
+    include: Annotated[Sequence[str], BeforeValidator(globs)] = ()
+    exclude: Annotated[Sequence[str], BeforeValidator(globs)] = ()
+    init: Annotated[str, BeforeValidator(one_of("fit", "random"))] = "fit"
+    weighted: Annotated[bool, BeforeValidator(is_flag)] = False
+    atom_drop: Annotated[float, BeforeValidator(share_of_atoms)] = 0.1
+    lower: Annotated[str, BeforeValidator(one_of("auto", "reconstruct", "atoms_first"))] = "reconstruct"
+
+
+class SliceGenerate(PassOptions):
+    """Generate kernels slice by slice from short codes (CSG, "Associative Convolutional Layers", Eq. 1).
+
+    - `slice`: the shape of a slice: out channels, in channels, kernel size. `code`: numbers per slice.
+    - `binary`: a generator of fixed -1 and +1 (BCSG).
+    - `generator`: a file that `graphzip.save_generator` wrote, to start from; with `frozen` it stays as it is.
+    - `scopes`: globs of layer names; the layers of each share a generator of their own, all others one more.
+    - `include`, `exclude`: as in `AtomFactorize`.
+    - `init`: `"fit"` (truncated SVD of all slices) or `"random"`.
+    """
+
+    kind: ClassVar[str] = "slice_generate"
+    factorizes: ClassVar[bool] = True
+
+    slice: Annotated[Sequence[int], BeforeValidator(slice_shape)] = (16, 16, 3, 3)
+    code: Annotated[int, BeforeValidator(count_of("numbers per code"))] = 128
+    binary: Annotated[bool, BeforeValidator(is_flag)] = False
+    generator: Annotated[str | None, BeforeValidator(path_or_none)] = None
+    frozen: Annotated[bool, BeforeValidator(is_flag)] = False
+    scopes: Annotated[Sequence[str], BeforeValidator(globs)] = ()
+    include: Annotated[Sequence[str], BeforeValidator(globs)] = ()
+    exclude: Annotated[Sequence[str], BeforeValidator(globs)] = ()
+    init: Annotated[str, BeforeValidator(one_of("fit", "random"))] = "fit"
+
+
 PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
     options.kind: options
     for options in (
         ClusterMerge,
         FoldBatchNorm,
+        AtomFactorize,
+        SliceGenerate,
     )
 }
 """The passes a plan can name."""
@@ -345,6 +409,7 @@ class Plan:
         self._inputs = _shapes(inputs, problems)
         if problems:
             raise plan_error(problems)
+        _check_order(self._passes)
 
     @property
     def passes(self) -> tuple[PassOptions, ...]:
@@ -410,6 +475,17 @@ class Plan:
     def __repr__(self) -> str:
         inputs = "" if self._inputs is None else f", inputs={_plain(self._inputs)}"
         return f"Plan({list(self._passes)}{inputs})"
+
+
+def _check_order(passes: Sequence[PassOptions]) -> None:
+    """Merging and folding need whole kernels, so they come before the passes that store kernels as factors."""
+    for position, options in enumerate(passes):
+        earlier = [other.kind for other in passes[:position] if other.factorizes]
+        if earlier and not options.factorizes:
+            raise PlanError(
+                f"passes[{position}].{options.kind}: stands behind {earlier[0]}, after which no kernels are whole; "
+                "put it before"
+            )
 
 
 def _shapes(value: Any, problems: list[str]) -> tuple[Shape, ...] | None:

@@ -24,7 +24,7 @@ from graphzip.history import History, Record
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report
 from graphzip.rewrite.shrink import refresh
-from passes.base import Pass
+from passes.base import Pass, Restructuring
 from passes.table import PASSES
 
 __all__ = ["Prepared"]
@@ -198,11 +198,31 @@ class Prepared(nn.Module):
             options = self.plan.passes[progress.position]
             where = f"passes[{progress.position}].{options.kind}"
             progress.active = PASSES[type(options)](options, progress.traced, seed=self.seed, where=where)
+            self._restructure(progress.active)
         else:
             progress.active = None
         progress.taken = 0
         state = torch.zeros(0, dtype=torch.int64) if progress.active is None else progress.active.state()
         self.clusters = state.to(self.clusters.device)
+
+    def _restructure(self, active: Pass) -> None:
+        """Give the model the parameters that the pass trains."""
+        if isinstance(active, Restructuring):
+            run = None if self._hidden["calibration"] is None else self._run_calibration
+            traced, inner = active.restructure(self._progress.traced, self._inner(), run)
+            self._progress.traced = traced
+            if inner is not self._inner():
+                self.model = _with_submodule(self.model, traced.scope, inner)
+
+    @torch.no_grad()
+    def _run_calibration(self) -> None:
+        """Run the model in eval mode on the calibration data."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        for batch in self._hidden["calibration"]:
+            run_batch(self.model, batch_arguments(batch, len(self._hidden["inputs"])))
+        for module, mode in modes.items():
+            module.training = mode
 
     def _finish(self) -> None:
         """Carry out the current pass on the trained weights and begin the next one."""
@@ -240,7 +260,9 @@ class Prepared(nn.Module):
         )
         drift = _drift(self._hidden["original"], module, self._hidden["calibration"], len(self._hidden["inputs"]))
         finite = drift is None or math.isfinite(drift)
-        changed = bool(widths) or any(summary.get("fold_batch_norm", {}).get("folded") for summary in summaries)
+        changed = bool(widths) or any(
+            found.get("folded") or found.get("layers") for summary in summaries for found in summary.values()
+        )
         return Report(
             before=self._before,
             after=after,

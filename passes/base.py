@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from graphzip.graph.trace import Traced
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "Restructuring"]
 
 
 class Pass(Protocol):
@@ -49,3 +50,14 @@ class Pass(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """What was decided, JSON-ready."""
+
+
+@runtime_checkable
+class Restructuring(Protocol):
+    """A pass that changes what is trained: from its beginning the model has other parameters."""
+
+    def restructure(self, traced: Traced, model: nn.Module, run: Callable[[], None] | None) -> tuple[Traced, nn.Module]:
+        """A graph and a module with the new parameters, the same ones in both.
+
+        `model` is there to be changed, `traced` is not. `run` feeds the calibration data, where there is any.
+        """

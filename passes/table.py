@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.plan import ClusterMerge, FoldBatchNorm, PassOptions
+from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, PassOptions, SliceGenerate
+from passes.atom_factorize import AtomFactorizePass
 from passes.cluster_merge import ClusterMergePass
 from passes.fold_batch_norm import FoldBatchNormPass
+from passes.slice_generate import SliceGeneratePass
 
 __all__ = ["PASSES"]
 
 PASSES: dict[type[PassOptions], Any] = {
+    AtomFactorize: AtomFactorizePass,
     ClusterMerge: ClusterMergePass,
     FoldBatchNorm: FoldBatchNormPass,
+    SliceGenerate: SliceGeneratePass,
 }

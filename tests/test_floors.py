@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.labels",),
     ("graphzip.ops",),
     ("graphzip.analysis",),
-    ("graphzip.history", "graphzip.picture", "graphzip.plan", "graphzip.results"),
+    ("graphzip.history", "graphzip.picture", "graphzip.plan", "graphzip.plan_checks", "graphzip.results"),
     ("graphzip.rewrite",),
     ("graphzip.export",),
     ("graphzip.compiled",),
@@ -35,7 +35,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FOR_PEOPLE = ("graphzip.models", "graphzip.report", "graphzip.demo", "graphzip.cli", "graphzip.__main__")
 """What people see: built on the public names and on the two lowest floors alone."""
 
-SHARED_BY_PASSES = ("passes.base", "passes.centripetal", "passes.clustering", "passes.segments", "passes.widths")
+SHARED_BY_PASSES = (
+    "passes.atom_fit",
+    "passes.base",
+    "passes.centripetal",
+    "passes.clustering",
+    "passes.conv_layers",
+    "passes.input_moments",
+    "passes.segments",
+    "passes.widths",
+)
 TABLE_OF_PASSES = "passes.table"
 
 

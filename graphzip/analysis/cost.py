@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphzip.graph.inputs import hint
 from graphzip.graph.trace import Traced
@@ -31,11 +32,18 @@ class Cost:
 
 
 def cost_of(traced: Traced) -> Cost:
-    """Count a traced model on the shapes it was traced with."""
+    """Count a traced model on the shapes it was traced with.
+
+    Operators that see parameters only, such as those that build a kernel, run once and not for every sample: they are
+    not counted.
+    """
     total = 0
+    fed: set[fx.Node] = set()
     for node in traced.graph.nodes:
+        if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
+            fed.add(node)
         spec = OPS.get(node.target) if node.op == "call_function" else None
-        if spec is not None and spec.macs is not None:
+        if spec is not None and spec.macs is not None and node in fed:
             total += spec.macs(Site.of(node, bind(node)))
     return Cost(sum(parameter.numel() for parameter in traced.module.parameters()), total // _batch(traced))
 

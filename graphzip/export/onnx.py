@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import math
 import os
 import re
 import sys
@@ -30,6 +31,9 @@ __all__ = ["ExportReport", "export_onnx"]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**26
 """Bytes of weights up to which one file is written: protobuf ends at 2 GiB, and the graph itself needs some room."""
+
+_SMALL = 256
+"""Bytes of a constant that is computed wherever possible: shapes and scalars."""
 
 _BATCH = "batch"
 _LOUD = ("torch.onnx", "torch.export", "torch.fx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
@@ -230,12 +234,13 @@ def _dynamic_shapes(skeleton: nn.Module, example: Example) -> dict[str, Any]:
 
 def _convert(program: ExportedProgram, opset: int | None) -> Any:
     try:
-        converted = torch.onnx.export(program, (), opset_version=opset, verbose=False, dynamo=True)
+        converted = torch.onnx.export(program, (), opset_version=opset, verbose=False, dynamo=True, optimize=False)
+        assert converted is not None
+        _optimize(converted.model)
     except Exception as error:
         raise ExportError(
             f"the ONNX exporter of PyTorch cannot convert the model: {_summary(error)}; replace that part of the model"
         ) from error
-    assert converted is not None
     model = converted.model
     written = model.opset_imports.get("")
     if opset is not None and written != opset:
@@ -244,6 +249,30 @@ def _convert(program: ExportedProgram, opset: int | None) -> Any:
             "pass one of these, or opset=None for the recommended one"
         )
     return model
+
+
+def _optimize(model: Any) -> None:
+    """What `torch.onnx.export` does by default, but no constant is computed that makes the file bigger."""
+    require("onnxscript.optimizer").optimize_ir(model, should_fold=_stays_slim)
+    require("onnxscript.rewriter.onnx_fusions").fuse(model)
+
+
+def _stays_slim(node: Any) -> bool | None:
+    """False for an operator on constants whose results take more room than the constants that it makes superfluous.
+
+    A kernel that is built from shared factors would be stored in full otherwise. `None` leaves it to the optimizer.
+    """
+    inputs = {id(value): value for value in node.inputs if value is not None}.values()
+    gone = sum(
+        value.const_value.nbytes for value in inputs if len(value.consumers()) == 1 and value.const_value is not None
+    )
+    made = 0
+    for value in node.outputs:
+        sizes = value.shape.dims if value.shape is not None else None
+        if sizes is None or value.dtype is None or not all(isinstance(size, int) for size in sizes):
+            return None if all(each.const_value.size <= _SMALL for each in inputs) else False
+        made += math.prod(sizes) * value.dtype.itemsize
+    return None if made <= max(gone, _SMALL) else False
 
 
 def _possible_opsets() -> str:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphzip.graph.conditions import check_sizes, parse
+from graphzip.graph.factored import FACTORED, AtomConv
 from graphzip.graph.inputs import check_constant, check_input
 from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
 from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
@@ -89,6 +90,7 @@ class _Restorer:
         self.made: dict[str, str] = {}
 
     def run(self) -> None:
+        self._factored_layers()
         for node in list(self.module.graph.nodes):
             if node.op != "call_function":
                 continue
@@ -102,6 +104,23 @@ class _Restorer:
                 self._random_relu(node)
         for node in reversed(list(self.module.graph.nodes)):
             if node.op == "get_attr" and not node.users:
+                self.module.graph.erase_node(node)
+
+    def _factored_layers(self) -> None:
+        """Convolutions whose kernel is built from the state of one module are called as that module."""
+        found = {node: _kernel_builders(node) for node in self.module.graph.nodes if node.target in _CONVOLUTIONS}
+        for node, builders in found.items():
+            args = _bound(node)
+            names = {str(each.target) for each in builders if each.op == "get_attr"}
+            owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in ("atoms", "codes")}
+            owner = owners.pop() if len(owners) == 1 else ""
+            if self.types.get(owner) in FACTORED and len(names) == len(FACTORED[self.types[owner]].operands):
+                made = _factored(self.types[owner], args, self.module.get_submodule(owner), builders)
+                if repr(made) == self.made.setdefault(owner, repr(made)):
+                    self._install(owner, made)
+                    self._call(node, owner, (args["input"],))
+        for node in [each for builders in found.values() for each in builders]:
+            if not node.users and not node._erased:
                 self.module.graph.erase_node(node)
 
     def _norm(self, node: fx.Node, layer: _Layer) -> None:
@@ -255,6 +274,34 @@ def _convolution(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]
     return layer
 
 
+def _kernel_builders(node: fx.Node) -> list[fx.Node]:
+    """The operators that compute the kernel of a convolution, the last one first; none where it is stored."""
+    kernel = _bound(node)["weight"]
+    found: list[fx.Node] = [kernel] if kernel.op == "call_function" else []
+    for each in found:
+        found += [operand for operand in each.all_input_nodes if operand not in found]
+    return [each for each in reversed(list(node.graph.nodes)) if each in found] if found else []
+
+
+def _factored(kind: str, args: dict[str, Any], held: nn.Module, builders: list[fx.Node]) -> nn.Module:
+    """The layer that builds its kernel as these operators do, around the tensors that `held` has."""
+    weight = args["weight"].meta["val"]
+    state = {leaf: tensor for leaf, tensor in (held._parameters | held._buffers).items() if tensor is not None}
+    like = _convolution(kind.removeprefix("Atom").removeprefix("Slice"), args, {**state, "weight": weight})
+    like.register_parameter("bias", state.get("bias"))  # type: ignore[arg-type]
+    made: Any = FACTORED[kind]
+    first, second = (state[name] for name in made.operands)
+    if issubclass(made, AtomConv):
+        drops = [each.args[1] for each in builders if each.target is aten.feature_dropout.default]
+        layer: nn.Module = made(
+            like, first, second, groups=args["groups"], drop=drops[0] if drops else 0.0, shuffled=False
+        )
+        return layer
+    reshapes = [tuple(each.args[1]) for each in builders if each.target is aten.reshape.default]  # type: ignore[arg-type]
+    (tiles,) = [sizes for sizes in reshapes if len(sizes) == 2 * weight.dim()]
+    return made(like, first, second, size=tiles[weight.dim() :])  # type: ignore[no-any-return]
+
+
 def _spread(value: Any, weight: torch.Tensor) -> Any:
     if isinstance(value, str):
         return value
@@ -330,6 +377,9 @@ def _rows(kind: str, *targets: tuple[Any, ...]) -> dict[Any, _Layer]:
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
+_CONVOLUTIONS = {
+    getattr(getattr(aten, f"conv{dims}d"), overload) for dims in (1, 2, 3) for overload in ("default", "padding")
+}
 _LAYERS: dict[Any, _Layer] = {
     **_rows(
         "Conv",

@@ -1,0 +1,202 @@
+"""Convolutions that store no kernel: they build it from atoms and coefficients, or from codes and a generator.
+
+`AtomConv` (ACDC, "A Joint Subspace View to Convolutional Neural Networks", Eq. 1 to 3 and section 3.4):
+`K_j = A[:s, :s', :m] D_j` for each of `g` groups of filters, with atoms `D` of shape `(g, m, *kernel)` and
+coefficients `A` of shape `(C, C', m)` shared by the groups, or `(g, s, s', m)` where every group has its own. With
+`g > 1` the groups' filters are laid end to end and the output is shuffled: filter `i` of group `j` makes channel
+`i g + j`.
+
+`SliceConv` (CSG, "Associative Convolutional Layers", Eq. 1): slice `i` of the kernel is `reshape(G c_i)`, with codes
+`c` of shape `(slices, n_c)` and a generator `G` of shape `(elements of a slice, n_c)`. Slices tile the kernel in
+row-major order; what reaches over its edge is cut off.
+
+Shared tensors are one `Parameter` under a name in each layer. In eval mode without gradients a kernel is built once and
+kept until a tensor it depends on changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["FACTORED", "AtomConv", "FactoredConv", "SliceConv", "factored_conv", "slice_grid"]
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_SETTINGS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "transposed",
+    "output_padding",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
+
+
+def slice_grid(shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
+    """How many slices of `size` it takes along each dimension of a kernel of `shape` (the last ones may reach over)."""
+    return tuple(math.ceil(length / step) for length, step in zip(shape, size, strict=True))
+
+
+class FactoredConv(nn.Module):
+    """What both kinds share: a convolution whose `weight` is computed."""
+
+    operands: tuple[str, ...] = ()
+
+    def __init__(self, like: Conv, groups: int) -> None:
+        nn.Module.__init__(self)
+        for name in _SETTINGS:
+            setattr(self, name, getattr(like, name))
+        self.groups = groups
+        self.training = like.training
+        self.register_parameter("bias", like.bias)  # type: ignore[arg-type]
+        self._kept: tuple[Any, torch.Tensor] | None = None
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int
+    _conv_forward: Any
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The kernel, `(out channels, in channels / groups, *kernel size)`."""
+        tensors = [getattr(self, name) for name in self.operands]
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        special = torch.compiler.is_compiling() or any(
+            tensor.is_inference() or type(tensor) not in (nn.Parameter, torch.Tensor) for tensor in tensors
+        )
+        if self.training or learns or special:
+            return self.kernel()
+        state = [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
+        if self._kept is None or self._kept[0] != state:
+            with torch.inference_mode(False):
+                self._kept = (state, self.kernel().detach())
+        return self._kept[1]
+
+    def kernel(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Any:
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{name}={tuple(getattr(self, name).shape)}" for name in self.operands)
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {sizes}"
+
+
+class AtomConv(FactoredConv):
+    """A convolution with kernel `A D`; `drop` is the atom-drop rate of training, `shuffled` whether the output is."""
+
+    operands = ("atoms", "coefficients")
+    atoms: torch.Tensor
+    coefficients: torch.Tensor
+
+    def __init__(
+        self, like: Conv, atoms: nn.Parameter, coefficients: nn.Parameter, *, groups: int, drop: float, shuffled: bool
+    ) -> None:
+        super().__init__(like, groups)
+        self.drop, self.shuffled = drop, shuffled
+        self.register_parameter("atoms", atoms)
+        self.register_parameter("coefficients", coefficients)
+
+    def kernel(self) -> torch.Tensor:
+        return self.kernel_of(drop=self.training and self.drop > 0.0)
+
+    def kernel_of(self, *, drop: bool) -> torch.Tensor:
+        """The kernel as the tensors are now, with or without atom-drop."""
+        count, columns = self.atoms.shape[0], self.in_channels // self.groups
+        used = self.coefficients[..., : self.out_channels // count, :columns, :].flatten(-3, -2)
+        atoms = self.atoms.flatten(2)
+        if drop:
+            atoms = torch.feature_dropout(atoms, self.drop, True)
+        return torch.matmul(used, atoms).reshape(self.out_channels, columns, *self.kernel_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._conv_forward(x, self.weight, self.bias)
+        count, channel = self.atoms.shape[0], -1 - len(self.kernel_size)
+        if count == 1 or not self.shuffled:
+            return y
+        parted = torch.unflatten(y, channel, (count, -1))
+        return parted.transpose(channel - 1, channel).flatten(channel - 1, channel)
+
+
+class SliceConv(FactoredConv):
+    """A convolution with kernel slices `G c`; a fixed generator is a buffer, a binary one of -1 and +1 is int8."""
+
+    operands = ("codes", "generator")
+    codes: torch.Tensor
+    generator: torch.Tensor
+
+    def __init__(self, like: Conv, codes: nn.Parameter, generator: torch.Tensor, *, size: Sequence[int]) -> None:
+        super().__init__(like, like.groups)
+        self.size = tuple(size)
+        self.register_parameter("codes", codes)
+        if isinstance(generator, nn.Parameter):
+            self.register_parameter("generator", generator)
+        else:
+            self.register_buffer("generator", generator)
+
+    def kernel(self) -> torch.Tensor:
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        grid, rank = slice_grid(shape, self.size), len(shape)
+        slices = torch.matmul(self.codes, self.generator.to(self.codes.dtype).t())
+        order = [dim for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for dim in pair]
+        tiled = slices.reshape(*grid, *self.size).permute(order)
+        kernel = tiled.reshape([count * step for count, step in zip(grid, self.size, strict=True)])
+        for dim, (length, whole) in enumerate(zip(shape, kernel.shape, strict=True)):
+            if length < whole:
+                kernel = kernel.narrow(dim, 0, length)
+        return kernel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._conv_forward(x, self.weight, self.bias)
+        return y
+
+
+class AtomConv1d(AtomConv):
+    _conv_forward = nn.Conv1d._conv_forward
+
+
+class AtomConv2d(AtomConv):
+    _conv_forward = nn.Conv2d._conv_forward
+
+
+class AtomConv3d(AtomConv):
+    _conv_forward = nn.Conv3d._conv_forward
+
+
+class SliceConv1d(SliceConv):
+    _conv_forward = nn.Conv1d._conv_forward
+
+
+class SliceConv2d(SliceConv):
+    _conv_forward = nn.Conv2d._conv_forward
+
+
+class SliceConv3d(SliceConv):
+    _conv_forward = nn.Conv3d._conv_forward
+
+
+FACTORED: dict[str, type[FactoredConv]] = {
+    kind.__name__: kind for kind in (AtomConv1d, AtomConv2d, AtomConv3d, SliceConv1d, SliceConv2d, SliceConv3d)
+}
+"""The classes by name, as `Traced.module_types` has them."""
+
+
+def factored_conv(family: str, dims: int) -> type[Any]:
+    """The class of a family (`"Atom"` or `"Slice"`) for kernels of this many dimensions."""
+    return FACTORED[f"{family}Conv{dims}d"]

@@ -1,0 +1,225 @@
+"""Atoms and coefficients: kernels `K_n = A[:c_n, :c'_n, :m] D_n` whose coefficients `A` many layers share.
+
+Layer `n` keeps `m` atoms `D_n` of the size of its kernel; `A` has the largest dimensions that the layers need. With
+groups of `s` channels, filter group `j` has atoms of its own, `K_j = A D_j`, and reads `s` input channels; the output
+channels are shuffled.
+
+Source: "A Joint Subspace View to Convolutional Neural Networks" (ACDC): Eq. 1 to 3, blocks in section 3.3, groups in
+section 3.4, atom-drop in section 4, the random start in appendix A.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphzip.analysis.convs import ConvLayer, conv_layers
+from graphzip.graph.factored import AtomConv, factored_conv
+from graphzip.graph.state import get_tensor
+from graphzip.graph.trace import Traced
+from graphzip.plan import AtomFactorize, plan_error
+from graphzip.rewrite.factor import factor
+from passes.atom_fit import fit_atoms, random_atoms
+from passes.conv_layers import blocks_of, select
+from passes.input_moments import input_moments
+
+__all__ = ["AtomFactorizePass"]
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[], None]
+_START = "groups of channels change what the model computes: the fit is a start for training, not a replacement"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How a layer is divided: `count` groups of filters, read by `groups` groups of input channels."""
+
+    layer: ConvLayer
+    count: int
+    groups: int
+
+    @property
+    def rows(self) -> int:
+        return self.layer.shape[0] // self.count
+
+    @property
+    def columns(self) -> int:
+        return self.layer.shape[1] * self.layer.groups // self.groups
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.layer.shape[2:])
+
+    def filters(self, number: int) -> slice:
+        """Output channels of a group; the shuffle brings them to these places."""
+        return slice(number, None, self.count)
+
+    def inputs(self, number: int) -> slice:
+        """Input channels that a group reads, as columns of the kernel."""
+        start = number * self.groups // self.count * self.columns if self.count > 1 else 0
+        return slice(start, start + self.columns)
+
+
+class AtomFactorizePass:
+    """`AtomFactorize` bound to a model: which layers it stores as atoms, and who shares coefficients."""
+
+    stages = ("atom_factorize",)
+
+    def __init__(self, options: AtomFactorize, traced: Traced, *, seed: int, where: str) -> None:
+        self.options, self.seed = options, seed
+        layers = conv_layers(traced)
+        self.names = {layer.name: traced.qualified(layer.name).rstrip(".") for layer in layers}
+        self.layers = select(layers, self.names, options.include, options.exclude, where=where)
+        self.splits = self._splits(where)
+        self.sets = self._sets()
+        self.errors: dict[str, float] = {}
+
+    def restructure(self, traced: Traced, model: nn.Module, run: Run | None) -> tuple[Traced, nn.Module]:
+        """The graph and the model with atoms and coefficients in place of kernels; `run` feeds the calibration data."""
+        moments = {}
+        if self.options.weighted and self.options.init == "fit" and run is not None:
+            moments = input_moments({layer.name: model.get_submodule(layer.name) for layer in self.layers}, run)
+        made = self._made(traced, model, moments)
+        if self.options.init == "fit":
+            self.errors = {name: self._relative_error(traced, name, layer) for name, layer in made.items()}
+        return factor(traced, model, self.layers, made)
+
+    def convert(self, traced: Traced) -> Traced:
+        return traced
+
+    def collapse_(self, model: nn.Module) -> None:
+        """The model is stored as factors from the start."""
+
+    def pull_(self, model: nn.Module, fraction: float) -> None:
+        """There is nothing to move."""
+
+    def deviation(self, model: nn.Module) -> float:
+        return 0.0
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        sets: dict[Any, list[str]] = {}
+        for (layer, _), key in self.sets.items():
+            names = sets.setdefault(key, [])
+            if self.names[layer] not in names:
+                names.append(self.names[layer])
+        found: dict[str, Any] = {
+            "layers": [self.names[layer.name] for layer in self.layers],
+            "shared": list(sets.values()),
+            "relative_error": {self.names[name]: error for name, error in self.errors.items()},
+        }
+        if self.errors and any(split.count > 1 for split in self.splits.values()):
+            found["note"] = _START
+        return found
+
+    def _splits(self, where: str) -> dict[str, _Split]:
+        size, problems, splits = self.options.group_size, [], {}
+        for layer in self.layers:
+            outs, ins = layer.shape[0], layer.shape[1] * layer.groups
+            if size is None:
+                splits[layer.name] = _Split(layer, 1, layer.groups)
+            elif layer.groups > 1:
+                problems.append(f"{self.names[layer.name]!r} has groups already")
+            elif (outs > size and outs % size) or (ins > size and ins % size):
+                problems.append(
+                    f"{size} divides not both widths of {self.names[layer.name]!r} ({ins} to {outs} channels)"
+                )
+            else:
+                count = max(1, outs // size)
+                splits[layer.name] = _Split(layer, count, math.gcd(count, max(1, ins // size)))
+        if problems:
+            raise plan_error([f"{where}.group_size: {text}; choose another size or exclude it" for text in problems])
+        return splits
+
+    def _sets(self) -> dict[tuple[str, int], Any]:
+        """Every group of filters of every layer, with the key of the set that it shares coefficients in."""
+        keys: dict[tuple[str, int], Any] = {}
+        for layer, block in zip(self.layers, blocks_of(self.layers), strict=True):
+            for number in range(self.splits[layer.name].count):
+                each = {"net": "", "block": block, "layer": layer.name, None: (layer.name, number)}
+                keys[layer.name, number] = each[self.options.share]
+        return keys
+
+    def _made(self, traced: Traced, model: nn.Module, moments: dict[str, torch.Tensor]) -> dict[str, AtomConv]:
+        generator = torch.Generator().manual_seed(self.seed)
+        members: dict[Any, list[tuple[str, int]]] = {}
+        for member, key in self.sets.items():
+            members.setdefault(key, []).append(member)
+        atoms: dict[tuple[str, int], torch.Tensor] = {}
+        coefficients: dict[tuple[str, int], torch.Tensor] = {}
+        for group in members.values():
+            shared, bases = self._factors(traced, group, moments, generator)
+            for member, basis in zip(group, bases, strict=True):
+                atoms[member], coefficients[member] = basis, shared
+        made: dict[str, AtomConv] = {}
+        parameters: dict[Any, nn.Parameter] = {}
+        for name, split in self.splits.items():
+            own = [(name, number) for number in range(split.count)]
+            weight = get_tensor(traced.module, f"{name}.weight" if name else "weight")
+            key = self.sets[own[0]]
+            if key not in parameters:
+                apart = self.options.share is None and split.count > 1
+                value = torch.stack([coefficients[member] for member in own]) if apart else coefficients[own[0]]
+                parameters[key] = _parameter(value, weight)
+            basis = torch.stack([atoms[member].reshape(-1, *split.layer.shape[2:]) for member in own])
+            made[name] = self._layer(model.get_submodule(name), split, _parameter(basis, weight), parameters[key])
+        return made
+
+    def _layer(self, conv: Any, split: _Split, atoms: nn.Parameter, coefficients: nn.Parameter) -> AtomConv:
+        made: AtomConv = factored_conv("Atom", len(split.layer.shape) - 2)(
+            conv, atoms, coefficients, groups=split.groups, drop=self.options.atom_drop, shuffled=split.count > 1
+        )
+        if conv.bias is not None and split.count > 1:
+            order = conv.bias.detach().reshape(split.rows, split.count).t().reshape(-1).clone()
+            made.bias = nn.Parameter(order, requires_grad=conv.bias.requires_grad)
+        return made
+
+    def _factors(
+        self,
+        traced: Traced,
+        members: list[tuple[str, int]],
+        moments: dict[str, torch.Tensor],
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        splits = [self.splits[name] for name, _ in members]
+        if self.options.init == "random":
+            shapes = [(split.rows, split.columns, split.length) for split in splits]
+            return random_atoms(shapes, self.options.atoms, generator)
+        kernels = [self._block(traced, *member) for member in members]
+        weights = [
+            moments[name][split.inputs(number)] if name in moments else None
+            for (name, number), split in zip(members, splits, strict=True)
+        ]
+        return fit_atoms(kernels, self.options.atoms, moments=weights, seed=self.seed)
+
+    def _block(self, traced: Traced, name: str, number: int) -> torch.Tensor:
+        """The part of a trained kernel that a group of filters keeps, `(s, s', positions)`."""
+        split = self.splits[name]
+        weight = get_tensor(traced.module, f"{name}.weight" if name else "weight").detach().double().cpu()
+        return weight[split.filters(number), split.inputs(number)].flatten(2)
+
+    def _relative_error(self, traced: Traced, name: str, layer: AtomConv) -> float:
+        split = self.splits[name]
+        whole = get_tensor(traced.module, f"{name}.weight" if name else "weight").detach().double().cpu()
+        kernel = layer.kernel_of(drop=False).detach().double().cpu().flatten(2)
+        lost = float(whole.square().sum())
+        for number, part in enumerate(torch.split(kernel, split.rows)):
+            block = self._block(traced, name, number)
+            lost += float((block - part).square().sum() - block.square().sum())
+        size = float(whole.square().sum())
+        error = math.sqrt(max(lost, 0.0) / size) if size else 0.0
+        logger.info("%s: relative error of the kernel %.3g", self.names[name], error)
+        return error
+
+
+def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like.device, like.dtype).contiguous(), requires_grad=like.requires_grad)
