@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VerificationError,
         WeightsError,
     )
+    from graphzip.export.generator import save_generator
     from graphzip.export.onnx import ExportReport
     from graphzip.history import History
     from graphzip.picture import draw_groups
@@ -75,6 +76,7 @@ __all__ = [
     "load",
     "prepare",
     "register_clustering",
+    "save_generator",
 ]
 
 _HOMES: Final = {
@@ -82,6 +84,7 @@ _HOMES: Final = {
     "graphzip.analysis.explain": ("Explanation",),
     "graphzip.analysis.groups": ("ChannelGroup", "ChannelGroups", "ParamSlice"),
     "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
+    "graphzip.export.generator": ("save_generator",),
     "graphzip.export.onnx": ("ExportReport",),
     "graphzip.picture": ("draw_groups",),
     "graphzip.history": ("History",),

@@ -362,7 +362,7 @@ class SliceGenerate(PassOptions):
     factorizes: ClassVar[bool] = True
 
     slice: Annotated[Sequence[int], BeforeValidator(slice_shape)] = (16, 16, 3, 3)
-    code: Annotated[int, BeforeValidator(count_of("numbers per code"))] = 128
+    code: Annotated[int, BeforeValidator(count_of("entries of a code"))] = 128
     binary: Annotated[bool, BeforeValidator(is_flag)] = False
     generator: Annotated[str | None, BeforeValidator(path_or_none)] = None
     frozen: Annotated[bool, BeforeValidator(is_flag)] = False

@@ -117,9 +117,21 @@ class AtomFactorizePass:
             "shared": list(sets.values()),
             "relative_error": {self.names[name]: error for name, error in self.errors.items()},
         }
+        if unused := self._unused():
+            found["unused_coefficients"] = unused
         if self.errors and any(split.count > 1 for split in self.splits.values()):
             found["note"] = _START
         return found
+
+    def _unused(self) -> int:
+        """Coefficients in corners of shared blocks that no layer reaches: widest outputs and inputs in other layers."""
+        used: dict[Any, torch.Tensor] = {}
+        for (name, _), key in self.sets.items():
+            mates = [self.splits[mate] for (mate, _), other in self.sets.items() if other == key]
+            if key not in used:
+                used[key] = torch.zeros(max(mate.rows for mate in mates), max(mate.columns for mate in mates))
+            used[key][: self.splits[name].rows, : self.splits[name].columns] = 1.0
+        return self.options.atoms * int(sum((block == 0).sum() for block in used.values()))
 
     def _splits(self, where: str) -> dict[str, _Split]:
         size, problems, splits = self.options.group_size, [], {}
@@ -131,7 +143,7 @@ class AtomFactorizePass:
                 problems.append(f"{self.names[layer.name]!r} has groups already")
             elif (outs > size and outs % size) or (ins > size and ins % size):
                 problems.append(
-                    f"{size} divides not both widths of {self.names[layer.name]!r} ({ins} to {outs} channels)"
+                    f"{size} does not divide both widths of {self.names[layer.name]!r} ({ins} to {outs} channels)"
                 )
             else:
                 count = max(1, outs // size)

@@ -79,8 +79,8 @@ class FactoredConv(nn.Module):
             return self.kernel()
         state = [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
         if self._kept is None or self._kept[0] != state:
-            with torch.inference_mode(False):
-                self._kept = (state, self.kernel().detach())
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = (state, self.kernel())
         return self._kept[1]
 
     def kernel(self) -> torch.Tensor:
