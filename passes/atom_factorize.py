@@ -20,11 +20,14 @@ import torch
 from torch import nn
 
 from graphzip.analysis.convs import ConvLayer, conv_layers
+from graphzip.export.measure import ConvCase, milliseconds
 from graphzip.graph.factored import AtomConv, factored_conv
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
+from graphzip.ops.site import bind
 from graphzip.plan import AtomFactorize, plan_error
 from graphzip.rewrite.factor import factor
+from graphzip.rewrite.lower import AtomCall, atom_calls, atoms_first
 from passes.atom_fit import fit_atoms, random_atoms
 from passes.conv_layers import blocks_of, select
 from passes.input_moments import input_moments
@@ -80,6 +83,8 @@ class AtomFactorizePass:
         self.splits = self._splits(where)
         self.sets = self._sets()
         self.errors: dict[str, float] = {}
+        self.first: set[str] = set()
+        self.times: dict[str, tuple[float, float]] = {}
 
     def restructure(self, traced: Traced, model: nn.Module, run: Run | None) -> tuple[Traced, nn.Module]:
         """The graph and the model with atoms and coefficients in place of kernels; `run` feeds the calibration data."""
@@ -92,7 +97,13 @@ class AtomFactorizePass:
         return factor(traced, model, self.layers, made)
 
     def convert(self, traced: Traced) -> Traced:
-        return traced
+        if self.options.lower == "auto":
+            self.times = _measured(atom_calls(traced, self.splits))
+            first = [name for name, (built, atoms) in self.times.items() if atoms < built]
+        else:
+            first = list(self.splits) if self.options.lower == "atoms_first" else []
+        self.first = set(first)
+        return atoms_first(traced, first) if first else traced
 
     def collapse_(self, model: nn.Module) -> None:
         """The model is stored as factors from the start."""
@@ -115,8 +126,11 @@ class AtomFactorizePass:
         found: dict[str, Any] = {
             "layers": [self.names[layer.name] for layer in self.layers],
             "shared": list(sets.values()),
+            "atoms_first": [self.names[name] for name in self.splits if name in self.first],
             "relative_error": {self.names[name]: error for name, error in self.errors.items()},
         }
+        if self.times:
+            found["milliseconds"] = {self.names[name]: list(times) for name, times in self.times.items()}
         if unused := self._unused():
             found["unused_coefficients"] = unused
         if self.errors and any(split.count > 1 for split in self.splits.values()):
@@ -231,6 +245,36 @@ class AtomFactorizePass:
         error = math.sqrt(max(lost, 0.0) / size) if size else 0.0
         logger.info("%s: relative error of the kernel %.3g", self.names[name], error)
         return error
+
+
+def _measured(calls: list[AtomCall]) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each layer with the kernel built, and with the atoms first; equal layers are measured once."""
+    known: dict[ConvCase, tuple[float, float]] = {}
+    times: dict[str, tuple[float, float]] = {}
+    for call in calls:
+        case = _case(call)
+        if case not in known:
+            known[case] = milliseconds(case)
+        built, atoms = times.get(call.name, (0.0, 0.0))
+        times[call.name] = (built + known[case][0], atoms + known[case][1])
+        logger.info("%s: %.3f ms with the kernel built, %.3f ms with the atoms first", call.name, *times[call.name])
+    return times
+
+
+def _case(call: AtomCall) -> ConvCase:
+    args, (count, atoms) = bind(call.node), call.sizes
+    size = call.kernel[2:]
+    strides, dilations = (
+        tuple(args[key]) * (len(size) if len(args[key]) == 1 else 1) for key in ("stride", "dilation")
+    )
+    pads = args["padding"]
+    if isinstance(pads, str):
+        pads = [
+            0 if pads == "valid" else step * (length - 1) // 2 for length, step in zip(size, dilations, strict=True)
+        ]
+    pads = tuple(pads) * (len(size) if len(pads) == 1 else 1)
+    image = call.image if len(call.image) == len(call.kernel) else (1, *call.image)
+    return ConvCase(image, call.kernel, call.groups, count, atoms, strides, pads, dilations)
 
 
 def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from cifar_nets import CIFAR, VGG16, resnet20
+from factor_cases import IMAGE, KINDS, block, layers, prepared, small, summary
 from planting import relative
 from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip.graph.factored import AtomConv
-
-IMAGE = (torch.zeros(2, 4, 9, 9),)
 
 
 @pytest.fixture(autouse=True)
@@ -25,29 +24,6 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def block(ins: int, outs: int, stride: int = 1, *, bias: bool = False) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(ins, outs, 3, stride, 1, bias=bias), nn.BatchNorm2d(outs), nn.ReLU())
-
-
-def small() -> nn.Sequential:
-    return nn.Sequential(
-        block(4, 8), block(8, 8), block(8, 16, 2, bias=True), block(16, 16), nn.Flatten(), nn.Linear(400, 5)
-    )
-
-
-def prepared(model: nn.Module, inputs: Any = IMAGE, calibration: Any = None, **options: Any) -> gz.Prepared:
-    return gz.prepare(model, gz.Plan([gz.AtomFactorize(**options)]), inputs, calibration=calibration)
-
-
-def summary(compiled: gz.Compiled) -> dict[str, Any]:
-    found: dict[str, Any] = compiled.report.passes[-1]["atom_factorize"]
-    return found
-
-
-def layers(model: nn.Module) -> dict[str, AtomConv]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, AtomConv)}
 
 
 # ---------------------------------------------------------------------------------------------------- the fit
@@ -260,14 +236,6 @@ def test_the_report_says_that_a_fit_in_groups_is_a_start() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- every convolution
-
-KINDS = [
-    (nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2), (2, 4, 20)),
-    (nn.Conv2d(4, 6, (3, 1), padding="same", bias=False), (2, 4, 9, 9)),
-    (nn.Conv2d(4, 6, 5, padding=2, padding_mode="reflect"), (2, 4, 9, 9)),
-    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 9, 9)),
-    (nn.Conv3d(4, 6, 2, padding="valid"), (2, 4, 4, 4, 4)),
-]
 
 
 @pytest.mark.parametrize(("conv", "shape"), KINDS, ids=lambda value: repr(value)[:40])

@@ -20,7 +20,7 @@ from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 from graphzip.rewrite.shrink import refresh
 
-__all__ = ["factor"]
+__all__ = ["Emitter", "factor", "set_argument"]
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def factor(
         new = made[layer.name]
         nodes = [counterpart[node] for node in layer.nodes]
         _hold(result.module, layer.name, new)
-        kernel = _Emitter.before(nodes[0], layer.name)
+        kernel = Emitter.before(nodes[0], layer.name)
         weight = kernel.atoms(new) if isinstance(new, AtomConv) else kernel.slices(new)
         stored: Any = bind(nodes[0])["weight"]
         for node in nodes:
@@ -89,10 +89,10 @@ def _replace(model: nn.Module, layers: Sequence[ConvLayer], made: Mapping[str, F
 
 def _use(node: fx.Node, weight: fx.Node, layer: FactoredConv) -> None:
     """Let a convolution read the computed kernel, and shuffle its output where its filters are grouped."""
-    _set(node, "weight", weight)
-    _set(node, "groups", layer.groups)
+    set_argument(node, "weight", weight)
+    set_argument(node, "groups", layer.groups)
     if isinstance(layer, AtomConv) and layer.shuffled and layer.atoms.shape[0] > 1:
-        emitter = _Emitter.after(node)
+        emitter = Emitter.after(node)
         channel = -1 - len(layer.kernel_size)
         parted = emitter(aten.unflatten.int, node, channel, [layer.atoms.shape[0], -1])
         swapped = emitter(aten.transpose.int, parted, channel - 1, channel)
@@ -100,7 +100,8 @@ def _use(node: fx.Node, weight: fx.Node, layer: FactoredConv) -> None:
         node.replace_all_uses_with(shuffled, delete_user_cb=lambda user: user is not parted)
 
 
-def _set(node: fx.Node, name: str, value: Any) -> None:
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Give argument `name` of an operator call another value."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     args = list(node.args)
     if names.index(name) < len(args):
@@ -111,7 +112,7 @@ def _set(node: fx.Node, name: str, value: Any) -> None:
 
 
 @dataclass
-class _Emitter:
+class Emitter:
     """Adds operators at one place of a graph, in order; they belong to the module that owns the place."""
 
     at: fx.Node
@@ -119,11 +120,11 @@ class _Emitter:
     last: fx.Node | None = None
 
     @classmethod
-    def before(cls, node: fx.Node, name: str) -> _Emitter:
+    def before(cls, node: fx.Node, name: str) -> Emitter:
         return cls(node, name)
 
     @classmethod
-    def after(cls, node: fx.Node) -> _Emitter:
+    def after(cls, node: fx.Node) -> Emitter:
         return cls(node, str(node.meta.get("owner", "")), node)
 
     def __call__(self, target: Any, *args: Any) -> fx.Node:
