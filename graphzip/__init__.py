@@ -16,6 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from graphzip.analysis.code_size import suggest_code_size
+    from graphzip.analysis.coefficient_rank import CoefficientRank, coefficient_rank
     from graphzip.analysis.cost import Cost
     from graphzip.analysis.explain import Explanation
     from graphzip.analysis.groups import ChannelGroup, ChannelGroups, ParamSlice
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     )
     from graphzip.export.generator import save_generator
     from graphzip.export.onnx import ExportReport
+    from graphzip.grow import expand
     from graphzip.history import History
     from graphzip.picture import draw_groups
     from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, Plan, SliceGenerate
@@ -48,6 +51,7 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "ClusterMerge",
+    "CoefficientRank",
     "Compiled",
     "Cost",
     "ExampleInputError",
@@ -70,16 +74,21 @@ __all__ = [
     "WeightsError",
     "__version__",
     "channel_groups",
+    "coefficient_rank",
     "compile",
     "cost",
     "draw_groups",
+    "expand",
     "load",
     "prepare",
     "register_clustering",
     "save_generator",
+    "suggest_code_size",
 ]
 
 _HOMES: Final = {
+    "graphzip.analysis.code_size": ("suggest_code_size",),
+    "graphzip.analysis.coefficient_rank": ("CoefficientRank", "coefficient_rank"),
     "graphzip.analysis.cost": ("Cost",),
     "graphzip.analysis.explain": ("Explanation",),
     "graphzip.analysis.groups": ("ChannelGroup", "ChannelGroups", "ParamSlice"),
@@ -88,6 +97,7 @@ _HOMES: Final = {
     "graphzip.export.onnx": ("ExportReport",),
     "graphzip.picture": ("draw_groups",),
     "graphzip.history": ("History",),
+    "graphzip.grow": ("expand",),
     "graphzip.plan": ("AtomFactorize", "ClusterMerge", "FoldBatchNorm", "Plan", "SliceGenerate"),
     "passes.clustering": ("register_clustering",),
 }

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from graphzip.analysis.patches import patches
 
 __all__ = ["input_moments"]
 
@@ -27,9 +28,9 @@ def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> d
     def watch(name: str) -> Callable[..., None]:
         def remember(conv: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             for chunk in torch.split(inputs[0], _CHUNK):
-                patches = _patches(conv, chunk)
-                sums[name] = sums.get(name, 0.0) + torch.einsum("bclp,bckp->clk", patches, patches).double().cpu()
-                counts[name] = counts.get(name, 0) + patches.shape[0] * patches.shape[3]
+                read = patches(conv, chunk)
+                sums[name] = sums.get(name, 0.0) + torch.einsum("bclp,bckp->clk", read, read).double().cpu()
+                counts[name] = counts.get(name, 0) + read.shape[0] * read.shape[3]
 
         return remember
 
@@ -45,13 +46,3 @@ def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> d
             hook.remove()
     groups: dict[str, Any] = {name: layer.groups for name, layer in layers.items()}
     return {name: torch.unflatten(total / counts[name], 0, (groups[name], -1)).mean(0) for name, total in sums.items()}
-
-
-def _patches(conv: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """`(batch, channels, L, places)`."""
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-    size, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    if x.dim() == 3:
-        x, size, stride, dilation = x.unsqueeze(2), (1, *size), (1, *stride), (1, *dilation)
-    return torch.unflatten(functional.unfold(x, size, dilation=dilation, stride=stride), 1, (x.shape[1], -1))

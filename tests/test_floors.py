@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("graphzip.prepared",),
     ("graphzip.api",),
+    ("graphzip.grow",),
     ("graphzip",),
     ("graphzip.models",),
     ("graphzip.demo", "graphzip.report"),
