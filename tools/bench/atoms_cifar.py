@@ -1,0 +1,183 @@
+"""Parameters against accuracy of the trained CIFAR ResNet-20 when its kernels are stored as atoms or slices.
+
+    python tools/bench/atoms_cifar.py --images 1000
+    python tools/bench/atoms_cifar.py --epochs 1 --start both --only "net m8" "csg 64"
+
+Without `--epochs` nothing is trained: the fit is the result. With it every variant is trained from the fitted start, a
+random one, or both, for that many epochs of the training images (`--train-images` takes some of them), with SGD and a
+cosine schedule. `--weighted` weighs the fit of atoms by the inputs of 512 training images.
+
+Needs `resnet20_cifar10.safetensors` and `cifar10_jpeg.npz` in the folder that GRAPHZIP_DATA names (default:
+../shared/data beside the repository); what is missing is said. Accuracy is in percent of the test images; the error is
+the mean over the layers of the relative error of the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from resnet20_oneshot import MEAN, STD, ResNet20, accuracy, data_folder, read_images
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+import graphzip as gz
+
+EXAMPLE = (torch.zeros(2, 3, 32, 32),)
+CALIBRATION = 512
+BATCH = 128
+RATE = 0.05
+
+
+def variants(*, weighted: bool, start: str) -> dict[str, gz.AtomFactorize | gz.SliceGenerate]:
+    """Every variant by its name."""
+
+    def atoms(share: str | None, count: int, size: int | None = None) -> gz.AtomFactorize:
+        return gz.AtomFactorize(share=share, atoms=count, group_size=size, weighted=weighted, init=start, atom_drop=0.0)
+
+    made: dict[str, gz.AtomFactorize | gz.SliceGenerate] = {f"unshared m{m}": atoms(None, m) for m in range(1, 10)}
+    made |= {f"{share} m{m}": atoms(share, m) for share in ("block", "net") for m in (4, 8, 16, 32, 54)}
+    made |= {f"g-{share} m8 s16": atoms(share, 8, 16) for share in ("layer", "block", "net")}
+    made |= {f"csg {code}": gz.SliceGenerate(code=code, init=start) for code in (16, 32, 64, 128, 256, 512)}
+    made |= {f"bcsg {code}": gz.SliceGenerate(code=code, binary=True, init=start) for code in (128, 512)}
+    return made
+
+
+def read_training(archive: Path, count: int) -> tuple[Tensor, Tensor]:
+    """Evenly spaced training images, uint8 of shape (count, 3, 32, 32), and their labels."""
+    with np.load(archive) as data:
+        jpeg, offsets, labels = data["train_jpeg"].tobytes(), data["train_offsets"], data["train_labels"]
+    chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in chosen.tolist()
+    ]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.from_numpy(labels[chosen].astype(np.int64))
+
+
+def normalised(images: Tensor) -> Tensor:
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (images / 255 - mean) / std
+
+
+def train(prepared: gz.Prepared, images: Tensor, labels: Tensor, epochs: int) -> None:
+    """SGD with momentum, flips and shifts of up to four pixels, cosine schedule."""
+    random = torch.Generator().manual_seed(0)
+    steps = epochs * (len(images) // BATCH)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 1))
+    prepared.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=random)
+        for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
+            x = normalised(images[chosen])
+            if torch.rand((), generator=random) < 0.5:
+                x = x.flip(3)
+            down, right = torch.randint(0, 9, (2,), generator=random).tolist()
+            x = F.pad(x, (4, 4, 4, 4))[:, :, down : down + 32, right : right + 32]
+            optimizer.zero_grad()
+            F.cross_entropy(prepared(x), labels[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    prepared.eval()
+
+
+def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """One row per variant and start."""
+    weights, archive = folder / "resnet20_cifar10.safetensors", folder / "cifar10_jpeg.npz"
+    model = ResNet20().eval()
+    model.load_state_dict(load_file(weights))
+    test = read_images(archive, options.images)
+    training = read_training(archive, options.train_images) if options.epochs else None
+    calibration = None
+    if options.weighted:
+        calibration = list(normalised(read_training(archive, CALIBRATION)[0]).split(BATCH))
+    before = gz.cost(model, EXAMPLE)
+    rows: list[dict[str, Any]] = [{"variant": "dense", "params": before.params, "accuracy": accuracy(model, *test)}]
+    for start in ("fit", "random") if options.start == "both" else (options.start,):
+        for name, variant in variants(weighted=options.weighted, start=start).items():
+            if not any(fnmatchcase(name, pattern) for pattern in options.only):
+                continue
+            began = time.perf_counter()
+            prepared = gz.prepare(model, gz.Plan([variant]), EXAMPLE, calibration=calibration)
+            seconds = time.perf_counter() - began
+            if training is not None:
+                train(prepared, *training, options.epochs)
+            compiled = prepared.convert()
+            (found,) = compiled.report.passes[0].values()
+            errors = list(found["relative_error"].values())
+            rows.append(
+                {
+                    "variant": name,
+                    "start": start,
+                    "params": compiled.report.after.params,
+                    "macs": compiled.report.after.macs,
+                    "error": sum(errors) / len(errors) if errors else None,
+                    "accuracy": accuracy(compiled.module.eval(), *test),
+                    "seconds": seconds,
+                }
+            )
+            print(f"{name} ({start}): {rows[-1]['accuracy']:.2f} %", file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    rendered = Table(title=title)
+    for column in ("variant", "start", "parameters", "of dense", "MACs", "error", "accuracy", "fit (s)"):
+        rendered.add_column(column, justify="left" if column in ("variant", "start") else "right")
+    for row in rows:
+        rendered.add_row(
+            row["variant"],
+            row.get("start", ""),
+            f"{row['params']:,}",
+            f"{100 * row['params'] / rows[0]['params']:.1f} %",
+            f"{row['macs']:,}" if "macs" in row else "",
+            f"{row['error']:.3f}" if row.get("error") is not None else "",
+            f"{row['accuracy']:.2f}",
+            f"{row['seconds']:.1f}" if "seconds" in row else "",
+        )
+    return rendered
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000, help="how many test images")
+    parser.add_argument("--train-images", type=int, default=50_000, help="how many training images")
+    parser.add_argument("--epochs", type=int, default=0, help="epochs of training")
+    parser.add_argument("--start", choices=("fit", "random", "both"), default="fit")
+    parser.add_argument("--weighted", action="store_true", help="weigh the fit of atoms by calibration data")
+    parser.add_argument("--only", nargs="+", default=["*"], help="globs of the variants to run")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options, folder = arguments(), data_folder()
+    torch.set_num_threads(options.threads)
+    missing = [name for name in ("resnet20_cifar10.safetensors", "cifar10_jpeg.npz") if not (folder / name).exists()]
+    if missing:
+        print(f"skipped: {', '.join(missing)} missing in {folder}; set GRAPHZIP_DATA", file=sys.stderr)
+        return 0
+    rows = bench(options, folder)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        title = f"CIFAR ResNet-20, {options.images} test images, {options.epochs} epochs of training"
+        Console(width=110).print(table(rows, title))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
