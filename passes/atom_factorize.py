@@ -29,6 +29,7 @@ from graphzip.plan import AtomFactorize, plan_error
 from graphzip.rewrite.factor import factor
 from graphzip.rewrite.lower import AtomCall, atom_calls, atoms_first
 from passes.atom_fit import fit_atoms, random_atoms
+from passes.base import FreeTraining
 from passes.conv_layers import blocks_of, select
 from passes.input_moments import input_moments
 
@@ -70,7 +71,7 @@ class _Split:
         return slice(start, start + self.columns)
 
 
-class AtomFactorizePass:
+class AtomFactorizePass(FreeTraining):
     """`AtomFactorize` bound to a model: which layers it stores as atoms, and who shares coefficients."""
 
     stages = ("atom_factorize",)
@@ -104,18 +105,6 @@ class AtomFactorizePass:
             first = list(self.splits) if self.options.lower == "atoms_first" else []
         self.first = set(first)
         return atoms_first(traced, first) if first else traced
-
-    def collapse_(self, model: nn.Module) -> None:
-        """The model is stored as factors from the start."""
-
-    def pull_(self, model: nn.Module, fraction: float) -> None:
-        """There is nothing to move."""
-
-    def deviation(self, model: nn.Module) -> float:
-        return 0.0
-
-    def widths(self) -> dict[str, tuple[int, int]]:
-        return {}
 
     def summary(self) -> dict[str, Any]:
         sets: dict[Any, list[str]] = {}

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphzip.graph.trace import Traced
 
-__all__ = ["Pass", "Restructuring"]
+__all__ = ["FreeTraining", "Pass", "Restructuring"]
 
 
 class Pass(Protocol):
@@ -50,6 +50,34 @@ class Pass(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """What was decided, JSON-ready."""
+
+
+class FreeTraining:
+    """What a pass is like that puts no constraint on training and has decided nothing that a checkpoint must keep."""
+
+    def collapse_(self, model: nn.Module) -> None:
+        """`convert` alone changes the model."""
+
+    def pull_(self, model: nn.Module, fraction: float) -> None:
+        """There is nothing to move."""
+
+    def deviation(self, model: nn.Module) -> float:
+        return 0.0
+
+    def deviations(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+    def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
+        """Training goes on as it is."""
+
+    def state(self) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def load_state(self, state: torch.Tensor) -> None:
+        """There is nothing to decide."""
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        return {}
 
 
 @runtime_checkable

@@ -28,6 +28,7 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.plan import SliceGenerate, plan_error
 from graphzip.rewrite.factor import factor
+from passes.base import FreeTraining
 from passes.conv_layers import first_match, select
 
 __all__ = ["SliceGeneratePass", "cut"]
@@ -38,7 +39,7 @@ _ROUNDS = 50
 _SETTLED = 1e-12  # relative fall of the error below which filling in ends
 
 
-class SliceGeneratePass:
+class SliceGeneratePass(FreeTraining):
     """`SliceGenerate` bound to a model: which layers it generates, and which of them share a generator."""
 
     stages = ("slice_generate",)
@@ -64,18 +65,6 @@ class SliceGeneratePass:
 
     def convert(self, traced: Traced) -> Traced:
         return traced
-
-    def collapse_(self, model: nn.Module) -> None:
-        """The model is stored as factors from the start."""
-
-    def pull_(self, model: nn.Module, fraction: float) -> None:
-        """There is nothing to move."""
-
-    def deviation(self, model: nn.Module) -> float:
-        return 0.0
-
-    def widths(self) -> dict[str, tuple[int, int]]:
-        return {}
 
     def summary(self) -> dict[str, Any]:
         scopes = sorted(set(self.scope.values()))
