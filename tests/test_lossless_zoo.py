@@ -21,6 +21,7 @@ GIANTS = {"vit_l_16", "vit_l_32", "vit_h_14", "regnet_y_128gf"}
 CLASSIFIERS = sorted(set(models.list_models(module=models)) - GIANTS)
 SIZES = {
     "inception_v3": 96, "alexnet": 96, "vgg": 32, "vit_": 224, "maxvit_t": 224, "swin_": 96, "swin_v2": 128,
+    "efficientnet_b7": 128, "efficientnet_v2_l": 128,
 }  # fmt: skip
 """Height and width of the input image by the start of the name, 64 for the others: the channels are the same."""
 
