@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from graphzip.history import History
     from graphzip.picture import draw_groups
     from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, Plan, SliceGenerate
+    from graphzip.widening import widen
     from passes.clustering import register_clustering
 
 __version__ = "0.1.0"
@@ -84,6 +85,7 @@ __all__ = [
     "register_clustering",
     "save_generator",
     "suggest_code_size",
+    "widen",
 ]
 
 _HOMES: Final = {
@@ -99,6 +101,7 @@ _HOMES: Final = {
     "graphzip.history": ("History",),
     "graphzip.grow": ("expand",),
     "graphzip.plan": ("AtomFactorize", "ClusterMerge", "FoldBatchNorm", "Plan", "SliceGenerate"),
+    "graphzip.widening": ("widen",),
     "passes.clustering": ("register_clustering",),
 }
 """Where public names live. A public name that is not here is an error class in `graphzip.errors`."""

@@ -27,7 +27,7 @@ from graphzip.rewrite.shrink import refresh
 from passes.base import Pass, Restructuring
 from passes.table import PASSES
 
-__all__ = ["Prepared"]
+__all__ = ["Prepared", "drift", "follow_modes"]
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Prepared(nn.Module):
         with torch.inference_mode(False):
             traced = self._progress.traced if unfinished else self._adopt()
             module = self.model if unfinished else _with_submodule(self.model, traced.scope, to_module(traced))
-            _follow_modes(module, original)
+            follow_modes(module, original)
             inputs = _placed(self._hidden["inputs"], original, module) if traced.scope else traced.example_inputs
             compiled = Compiled(module, self._report(module), traced, inputs)
         logger.info("%s", compiled.report)
@@ -232,7 +232,7 @@ class Prepared(nn.Module):
         with torch.inference_mode(False):
             progress.traced = active.convert(self._adopt())
             slim = to_module(progress.traced)
-            _follow_modes(slim, self._inner())
+            follow_modes(slim, self._inner())
             self.model = _with_submodule(self.model, progress.traced.scope, slim)
             self._changes.append(active)
             progress.position += 1
@@ -258,8 +258,8 @@ class Prepared(nn.Module):
         summaries = tuple(
             {options.kind: change.summary()} for options, change in zip(self.plan.passes, self._changes, strict=True)
         )
-        drift = _drift(self._hidden["original"], module, self._hidden["calibration"], len(self._hidden["inputs"]))
-        finite = drift is None or math.isfinite(drift)
+        moved = drift(self._hidden["original"], module, self._hidden["calibration"], len(self._hidden["inputs"]))
+        finite = moved is None or math.isfinite(moved)
         changed = bool(widths) or any(
             found.get("folded") or found.get("layers") for summary in summaries for found in summary.values()
         )
@@ -269,7 +269,7 @@ class Prepared(nn.Module):
             groups=tuple(GroupChange(name, before, now) for name, (before, now) in widths),
             changed=changed,
             exact=not any(summary.get("cluster_merge", {}).get("plain_norms") for summary in summaries),
-            drift=drift if finite else None,
+            drift=moved if finite else None,
             notes=traced.training_only if finite else (*traced.training_only, _NOT_FINITE),
             passes=summaries,
         )
@@ -302,7 +302,7 @@ def _with_submodule(model: nn.Module, scope: str, value: nn.Module) -> nn.Module
     return whole
 
 
-def _follow_modes(module: nn.Module, source: nn.Module) -> None:
+def follow_modes(module: nn.Module, source: nn.Module) -> None:
     """Give every submodule the training mode of the one with the same name, or of the nearest one around it."""
     modes = {name: inner.training for name, inner in source.named_modules(remove_duplicate=False)}
     for name, inner in module.named_modules():
@@ -312,7 +312,7 @@ def _follow_modes(module: nn.Module, source: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any] | None, inputs: int) -> float | None:
+def drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any] | None, inputs: int) -> float | None:
     """Largest difference of outputs relative to the largest output, both in eval mode.
 
     `None` without calibration data, NaN where an output is not finite.

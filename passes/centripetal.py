@@ -46,6 +46,7 @@ AUTO_SHARE: Final = 0.75
 """The share of the planned steps in which it does so; in the rest the clusters train as the narrow model."""
 
 _UNTRAINED: Final = -1
+_LARGEST_FLOOR: Final = 1e-3  # of a weight: bfloat16 rounds more coarsely, but is no reason to merge at once
 
 Number = float | Tensor
 
@@ -82,20 +83,20 @@ class _Centripetal:
     def step(self, plain: Callable[[], Any]) -> None:
         """Average the gradients, let the optimizer move the centres, put the shrunken deviations back."""
         apart = []
+        skipped = getattr(self.optimizer, "found_inf", None)
         for matrix in self._matrices():
+            left = self._left(matrix, skipped)
             tensors = matrix.rows.tensors()
             rows = matrix.rows.gather(tensors)
             centres = matrix.rows.means(rows)
             _copy(tensors, matrix.rows.parts(centres, tensors))
-            apart.append((matrix, tensors, rows.sub_(centres)))
+            apart.append((matrix, tensors, _without_rounding(rows.sub_(centres), centres, left).mul_(left)))
             if matrix.trained:
                 _average_gradients(matrix.rows, tensors)
-        skipped = getattr(self.optimizer, "found_inf", None)
         try:
             plain()
         finally:
             for matrix, tensors, deviation in reversed(apart):
-                deviation.mul_(self._left(matrix, skipped))
                 torch._foreach_add_(tensors, matrix.rows.parts(deviation, tensors))
 
     def _left(self, matrix: _Matrix, skipped: Tensor | None) -> Number:
@@ -122,6 +123,21 @@ class _Centripetal:
         number = {id(p): at for at, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         found = rows_of((place, number.get(id(place.holder[place.leaf]), _UNTRAINED)) for place in places)
         return [_Matrix(rows, group, group != _UNTRAINED) for group, rows in found]
+
+
+def _without_rounding(deviation: Tensor, centres: Tensor, left: Number) -> Tensor:
+    """Zero where the deviation has come down to the rounding of its centre; multiplying takes it no further.
+
+    Every step rounds anew and takes `1 - left` away, which balances at about `(1 - left)^-0.5` roundings.
+    """
+    floor = 1.5 * torch.finfo(centres.dtype).eps
+    if isinstance(left, Tensor):
+        floors = (floor * (1.0 - left).clamp(min=1e-12).rsqrt()).clamp(2 * floor, _LARGEST_FLOOR) * (left < 1.0)
+        return deviation.mul_(deviation.abs() > centres.abs().mul_(floors))
+    if left >= 1.0:
+        return deviation
+    floor *= max(2.0, (1.0 - left) ** -0.5)
+    return deviation.mul_(deviation.abs() > centres.abs().mul_(min(floor, _LARGEST_FLOOR)))
 
 
 def _average_gradients(rows: Rows, tensors: Sequence[Tensor]) -> None:

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.compiled",),
     ("passes",),
     ("graphzip.prepared",),
-    ("graphzip.api",),
+    ("graphzip.api", "graphzip.widening"),
     ("graphzip.grow",),
     ("graphzip",),
     ("graphzip.models",),

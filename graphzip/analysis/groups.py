@@ -156,6 +156,15 @@ class ChannelGroups(Sequence[ChannelGroup]):
             return self._by_name[key]
         return self._groups[key]
 
+    def widths(self) -> dict[str, int]:
+        """Channels of every group that can shrink, as the `keep` of a `ClusterMerge` that brings a wider model here.
+
+        Names with a `#n` come first, for a pattern without one matches them too. Whole heads and whole groups of
+        convolutions are left out: the width inside them stands for both.
+        """
+        numbered_first = sorted(self, key=lambda group: "#" not in group.name)
+        return {group.name: group.size for group in numbered_first if group.mergeable and not group.whole_blocks}
+
     def __contains__(self, item: object) -> bool:
         return item in self._by_name if isinstance(item, str) else item in self._groups
 

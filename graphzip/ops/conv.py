@@ -149,7 +149,8 @@ def patch_convolution(patch: Patch) -> None:
     transposed = patch.node.target in _TRANSPOSED or bool(patch.args.get("transposed"))
     width = int(patch.args["input"].meta["val"].shape[channel]) // groups
     if groups > 1:
-        patch.set("groups", int(np.unique(patch.kept(patch.args["input"], channel) // width).size))
+        kept = patch.kept(patch.args["input"], channel)
+        patch.set("groups", kept.size if width == 1 else int(np.unique(kept // width).size))
     if groups > 1 and width == 1:
         return
     if not patch.consumes(weight, 0 if transposed else 1):

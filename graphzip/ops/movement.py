@@ -427,8 +427,12 @@ def patch_index_select(patch: Patch) -> None:
     assert numbers is not None
     old = patch.kept(source, dim)
     place = np.full(int(source.meta["val"].shape[dim]), -1, dtype=np.int64)
-    place[old] = np.arange(old.size)
-    moved_to = place[numbers[patch.kept(patch.node, dim)]]
+    first = np.flatnonzero(np.r_[True, old[1:] != old[:-1]])  # a position may have copies, one behind the other
+    place[old[first]] = first
+    wanted = patch.kept(patch.node, dim)
+    starts = np.flatnonzero(np.r_[True, wanted[1:] != wanted[:-1]])
+    copy = np.arange(wanted.size) - np.repeat(starts, np.diff(np.r_[starts, wanted.size]))
+    moved_to = place[numbers[wanted]] + copy
     patch.replace(aten.index_select.default, (source, dim, patch.constant(moved_to)))
 
 

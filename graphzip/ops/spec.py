@@ -39,7 +39,7 @@ class Patch(Protocol):
         """Whether dimension `dim` loses positions."""
 
     def kept(self, value: Any, dim: int) -> IntArray:
-        """Old positions along `dim` that survive, in the order in which they stand afterwards."""
+        """The old position of every position along `dim` after the rewrite, in ascending order."""
 
     def set(self, name: str, value: Any) -> None:
         """Give argument `name` of the node another value."""

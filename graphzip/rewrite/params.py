@@ -14,7 +14,7 @@ from graphzip.analysis.propagate import ParamAxis
 from graphzip.labels import IntArray, ranks
 from graphzip.rewrite.layout import Layout
 
-__all__ = ["shrink_parameters"]
+__all__ = ["like", "shrink_parameters"]
 
 
 def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -28,10 +28,11 @@ def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> di
         if not layout.mask(axis.labels).all():
             current = made.get(axis.param, tensors[axis.param].detach())
             made[axis.param] = _shrink(layout, axis, current)
-    return {name: _like(value, tensors[name]) for name, value in made.items()}
+    return {name: like(value, tensors[name]) for name, value in made.items()}
 
 
-def _like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+def like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`value` in the dtype of `old`, a parameter where that is one."""
     value = value.to(old.dtype).contiguous()
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.params import shrink_parameters
 from graphzip.rewrite.patch import NodePatch
 
-__all__ = ["merge_channels"]
+__all__ = ["merge_channels", "refresh", "rewritten"]
 
 
 def merge_channels(
@@ -40,9 +40,16 @@ def merge_channels(
     layout = Layout.of(analysis, merges, plain_norms=plain_norms)
     if layout.unchanged:
         return traced, []
-    result = traced.copy()
     tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in analysis.propagation.params}
-    changed = shrink_parameters(layout, tensors)
+    return rewritten(traced, layout, shrink_parameters(layout, tensors)), layout.left_plain
+
+
+def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor]) -> Traced:
+    """A copy of the graph with other parameters, its constants patched for the widths that `layout` gives.
+
+    Raises `RewriteError` where an operator does not fit them.
+    """
+    result = traced.copy()
     _patch(result, traced, layout)
     for name, value in changed.items():
         for alias in [name, *(alias for alias, first in traced.aliases.items() if first == name)]:
@@ -51,7 +58,7 @@ def merge_channels(
     refresh(result)
     _prove(result, layout)
     result.module.recompile()
-    return result, layout.left_plain
+    return result
 
 
 def _patch(result: Traced, traced: Traced, layout: Layout) -> None:
