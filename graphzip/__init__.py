@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from graphzip.grow import expand
     from graphzip.history import History
     from graphzip.picture import draw_groups
-    from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, Plan, SliceGenerate
+    from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, Plan, PruneChannels, SliceGenerate
     from graphzip.widening import widen
     from passes.clustering import register_clustering
 
@@ -68,6 +68,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Prepared",
+    "PruneChannels",
     "RewriteError",
     "SliceGenerate",
     "TraceError",
@@ -100,7 +101,7 @@ _HOMES: Final = {
     "graphzip.picture": ("draw_groups",),
     "graphzip.history": ("History",),
     "graphzip.grow": ("expand",),
-    "graphzip.plan": ("AtomFactorize", "ClusterMerge", "FoldBatchNorm", "Plan", "SliceGenerate"),
+    "graphzip.plan": ("AtomFactorize", "ClusterMerge", "FoldBatchNorm", "Plan", "PruneChannels", "SliceGenerate"),
     "graphzip.widening": ("widen",),
     "passes.clustering": ("register_clustering",),
 }

@@ -27,13 +27,14 @@ class Record:
     """The state after `step` optimizer steps.
 
     `groups` holds the sum of squared kernel deviations (C-SGD, Eq. 7) by the name of each group that shrinks, and
-    `values` what else was told, such as an accuracy.
+    `values` what else was told, such as an accuracy. `residual` is the sum of squares of the kernels that go (Eq. 22).
     """
 
     step: int
     groups: Mapping[str, float]
     loss: float | None = None
     values: Mapping[str, float] = field(default_factory=dict)
+    residual: float = 0.0
 
     @property
     def deviation(self) -> float:

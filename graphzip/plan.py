@@ -36,7 +36,7 @@ from graphzip.tables import closest
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PASS_OPTIONS", "AtomFactorize", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan"]
+__all__ = ["PASS_OPTIONS", "AtomFactorize", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan", "PruneChannels"]
 __all__ += ["SliceGenerate", "plan_error"]
 
 VERSION: Final = 1
@@ -188,6 +188,12 @@ def _check_strength(value: Any) -> float | str:
     if isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) < math.inf:
         return float(value)
     raise _Wrong(f"{_show(value)} is not a strength; write a number above 0, or 'auto'")
+
+
+def _check_weight(value: Any) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < math.inf:
+        return float(value)
+    raise _Wrong(f"{_show(value)} is not a strength; write a number of at least 0")
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -372,6 +378,24 @@ class SliceGenerate(PassOptions):
     init: Annotated[str, BeforeValidator(one_of("fit", "random"))] = "fit"
 
 
+class PruneChannels(PassOptions):
+    """Drop the channels with the smallest kernels, to compare with `ClusterMerge` on the same groups. Lossy.
+
+    - `keep`, `exclude`, `round_to`: as those of `ClusterMerge`.
+    - `strength`: of the group lasso that draws the kernels of channels to go to zero in training
+      (`Prepared.regularizer`), at least 0. Default 0: pruning by magnitude alone.
+
+    Raises `PlanError` when a value is out of range or of the wrong type.
+    """
+
+    kind: ClassVar[str] = "prune_channels"
+
+    keep: Annotated[Amount | Mapping[str, Amount], BeforeValidator(_check_keep)] = 0.5
+    exclude: Annotated[Sequence[str], BeforeValidator(_check_globs)] = ()
+    round_to: Annotated[int, BeforeValidator(_check_multiple)] = 1
+    strength: Annotated[float, BeforeValidator(_check_weight)] = 0.0
+
+
 PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
     options.kind: options
     for options in (
@@ -379,6 +403,7 @@ PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
         FoldBatchNorm,
         AtomFactorize,
         SliceGenerate,
+        PruneChannels,
     )
 }
 """The passes a plan can name."""

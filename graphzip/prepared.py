@@ -109,6 +109,11 @@ class Prepared(nn.Module):
         active = self._synced()
         return 0.0 if active is None else active.deviation(self._inner())
 
+    def residual(self) -> float:
+        """Sum of squares of the kernels that go (C-SGD, Eq. 22): what pruning them instead of merging would lose."""
+        active = self._synced()
+        return 0.0 if active is None else active.residual(self._inner())
+
     def optimizer(
         self, cls: type[Optimizer], params: Iterable[Any] | None = None, *, steps: int | None = None, **options: Any
     ) -> Optimizer:
@@ -158,12 +163,18 @@ class Prepared(nn.Module):
         active = self._progress.active
         groups = {} if active is None else active.deviations(self._inner())
         told = float(loss.detach() if isinstance(loss, torch.Tensor) else loss) if loss is not None else None
-        record = Record(self._progress.taken, groups, told, {name: float(value) for name, value in values.items()})
+        residual = 0.0 if active is None else active.residual(self._inner())
+        given = {name: float(value) for name, value in values.items()}
+        record = Record(self._progress.taken, groups, told, given, residual)
         self._history.add(record)
         return record
 
     def regularizer(self) -> torch.Tensor:
-        """A term to add to the loss; zero where the plan's passes have none."""
+        """A term to add to the loss; zero where the current pass has none."""
+        active = self._synced()
+        term = None if active is None else active.regularizer(self._inner())
+        if term is not None:
+            return term
         parameter = next(self.model.parameters(), None)
         return torch.zeros(()) if parameter is None else parameter.new_zeros(())
 
@@ -268,7 +279,10 @@ class Prepared(nn.Module):
             after=after,
             groups=tuple(GroupChange(name, before, now) for name, (before, now) in widths),
             changed=changed,
-            exact=not any(summary.get("cluster_merge", {}).get("plain_norms") for summary in summaries),
+            exact=not any(
+                summary.get("cluster_merge", {}).get("plain_norms") or summary.get("prune_channels", {}).get("dropped")
+                for summary in summaries
+            ),
             drift=moved if finite else None,
             notes=traced.training_only if finite else (*traced.training_only, _NOT_FINITE),
             passes=summaries,

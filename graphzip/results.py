@@ -25,9 +25,9 @@ class Report:
     """What a plan did to a model.
 
     `exact` tells that merging was lossless where the merged channels were identical; it is false where the plan asked
-    for plain norms and some norm now counts merged channels once. `drift` is the largest difference between outputs
-    before and after on the calibration data, relative to the largest output; `None` where there was no calibration
-    data. `notes` says what the result lacks, such as branches that exist only in training.
+    for plain norms and some norm now counts merged channels once, or dropped channels. `drift` is the largest
+    difference between outputs before and after on the calibration data, relative to the largest output; `None` without
+    calibration data. `notes` says what the result lacks, such as branches that exist only in training.
     """
 
     before: Cost
@@ -56,7 +56,7 @@ class Report:
         if not self.changed:
             lines += ["", "nothing changed: the plan names no group that can shrink"]
         if not self.exact:
-            lines += ["", "not exact: norms that were left plain count merged channels once"]
+            lines += ["", "not exact: channels were dropped, or norms that were left plain count merged channels once"]
         if self.drift is not None:
             lines += ["", f"outputs moved by at most {self.drift:.2e} of the largest output on the calibration data"]
         if self.notes:

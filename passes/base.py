@@ -36,6 +36,12 @@ class Pass(Protocol):
     def deviations(self, model: nn.Module) -> dict[str, float]:
         """The same by the name of each group that changes."""
 
+    def residual(self, model: nn.Module) -> float:
+        """Sum of squares of the kernels that go."""
+
+    def regularizer(self, model: nn.Module) -> torch.Tensor | None:
+        """A term of the loss, or nothing."""
+
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
         """Make `optimizer`, which trains `model` for `steps` steps, bring it into that state."""
 
@@ -66,6 +72,12 @@ class FreeTraining:
 
     def deviations(self, model: nn.Module) -> dict[str, float]:
         return {}
+
+    def residual(self, model: nn.Module) -> float:
+        return 0.0
+
+    def regularizer(self, model: nn.Module) -> torch.Tensor | None:
+        return None
 
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
         """Training goes on as it is."""

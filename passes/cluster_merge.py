@@ -21,13 +21,12 @@ from torch import nn
 from graphzip.analysis.channels import Analysis, analyse
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups_of
 from graphzip.errors import WeightsError
-from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.plan import ClusterMerge
 from graphzip.rewrite.shrink import merge_channels
 from passes.centripetal import attach
 from passes.clustering import check_clustering, cluster
-from passes.segments import Partition, Place, rows_of, slices_of
+from passes.segments import Partition, Place, features_of, rows_of, slices_of
 from passes.widths import Clusters, resolve
 
 __all__ = ["ClusterMergePass"]
@@ -96,6 +95,19 @@ class ClusterMergePass:
             total += np.bincount(owner[owner >= 0], weights=squares[owner >= 0], minlength=total.size)
         return dict(zip(self.clusters, total.tolist(), strict=True))
 
+    @torch.no_grad()
+    def residual(self, model: nn.Module) -> float:
+        total = 0.0
+        for _, rows in rows_of((place, 0) for place in self._places(model) if place.is_kernel):
+            slices = [place.slices for place in rows.places]
+            gone = np.concatenate([(each.owner >= 0) & (each.cluster != np.arange(each.owner.size)) for each in slices])
+            chosen = torch.from_numpy(np.flatnonzero(gone)).to(rows.order.device)
+            total += float(rows.gather(rows.tensors())[chosen].double().square().sum())
+        return total
+
+    def regularizer(self, model: nn.Module) -> torch.Tensor | None:
+        return None
+
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
         attach(optimizer, lambda: self._places(model), strength=self.options.strength, steps=steps, where=self.where)
 
@@ -145,7 +157,7 @@ class ClusterMergePass:
 
 def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Traced) -> Partition:
     """Cluster a group block by block on the flattened kernels of its first producer, the pacesetter."""
-    features = _features(group, traced) if how not in {"even", "imbalanced"} else np.zeros((group.size, 1))
+    features = features_of(group, traced) if how not in {"even", "imbalanced"} else np.zeros((group.size, 1))
     parts: list[tuple[int, ...]] = []
     for block in group.blocks:
         members = np.array(block)
@@ -153,18 +165,3 @@ def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Trace
         found = cluster(how, features[members], share, seed=seed, what=f"group {group.name!r}")
         parts.extend(tuple(members[part].tolist()) for part in found)
     return tuple(sorted(parts))
-
-
-def _features(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
-    leaders = [param for param in group.params if param.role == "producer"] or list(group.params)
-    lead = leaders[0]
-    prefix = f"{traced.scope}." if traced.scope else ""
-    tensor = get_tensor(traced.module, lead.param.removeprefix(prefix)).detach()
-    if tensor.is_meta:
-        raise WeightsError(
-            f"group {group.name!r} has no weights to cluster (they are on the meta device); load them first"
-        )
-    tensor_rows = tensor.movedim(lead.dim, 0).reshape(tensor.shape[lead.dim], -1).cpu()
-    values = (tensor_rows if tensor_rows.dtype == torch.float64 else tensor_rows.float()).numpy()
-    rows: np.ndarray[Any, np.dtype[np.floating[Any]]] = values[lead.indices].reshape(group.size, -1)
-    return rows

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphzip.analysis.groups import ChannelGroups
+from graphzip.analysis.groups import ChannelGroup, ChannelGroups
+from graphzip.errors import WeightsError
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 
-__all__ = ["Partition", "Place", "Rows", "Slices", "rows_of", "slices_of"]
+__all__ = ["Partition", "Place", "Rows", "Slices", "features_of", "rows_of", "slices_of"]
 
 Partition = tuple[tuple[int, ...], ...]
 """Clusters of a group's channels: each sorted, ordered by their smallest channel."""
@@ -175,3 +177,22 @@ def rows_of(places: Iterable[tuple[Place, int]]) -> list[tuple[int, Rows]]:
         key = level, number, tensor.device, tensor.dtype, length, tensor.dim() == 1
         found.setdefault(key, []).append(place)
     return [(key[1], Rows.of(found[key], key[2])) for key in sorted(found, key=lambda key: key[0])]
+
+
+def features_of(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
+    """The flattened kernels of a group's first producer, the pacesetter: one row per channel.
+
+    Raises `WeightsError` where the model has no weights.
+    """
+    leaders = [param for param in group.params if param.role == "producer"] or list(group.params)
+    lead = leaders[0]
+    prefix = f"{traced.scope}." if traced.scope else ""
+    tensor = get_tensor(traced.module, lead.param.removeprefix(prefix)).detach()
+    if tensor.is_meta:
+        raise WeightsError(
+            f"group {group.name!r} has no weights to cluster (they are on the meta device); load them first"
+        )
+    tensor_rows = tensor.movedim(lead.dim, 0).reshape(tensor.shape[lead.dim], -1).cpu()
+    values = (tensor_rows if tensor_rows.dtype == torch.float64 else tensor_rows.float()).numpy()
+    rows: np.ndarray[Any, np.dtype[np.floating[Any]]] = values[lead.indices].reshape(group.size, -1)
+    return rows

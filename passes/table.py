@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, PassOptions, SliceGenerate
+from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, PassOptions, PruneChannels, SliceGenerate
 from passes.atom_factorize import AtomFactorizePass
 from passes.cluster_merge import ClusterMergePass
 from passes.fold_batch_norm import FoldBatchNormPass
+from passes.prune_channels import PruneChannelsPass
 from passes.slice_generate import SliceGeneratePass
 
 __all__ = ["PASSES"]
@@ -16,5 +17,6 @@ PASSES: dict[type[PassOptions], Any] = {
     AtomFactorize: AtomFactorizePass,
     ClusterMerge: ClusterMergePass,
     FoldBatchNorm: FoldBatchNormPass,
+    PruneChannels: PruneChannelsPass,
     SliceGenerate: SliceGeneratePass,
 }

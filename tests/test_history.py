@@ -54,6 +54,7 @@ def test_what_is_told_is_kept() -> None:
         "groups": dict(prepared.history[-1].groups),
         "loss": prepared.history[-1].loss,
         "values": {"accuracy": 0.5},
+        "residual": prepared.history[-1].residual,
     }
 
 

@@ -31,6 +31,8 @@ Merge = tuple[bool, IntArray, Sequence[Sequence[int]]]
 class Layout:
     """Which channel stands for which: `keeper[channel]` is the channel itself where it stays.
 
+    With `drops`, channels that go leave nothing behind; else the one that stays stands for them.
+
     `classes[label]` is a channel: of the coarse level where whole blocks of it are merged, else of the fine one.
     """
 
@@ -38,11 +40,14 @@ class Layout:
     classes: IntArray
     keeper: IntArray
     plain_norms: bool = False
+    drops: bool = False
     left_plain: list[str] = field(default_factory=list)
     _compact: dict[int, tuple[IntArray, IntArray]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, analysis: Analysis, merges: Iterable[Merge], *, plain_norms: bool = False) -> Layout:
+    def of(
+        cls, analysis: Analysis, merges: Iterable[Merge], *, plain_norms: bool = False, drops: bool = False
+    ) -> Layout:
         """The first channel of each part stays. With `plain_norms`, norms count every channel once."""
         fine, coarse = analysis.fine, analysis.coarse
         classes = fine.classes.copy()
@@ -57,7 +62,7 @@ class Layout:
                 numbers = channels + fine.solution.count
             for part in parts:
                 keeper[numbers[list(part)]] = numbers[part[0]]
-        return cls(analysis, classes, keeper, plain_norms)
+        return cls(analysis, classes, keeper, plain_norms, drops)
 
     @property
     def unchanged(self) -> bool:
@@ -102,6 +107,8 @@ class Layout:
 
     def multiplicity(self, value: fx.Node, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
         """How many channels each one that stays stands for, counted along `dims` (in `blocks` equal parts of them)."""
+        if self.drops:
+            return None
         found = {id(axis): axis for dim in dims if (axis := self.axis_along(value, dim)) is not None}
         counts = [self._counts(axis, dims, blocks) for axis in found.values() if not self.mask(axis).all()]
         product = np.ones(())

@@ -57,7 +57,7 @@ def _merge_dim(
     kept = np.flatnonzero(mask)
     result = value.index_select(dim, _index(kept, value))
     gone = np.flatnonzero(~mask & (layout.analysis.roles[labels] & CONSUMER > 0))
-    if gone.size:
+    if gone.size and not layout.drops:
         heirs = _heirs(layout, labels)[gone]
         if line is not None:
             within = heirs // line == gone // line

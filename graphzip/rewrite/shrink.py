@@ -25,7 +25,7 @@ from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.params import shrink_parameters
 from graphzip.rewrite.patch import NodePatch
 
-__all__ = ["merge_channels", "refresh", "rewritten"]
+__all__ = ["drop_channels", "merge_channels", "refresh", "rewritten"]
 
 
 def merge_channels(
@@ -42,6 +42,18 @@ def merge_channels(
         return traced, []
     tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in analysis.propagation.params}
     return rewritten(traced, layout, shrink_parameters(layout, tensors)), layout.left_plain
+
+
+def drop_channels(traced: Traced, analysis: Analysis, drops: Iterable[Merge]) -> Traced:
+    """Keep the first channel of every part and drop the others with all that reads them, which is lossy.
+
+    Returns a new graph. Raises `RewriteError` where what is left does not fit together.
+    """
+    layout = Layout.of(analysis, drops, drops=True)
+    if layout.unchanged:
+        return traced
+    tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in analysis.propagation.params}
+    return rewritten(traced, layout, shrink_parameters(layout, tensors))
 
 
 def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor]) -> Traced:
