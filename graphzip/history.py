@@ -45,8 +45,8 @@ class Record:
 class History(Sequence[Record]):
     """The records of one training, oldest first.
 
-    An optimizer of `Prepared.optimizer` adds one at the start and every few steps; `Prepared.record` adds one with a
-    loss. When there are many, those without a loss are thinned out.
+    An optimizer of `Prepared.optimizer` adds one at the start and every few steps, `Prepared.convert` the last one;
+    `Prepared.record` adds one with a loss. When there are many, those without a loss are thinned out.
     """
 
     def __init__(self) -> None:
@@ -117,10 +117,10 @@ class History(Sequence[Record]):
         for name in names[:_LINES]:
             curve = [(r.step, r.groups[name]) for r in self._records if r.groups.get(name, 0.0) > _TINY]
             if curve:
-                axes.plot(*zip(*curve, strict=True), linewidth=0.8, label=name)
+                axes.plot(*zip(*curve, strict=True), ".-", linewidth=0.8, markersize=2, label=name)
         total = [(r.step, r.deviation) for r in self._records if r.deviation > _TINY]
         if total:
-            axes.plot(*zip(*total, strict=True), color="black", label="all")
+            axes.plot(*zip(*total, strict=True), ".-", color="black", markersize=3, label="all")
             axes.set_yscale("log")
             axes.legend(fontsize="x-small", ncols=2)
         axes.set_ylabel("sum of squared kernel deviations")

@@ -240,6 +240,8 @@ class Prepared(nn.Module):
         progress = self._progress
         active = self._synced()
         assert active is not None
+        if progress.taken and self._history[-1].step != progress.taken:
+            self.record()
         with torch.inference_mode(False):
             progress.traced = active.convert(self._adopt())
             slim = to_module(progress.traced)

@@ -41,6 +41,8 @@ def test_an_optimizer_records_the_deviation_of_every_group() -> None:
     assert prepared.history[0].deviation == pytest.approx(start)
     assert prepared.history[1].deviation == pytest.approx(start * 0.9 ** (2 * EVERY), rel=1e-3)
     assert prepared.history[-1].loss is None
+    prepared.convert()
+    assert [record.step for record in prepared.history] == [0, EVERY, 2 * EVERY, 2 * EVERY + 1]
 
 
 def test_what_is_told_is_kept() -> None:

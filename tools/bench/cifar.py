@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+
+BATCH = 500
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Block(nn.Module):
@@ -40,3 +52,48 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean((2, 3)))
+
+
+def data_folder() -> Path:
+    """Where the images and the trained weights lie."""
+    return Path(os.environ.get("GRAPHZIP_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+def read_images(archive: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
+    """Evenly spaced images of `part` ("train" or "test"), uint8 of shape (count, 3, 32, 32), and their labels."""
+    with np.load(archive) as data:
+        jpeg, offsets, labels = data[f"{part}_jpeg"].tobytes(), data[f"{part}_offsets"], data[f"{part}_labels"]
+    chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in chosen.tolist()
+    ]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.from_numpy(labels[chosen].astype(np.int64))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """What the trained networks expect: RGB in [0, 1], mean and spread of ImageNet."""
+    mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (MEAN, STD))
+    return (images / 255 - mean) / std
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image mirrored or not and moved by up to four pixels (He et al. 2016): (n, 3, 32, 32) on its device."""
+    count = len(images)
+    padded = F.pad(images, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, count), generator=generator).to(images.device)
+    steps = torch.arange(32, device=images.device)
+    columns = left[:, None] + steps
+    mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    rows = (top[:, None] + steps)[:, None, :, None]
+    which = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(3, device=images.device)[None, :, None, None]
+    return padded[which, channel, rows, columns[:, None, None, :]]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percent right."""
+    parts = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    right = sum(int((model(normalised(x)).argmax(1) == y).sum()) for x, y in parts)
+    return 100 * right / len(labels)

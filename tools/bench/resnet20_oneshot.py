@@ -10,104 +10,34 @@ right answers on the test images, in percent; multiply-accumulates are for one i
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from cifar import CifarResNet, accuracy, data_folder, read_images
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import graphzip as gz
 
 THREADS = 2
-BATCH = 500
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-class Block(nn.Module):
-    """Two 3 x 3 convolutions; where the width changes, the shortcut is subsampled and padded with zero channels."""
-
-    def __init__(self, inner: int, outer: int) -> None:
-        super().__init__()
-        stride = 1 if inner == outer else 2
-        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outer)
-        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outer)
-        self.pad = 0 if inner == outer else outer // 4
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.pad:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(y + x)
-
-
-class ResNet20(nn.Module):
-    """CIFAR ResNet-20 (He et al. 2016, section 4.2): three stages of three blocks, widths 16, 32, 64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16), Block(16, 16), Block(16, 16))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
-
-
-def data_folder() -> Path:
-    return Path(os.environ.get("GRAPHZIP_DATA", REPOSITORY.parent / "shared" / "data"))
-
-
-def read_images(archive: Path, count: int) -> tuple[Tensor, Tensor]:
-    """Evenly spaced test images, uint8 of shape (count, 3, 32, 32), and their labels."""
-    with np.load(archive) as data:
-        jpeg, offsets, labels = data["test_jpeg"].tobytes(), data["test_offsets"], data["test_labels"]
-    chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
-    pixels = [
-        np.asarray(Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in chosen.tolist()
-    ]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.from_numpy(labels[chosen].astype(np.int64))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent right."""
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    right = 0
-    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        right += int((model((x / 255 - mean) / std).argmax(1) == y).sum())
-    return 100 * right / len(labels)
 
 
 def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Compile, evaluate where there are images, export."""
     weights, archive = folder / "resnet20_cifar10.safetensors", folder / "cifar10_jpeg.npz"
     result: dict[str, Any] = {"keep": options.keep, "clustering": options.clustering, "skipped": []}
-    model = ResNet20().eval()
+    model = CifarResNet(3).eval()
     if weights.exists():
         model.load_state_dict(load_file(weights))
     else:
         result["skipped"].append(f"trained weights: {weights} is missing; the weights are random")
-    images = read_images(archive, options.images) if weights.exists() and archive.exists() else None
+    images = read_images(archive, "test", options.images) if weights.exists() and archive.exists() else None
     if not archive.exists():
         result["skipped"].append(f"accuracy: {archive} is missing")
     elif images is None:
