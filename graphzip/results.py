@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphzip.analysis.cost import Cost
-from graphzip.tables import Before, change, comparison_table, quantity, widths_table
+from graphzip.tables import Before, change, comparison_table, errors_table, quantity, widths_table
 
 __all__ = ["GroupChange", "Report"]
 
@@ -53,6 +53,11 @@ class Report:
         ]
         if self.groups:
             lines += ["", widths_table([(group.name, group.before, group.after) for group in self.groups])]
+        for found in (found for summary in self.passes for found in summary.values()):
+            if found.get("relative_error"):
+                lines += ["", errors_table(found["relative_error"], found["shared"])]
+            if found.get("note"):
+                lines += ["", found["note"]]
         if not self.changed:
             lines += ["", "nothing changed: the plan names no group that can shrink"]
         if not self.exact:

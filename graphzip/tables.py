@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,7 @@ __all__ = [
     "change",
     "closest",
     "comparison_table",
+    "errors_table",
     "file_size",
     "groups_table",
     "module_names",
@@ -176,6 +177,14 @@ def comparison_table(rows: Sequence[Before], *, width: int = WIDTH) -> str:
     """One row per quantity: before, after, change."""
     columns = [Column(""), Column("before", right=True), Column("after", right=True), Column("change", right=True)]
     return table(columns, [(row.what, row.before, row.after, row.change) for row in rows], width=width)
+
+
+def errors_table(errors: Mapping[str, float], shared: Sequence[Sequence[str]], *, width: int = WIDTH) -> str:
+    """Layers whose kernels are stored as factors: with how many others they share, and the error of the fit."""
+    mates = {name: len(names) - 1 for names in shared for name in names}
+    columns = [Column("layer"), Column("shares with", right=True), Column("error of the kernel", right=True)]
+    rows = [(name, f"{mates.get(name, 0)} layers", f"{100 * error:.2f} %") for name, error in errors.items()]
+    return table(columns, rows, width=width)
 
 
 def widths_table(widths: Sequence[tuple[str, int, int]], *, width: int = WIDTH) -> str:

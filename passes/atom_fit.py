@@ -21,6 +21,7 @@ __all__ = ["fit_atoms", "random_atoms"]
 
 Moments = Sequence[torch.Tensor | None]
 
+_PLAIN = 0.3  # share of the plain squared error in a weighted one
 _PATIENCE = 1e-4  # relative fall of the error below which the alternation ends
 
 
@@ -34,7 +35,7 @@ def fit_atoms(
     """
     kernels = [kernel.detach().double() for kernel in kernels]
     given = list(moments) if moments is not None else [None] * len(kernels)
-    scales = [_root(moment) if moment is not None else None for moment in given]
+    scales = [None if moment is None else _root(moment, kernel) for moment, kernel in zip(given, kernels, strict=True)]
     rows, columns = (max(kernel.shape[dim] for kernel in kernels) for dim in (0, 1))
     bases = _start(kernels, atoms, rows, columns, seed)
     coefficients = _coefficients(kernels, bases, scales, rows, columns)
@@ -68,9 +69,16 @@ def random_atoms(
     return coefficients, made
 
 
-def _root(moment: torch.Tensor) -> torch.Tensor:
-    """`R` with `R R^T = M` for every input channel."""
-    values, vectors = torch.linalg.eigh(moment.double())
+def _root(moment: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """`R` with `R R^T = M` for every input channel, in a scale in which every kernel counts by its own size.
+
+    A share of the identity keeps the kernel where no data reached it.
+    """
+    moment = moment.double()
+    size = torch.einsum("oik,ikl,oil->", kernel, moment, kernel)
+    whole = moment * (kernel.square().sum() / size) if size > 0 else torch.zeros_like(moment)
+    eye = torch.eye(moment.shape[-1], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh((1.0 - _PLAIN) * whole + _PLAIN * eye)
     root: torch.Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]
     return root
 

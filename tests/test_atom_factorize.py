@@ -79,7 +79,7 @@ def test_weights_of_the_calibration_data_lower_the_error_of_the_output() -> None
         module = prepared(model, calibration=data, atoms=4, weighted=weighted, include=["1"]).convert().module
         with torch.no_grad():
             errors.append(relative(model[:2](data[0]), nn.Sequential(*list(module.children())[:2])(data[0])))
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.75 * errors[0]
 
 
 def test_without_calibration_data_weights_are_left_out() -> None:
@@ -486,3 +486,11 @@ def test_the_order_is_checked() -> None:
     assert str(caught.value) == (
         "passes[1].cluster_merge: stands behind atom_factorize, after which no kernels are whole; put it before"
     )
+
+
+def test_torch_compile_takes_the_result() -> None:
+    module = prepared(small()).convert().module.eval()
+    x = torch.randn(3, 4, 9, 9)
+    with torch.no_grad():
+        expected = module(x)
+        assert torch.allclose(torch.compile(module, backend="eager")(x), expected, atol=1e-6)
