@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 __all__ = ["fit_atoms", "random_atoms"]
 
@@ -47,7 +48,7 @@ def fit_atoms(
             last, error = error, _error(kernels, coefficients, bases, scales)
             if last - error <= _PATIENCE * last:
                 break
-    return coefficients, bases
+    return _conditioned(coefficients, bases)
 
 
 def random_atoms(
@@ -102,6 +103,21 @@ def _start(kernels: list[torch.Tensor], atoms: int, rows: int, columns: int, see
         more = torch.randn(atoms - len(vectors), vectors.shape[1], generator=generator, dtype=torch.float64)
         vectors = torch.cat([vectors, more / more.norm(dim=1, keepdim=True)])
     return [vectors[:, offset : offset + length].clone() for offset, length in zip(offsets, lengths, strict=True)]
+
+
+def _conditioned(coefficients: torch.Tensor, bases: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same products from atoms that are orthogonal over all kernels together, of norm 1 in the mean of the kernels.
+
+    Least squares may end with atoms that are nearly parallel and coefficients that cancel, which spoils training.
+    """
+    lengths = [basis.shape[1] for basis in bases]
+    left, values, right = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
+    size = len(bases) ** 0.5
+    mixed = coefficients @ (left * values) / size
+    missing = coefficients.shape[2] - len(values)
+    extra = torch.cat(bases, dim=1)[len(values) :]
+    right = torch.cat([right * size, extra]) if missing else right * size
+    return nn.functional.pad(mixed, (0, missing)), list(torch.split(right, lengths, dim=1))
 
 
 def _parts(coefficients: torch.Tensor, kernels: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -184,7 +184,10 @@ def _codes(slices: torch.Tensor, used: torch.Tensor, generator: torch.Tensor) ->
 def _best(
     slices: torch.Tensor, used: torch.Tensor, size: int, random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Truncated SVD; the generator's columns are orthonormal, those beyond the rank of the slices random."""
+    """Truncated SVD; columns of the generator are orthogonal, those beyond the rank of the slices random.
+
+    Both factors have the same largest singular value: steps of training then move the kernels alike through either.
+    """
     filled, error = slices.clone(), math.inf
     total = float(slices.square().sum())
     for _ in range(_ROUNDS):
@@ -199,7 +202,9 @@ def _best(
         extra = torch.randn(len(generator), missing, generator=random, dtype=torch.float64)
         extra -= generator @ (generator.t() @ extra)
         generator = torch.cat([generator, extra / extra.norm(dim=0).clamp_min(1e-12)], dim=1)
-    return _codes(slices, used, generator), generator.contiguous()
+    codes = _codes(slices, used, generator)
+    scale = float(torch.linalg.matrix_norm(codes, 2)) ** 0.5 or 1.0
+    return codes / scale, (generator * scale).contiguous()
 
 
 def _leading(rows: torch.Tensor, size: int) -> torch.Tensor:
