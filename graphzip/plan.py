@@ -16,28 +16,53 @@ path of its key, such as `passes[0].cluster_merge.keep['fc*']`, and all problems
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graphzip.errors import PlanError
 from graphzip.files import write_text
-from graphzip.plan_checks import count_of, globs, is_flag, one_of, path_or_none, share_of_atoms, slice_shape
+from graphzip.plan_checks import (
+    Problems,
+    check_clusters,
+    check_globs,
+    check_keep,
+    check_multiple,
+    check_name,
+    check_norms,
+    check_strength,
+    check_weight,
+    count_of,
+    is_flag,
+    is_int,
+    is_list,
+    one_of,
+    path_or_none,
+    share_of_atoms,
+    show,
+    slice_shape,
+)
 from graphzip.tables import closest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PASS_OPTIONS", "AtomFactorize", "ClusterMerge", "FoldBatchNorm", "PassOptions", "Plan", "PruneChannels"]
-__all__ += ["SliceGenerate", "plan_error"]
+__all__ = [
+    "PASS_OPTIONS",
+    "AtomFactorize",
+    "ClusterMerge",
+    "FoldBatchNorm",
+    "PassOptions",
+    "Plan",
+    "PruneChannels",
+    "SliceGenerate",
+    "plan_error",
+]
 
 VERSION: Final = 1
 _LISTED: Final = 10  # problems or names that one message lists before it only counts the rest
@@ -57,143 +82,6 @@ def plan_error(problems: Sequence[str], source: str = "") -> PlanError:
         listed.append(f"and {len(problems) - _LISTED} more")
     head = f"{source or 'the plan'}: {len(problems)} problems"
     return PlanError("\n  - ".join([head, *listed]))
-
-
-class _Wrong(ValueError):
-    """What is wrong with the value of one option."""
-
-
-class _Problems(_Wrong):
-    """What is wrong at several places of one option: pairs of the path below the option and the text."""
-
-    def __init__(self, items: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{path} {text}".strip() for path, text in items))
-        self.items = tuple(items)
-
-
-def _show(value: object) -> str:
-    return reprlib.repr(value)
-
-
-# ---------------------------------------------------------------------------------------------------- field checks
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def _named(value: Mapping[Any, Any], check: Callable[[Any], Any]) -> dict[str, Any]:
-    """A mapping from names to checked values; the problems of all its entries are raised together."""
-    checked: dict[str, Any] = {}
-    problems: list[tuple[str, str]] = []
-    for name, entry in value.items():
-        if not isinstance(name, str):
-            problems.append((f"[{_show(name)}]", "a name must be text; put it in quotes"))
-            continue
-        try:
-            checked[name] = check(entry)
-        except _Wrong as error:
-            problems.append((f"[{name!r}]", str(error)))
-    if problems:
-        raise _Problems(problems)
-    return checked
-
-
-def _check_amount(value: Any) -> float | int:
-    if _is_int(value):
-        if value < 1:
-            raise _Wrong(f"{value} is out of range; an int is the number of channels to keep, at least 1")
-        return int(value)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        share = float(value)
-        if not 0.0 < share <= 1.0:
-            raise _Wrong(
-                f"{share} is out of range; a float is the share of the channels to keep, above 0 and at most 1 "
-                "(write an int to keep a number of channels)"
-            )
-        return share
-    raise _Wrong(
-        f"{_show(value)} is not an amount; write a float above 0 and at most 1 (a share of the channels) "
-        "or an int of at least 1 (a number of channels)"
-    )
-
-
-def _check_keep(value: Any) -> Any:
-    return _named(value, _check_amount) if isinstance(value, Mapping) else _check_amount(value)
-
-
-def _check_partition(value: Any) -> tuple[tuple[int, ...], ...]:
-    """The clusters of one group. Whether a channel is missing is for those to say who know the group's size."""
-    if not _is_list(value) or not all(_is_list(cluster) for cluster in value):
-        raise _Wrong(f"{_show(value)} is not a list of lists of channels, such as [[0, 3], [1], [2]]")
-    if not value:
-        raise _Wrong("no clusters; leave the group out to keep it whole")
-    seen: set[int] = set()
-    for cluster in value:
-        if not cluster:
-            raise _Wrong("a cluster is empty; every cluster keeps one channel, so remove it")
-        for channel in cluster:
-            if not _is_int(channel) or channel < 0:
-                raise _Wrong(f"{_show(channel)} is not a channel; channels are ints from 0")
-            if channel in seen:
-                raise _Wrong(f"channel {channel} is named twice; every channel belongs to exactly one cluster")
-            seen.add(int(channel))
-    return tuple(tuple(int(channel) for channel in cluster) for cluster in value)
-
-
-def _check_clusters(value: Any) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise _Wrong(f"{_show(value)} is not a mapping from group names to lists of clusters")
-    return _named(value, _check_partition)
-
-
-def _check_globs(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise _Wrong(f"{value!r} is one glob; write a list: [{value!r}]")
-    if not _is_list(value):
-        raise _Wrong(f"{_show(value)} is not a list of group-name globs")
-    for glob in value:
-        if not isinstance(glob, str):
-            raise _Wrong(f"{_show(glob)} is not a glob; a glob is text")
-    return tuple(value)
-
-
-def _check_name(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _Wrong(f"{_show(value)} is not the name of a clustering, such as 'kmeans'")
-    return value
-
-
-def _check_multiple(value: Any) -> int:
-    if not _is_int(value) or value < 1:
-        raise _Wrong(f"{_show(value)} is not a number of channels; write an int of at least 1")
-    return int(value)
-
-
-def _check_norms(value: Any) -> str:
-    if value in ("exact", "plain"):
-        return str(value)
-    raise _Wrong(f"{_show(value)} is not a way to treat norms; write 'exact' or 'plain'")
-
-
-def _check_strength(value: Any) -> float | str:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) < math.inf:
-        return float(value)
-    raise _Wrong(f"{_show(value)} is not a strength; write a number above 0, or 'auto'")
-
-
-def _check_weight(value: Any) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < math.inf:
-        return float(value)
-    raise _Wrong(f"{_show(value)} is not a strength; write a number of at least 0")
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -272,7 +160,7 @@ def _problems(options: type[PassOptions], detail: Mapping[str, Any], where: str)
     if detail["type"] == "extra_forbidden":
         known = list(options.model_fields)
         return [f"{where}.{key}: unknown option; " + (closest(key, known) if known else f"{where} has no options")]
-    if isinstance(cause, _Problems):
+    if isinstance(cause, Problems):
         return [f"{where}.{key}{path}: {text}" for path, text in cause.items]
     return [f"{where}.{key}: {cause or detail['msg']}"]
 
@@ -304,15 +192,15 @@ class ClusterMerge(PassOptions):
 
     kind: ClassVar[str] = "cluster_merge"
 
-    clusters: Annotated[Mapping[str, Sequence[Sequence[int]]] | None, BeforeValidator(_check_clusters)] = None
-    keep: Annotated[Amount | Mapping[str, Amount], BeforeValidator(_check_keep)] = Field(
+    clusters: Annotated[Mapping[str, Sequence[Sequence[int]]] | None, BeforeValidator(check_clusters)] = None
+    keep: Annotated[Amount | Mapping[str, Amount], BeforeValidator(check_keep)] = Field(
         default_factory=lambda given: 0.5 if given.get("clusters") is None else {}
     )
-    clustering: Annotated[str, BeforeValidator(_check_name)] = "kmeans"
-    exclude: Annotated[Sequence[str], BeforeValidator(_check_globs)] = ()
-    round_to: Annotated[int, BeforeValidator(_check_multiple)] = 1
-    strength: Annotated[float | Literal["auto"], BeforeValidator(_check_strength)] = 3e-3
-    norms: Annotated[Literal["exact", "plain"], BeforeValidator(_check_norms)] = "exact"
+    clustering: Annotated[str, BeforeValidator(check_name)] = "kmeans"
+    exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
+    round_to: Annotated[int, BeforeValidator(check_multiple)] = 1
+    strength: Annotated[float | Literal["auto"], BeforeValidator(check_strength)] = 3e-3
+    norms: Annotated[Literal["exact", "plain"], BeforeValidator(check_norms)] = "exact"
 
 
 class FoldBatchNorm(PassOptions):
@@ -345,8 +233,8 @@ class AtomFactorize(PassOptions):
     atoms: Annotated[int, BeforeValidator(count_of("atoms"))] = 8
     share: Annotated[str | None, BeforeValidator(one_of("net", "block", "layer", None))] = "net"
     group_size: Annotated[int | None, BeforeValidator(count_of("channels", optional=True))] = None
-    include: Annotated[Sequence[str], BeforeValidator(globs)] = ()
-    exclude: Annotated[Sequence[str], BeforeValidator(globs)] = ()
+    include: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
+    exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
     init: Annotated[str, BeforeValidator(one_of("fit", "random"))] = "fit"
     weighted: Annotated[bool, BeforeValidator(is_flag)] = False
     atom_drop: Annotated[float, BeforeValidator(share_of_atoms)] = 0.1
@@ -372,9 +260,9 @@ class SliceGenerate(PassOptions):
     binary: Annotated[bool, BeforeValidator(is_flag)] = False
     generator: Annotated[str | None, BeforeValidator(path_or_none)] = None
     frozen: Annotated[bool, BeforeValidator(is_flag)] = False
-    scopes: Annotated[Sequence[str], BeforeValidator(globs)] = ()
-    include: Annotated[Sequence[str], BeforeValidator(globs)] = ()
-    exclude: Annotated[Sequence[str], BeforeValidator(globs)] = ()
+    scopes: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
+    include: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
+    exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
     init: Annotated[str, BeforeValidator(one_of("fit", "random"))] = "fit"
 
 
@@ -390,10 +278,10 @@ class PruneChannels(PassOptions):
 
     kind: ClassVar[str] = "prune_channels"
 
-    keep: Annotated[Amount | Mapping[str, Amount], BeforeValidator(_check_keep)] = 0.5
-    exclude: Annotated[Sequence[str], BeforeValidator(_check_globs)] = ()
-    round_to: Annotated[int, BeforeValidator(_check_multiple)] = 1
-    strength: Annotated[float, BeforeValidator(_check_weight)] = 0.0
+    keep: Annotated[Amount | Mapping[str, Amount], BeforeValidator(check_keep)] = 0.5
+    exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
+    round_to: Annotated[int, BeforeValidator(check_multiple)] = 1
+    strength: Annotated[float, BeforeValidator(check_weight)] = 0.0
 
 
 PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
@@ -423,14 +311,14 @@ class Plan:
 
     def __init__(self, passes: Iterable[PassOptions], *, inputs: Iterable[Sequence[int]] | None = None) -> None:
         if isinstance(passes, (PassOptions, str, Mapping)) or not isinstance(passes, Iterable):
-            raise PlanError(f"passes: {_show(passes)} is not a list of passes; write Plan([ClusterMerge()])")
+            raise PlanError(f"passes: {show(passes)} is not a list of passes; write Plan([ClusterMerge()])")
         self._passes = tuple(passes)
         problems: list[str] = []
         for position, options in enumerate(self._passes):
             if isinstance(options, type) and issubclass(options, PassOptions):
                 problems.append(f"passes[{position}]: {options.__name__} is a class; write {options.__name__}()")
             elif not isinstance(options, PassOptions):
-                problems.append(f"passes[{position}]: {_show(options)} is not a pass, such as ClusterMerge()")
+                problems.append(f"passes[{position}]: {show(options)} is not a pass, such as ClusterMerge()")
         self._inputs = _shapes(inputs, problems)
         if problems:
             raise plan_error(problems)
@@ -517,13 +405,13 @@ def _shapes(value: Any, problems: list[str]) -> tuple[Shape, ...] | None:
     if value is None:
         return None
     shapes = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else []
-    if not shapes or not all(_is_list(shape) and len(shape) for shape in shapes):
-        problems.append(f"inputs: {_show(value)} is not a list of shapes, such as [[2, 3, 224, 224]]")
+    if not shapes or not all(is_list(shape) and len(shape) for shape in shapes):
+        problems.append(f"inputs: {show(value)} is not a list of shapes, such as [[2, 3, 224, 224]]")
         return None
     for position, shape in enumerate(shapes):
         for dim, size in enumerate(shape):
-            if not _is_int(size) or size < 1:
-                problems.append(f"inputs[{position}][{dim}]: {_show(size)} is not a size; write an int of at least 1")
+            if not is_int(size) or size < 1:
+                problems.append(f"inputs[{position}][{dim}]: {show(size)} is not a size; write an int of at least 1")
     return None if problems else tuple(tuple(int(size) for size in shape) for shape in shapes)
 
 
@@ -532,12 +420,12 @@ def _shapes(value: Any, problems: list[str]) -> tuple[Shape, ...] | None:
 
 def _read(data: Any, source: str) -> Plan:
     if not isinstance(data, Mapping):
-        raise plan_error([f"a plan is a mapping with 'version' and 'passes', got {_show(data)}"], source)
+        raise plan_error([f"a plan is a mapping with 'version' and 'passes', got {show(data)}"], source)
     if "version" not in data:
         raise plan_error([f"version: missing; write 'version: {VERSION}'"], source)
     version = data["version"]
-    if not _is_int(version) or version != VERSION:
-        text = f"version: {_show(version)} is unknown; this graphzip reads version {VERSION}"
+    if not is_int(version) or version != VERSION:
+        text = f"version: {show(version)} is unknown; this graphzip reads version {VERSION}"
         raise plan_error([text], source)
     known = ("version", "inputs", "passes")
     problems = [f"{key}: unknown key; {closest(str(key), known)}" for key in data if key not in known]
@@ -546,8 +434,8 @@ def _read(data: Any, source: str) -> Plan:
     passes: list[PassOptions] = []
     if "passes" not in data:
         problems.append("passes: missing; write a list of passes, such as 'passes: [{cluster_merge: {keep: 0.5}}]'")
-    elif not _is_list(listed):
-        problems.append(f"passes: {_show(listed)} is not a list of passes")
+    elif not is_list(listed):
+        problems.append(f"passes: {show(listed)} is not a list of passes")
     else:
         for position, item in enumerate(listed):
             passes += _read_pass(item, f"passes[{position}]", problems)
@@ -561,7 +449,7 @@ def _read_pass(item: Any, where: str, problems: list[str]) -> list[PassOptions]:
     if isinstance(item, str):
         item = {item: None}
     if not isinstance(item, Mapping) or not item:
-        problems.append(f"{where}: {_show(item)} is not a pass; write its name and options: 'cluster_merge: {{}}'")
+        problems.append(f"{where}: {show(item)} is not a pass; write its name and options: 'cluster_merge: {{}}'")
         return []
     if len(item) > 1:
         keys = ", ".join(map(str, item))
@@ -577,7 +465,7 @@ def _read_pass(item: Any, where: str, problems: list[str]) -> list[PassOptions]:
     where = f"{where}.{name}"
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        problems.append(f"{where}: {_show(given)} is not a mapping of options")
+        problems.append(f"{where}: {show(given)} is not a mapping of options")
         return []
     options = options_type.__new__(options_type)
     found = _fill(options, {str(key): value for key, value in given.items()}, where)

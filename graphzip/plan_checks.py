@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
-__all__ = ["count_of", "globs", "is_flag", "one_of", "path_or_none", "share_of_atoms", "slice_shape"]
+__all__ = [
+    "Problems",
+    "Wrong",
+    "check_amount",
+    "check_clusters",
+    "check_globs",
+    "check_keep",
+    "check_multiple",
+    "check_name",
+    "check_norms",
+    "check_partition",
+    "check_strength",
+    "check_weight",
+    "count_of",
+    "is_flag",
+    "is_int",
+    "is_list",
+    "named",
+    "one_of",
+    "path_or_none",
+    "share_of_atoms",
+    "show",
+    "slice_shape",
+]
 
 
 def count_of(what: str, *, optional: bool = False) -> Callable[[Any], int | None]:
@@ -32,15 +57,6 @@ def one_of(*choices: str | None) -> Callable[[Any], str | None]:
         return value  # type: ignore[no-any-return]
 
     return check
-
-
-def globs(value: Any) -> tuple[str, ...]:
-    """A list of globs on layer names."""
-    if isinstance(value, str):
-        raise ValueError(f"{value!r} is one glob; write a list: [{value!r}]")
-    if not isinstance(value, Sequence) or not all(isinstance(glob, str) for glob in value):
-        raise ValueError(f"{value!r} is not a list of globs on layer names")
-    return tuple(value)
 
 
 def is_flag(value: Any) -> bool:
@@ -74,3 +90,137 @@ def slice_shape(value: Any) -> tuple[int, ...]:
             "[16, 16, 3, 3]"
         )
     return tuple(int(size) for size in sizes)
+
+
+class Wrong(ValueError):
+    """What is wrong with the value of one option."""
+
+
+class Problems(Wrong):
+    """What is wrong at several places of one option: pairs of the path below the option and the text."""
+
+    def __init__(self, items: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{path} {text}".strip() for path, text in items))
+        self.items = tuple(items)
+
+
+def show(value: object) -> str:
+    return reprlib.repr(value)
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def named(value: Mapping[Any, Any], check: Callable[[Any], Any]) -> dict[str, Any]:
+    """A mapping from names to checked values; the problems of all its entries are raised together."""
+    checked: dict[str, Any] = {}
+    problems: list[tuple[str, str]] = []
+    for name, entry in value.items():
+        if not isinstance(name, str):
+            problems.append((f"[{show(name)}]", "a name must be text; put it in quotes"))
+            continue
+        try:
+            checked[name] = check(entry)
+        except Wrong as error:
+            problems.append((f"[{name!r}]", str(error)))
+    if problems:
+        raise Problems(problems)
+    return checked
+
+
+def check_amount(value: Any) -> float | int:
+    if is_int(value):
+        if value < 1:
+            raise Wrong(f"{value} is out of range; an int is the number of channels to keep, at least 1")
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        share = float(value)
+        if not 0.0 < share <= 1.0:
+            raise Wrong(
+                f"{share} is out of range; a float is the share of the channels to keep, above 0 and at most 1 "
+                "(write an int to keep a number of channels)"
+            )
+        return share
+    raise Wrong(
+        f"{show(value)} is not an amount; write a float above 0 and at most 1 (a share of the channels) "
+        "or an int of at least 1 (a number of channels)"
+    )
+
+
+def check_keep(value: Any) -> Any:
+    return named(value, check_amount) if isinstance(value, Mapping) else check_amount(value)
+
+
+def check_partition(value: Any) -> tuple[tuple[int, ...], ...]:
+    """The clusters of one group. Whether a channel is missing is for those to say who know the group's size."""
+    if not is_list(value) or not all(is_list(cluster) for cluster in value):
+        raise Wrong(f"{show(value)} is not a list of lists of channels, such as [[0, 3], [1], [2]]")
+    if not value:
+        raise Wrong("no clusters; leave the group out to keep it whole")
+    seen: set[int] = set()
+    for cluster in value:
+        if not cluster:
+            raise Wrong("a cluster is empty; every cluster keeps one channel, so remove it")
+        for channel in cluster:
+            if not is_int(channel) or channel < 0:
+                raise Wrong(f"{show(channel)} is not a channel; channels are ints from 0")
+            if channel in seen:
+                raise Wrong(f"channel {channel} is named twice; every channel belongs to exactly one cluster")
+            seen.add(int(channel))
+    return tuple(tuple(int(channel) for channel in cluster) for cluster in value)
+
+
+def check_clusters(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise Wrong(f"{show(value)} is not a mapping from group names to lists of clusters")
+    return named(value, check_partition)
+
+
+def check_globs(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise Wrong(f"{value!r} is one glob; write a list: [{value!r}]")
+    if not is_list(value):
+        raise Wrong(f"{show(value)} is not a list of group-name globs")
+    for glob in value:
+        if not isinstance(glob, str):
+            raise Wrong(f"{show(glob)} is not a glob; a glob is text")
+    return tuple(value)
+
+
+def check_name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise Wrong(f"{show(value)} is not the name of a clustering, such as 'kmeans'")
+    return value
+
+
+def check_multiple(value: Any) -> int:
+    if not is_int(value) or value < 1:
+        raise Wrong(f"{show(value)} is not a number of channels; write an int of at least 1")
+    return int(value)
+
+
+def check_norms(value: Any) -> str:
+    if value in ("exact", "plain"):
+        return str(value)
+    raise Wrong(f"{show(value)} is not a way to treat norms; write 'exact' or 'plain'")
+
+
+def check_strength(value: Any) -> float | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) < math.inf:
+        return float(value)
+    raise Wrong(f"{show(value)} is not a strength; write a number above 0, or 'auto'")
+
+
+def check_weight(value: Any) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < math.inf:
+        return float(value)
+    raise Wrong(f"{show(value)} is not a strength; write a number of at least 0")
