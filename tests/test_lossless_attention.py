@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_nets import ATTENTION_NETS, HEADS, INNER, STREAM, WIDTH
-from planting import Lossless, assert_lossless, double
+from planting import TOLERANCE, Lossless, assert_lossless, double, plant, relative
 from torch import nn
 
 import graphzip as gz
@@ -45,7 +45,8 @@ NO_ONE_IS_PINNED = [
 def lossless(name: str, seed: int = 0, **options: Any) -> Lossless:
     """The property on one network."""
     model, inputs = ATTENTION_NETS[name]()
-    return assert_lossless(model, inputs, seed, trains=name not in TRAINS_OTHERWISE, **options)
+    options.setdefault("trains", name not in TRAINS_OTHERWISE)
+    return assert_lossless(model, inputs, seed, **options)
 
 
 @pytest.mark.parametrize("name", sorted(ATTENTION_NETS))
@@ -167,3 +168,18 @@ def assert_same_groups(name: str, change: Callable[[nn.Module], nn.Module], dtyp
     if dtype is None:
         example = tuple(x.to("meta") for x in inputs)
     assert gz.channel_groups(change(model.eval()), example).to_dict() == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["stream_layer_norm", "stream_group_norm_one", "stream_normalize", "channel_attention"]
+)
+def test_the_result_merges_again(name: str) -> None:
+    """Norms that count channels by their weights count those weights again."""
+    once = lossless(name, fraction=0.7, trains=False).compiled.module
+    inputs = tuple(x.double() for x in ATTENTION_NETS[name]()[1])
+    groups = gz.channel_groups(once, inputs)
+    clusters = plant(once, groups, 1, fraction=0.6)
+    twice = gz.compile(once, gz.Plan([gz.ClusterMerge(clusters=clusters)]), inputs)
+    assert {group.name for group in groups if not group.mergeable} == {"last"}
+    assert relative(once(*inputs), twice.module(*inputs)) <= TOLERANCE
+    assert sum(p.numel() for p in twice.module.parameters()) < sum(p.numel() for p in once.parameters())
