@@ -224,3 +224,20 @@ CASES.each({"pixel_shuffle": (2,)}, shape=(2, 12, 2, 3), free={"make": 3})
 CASES.each({"pixel_unshuffle": (2,)}, shape=(2, 3, 4, 2))
 CASES.add(aten.pixel_unshuffle.default, lambda m, x: aten.pixel_unshuffle.default(F.pixel_shuffle(x, 2).relu(), 2),
           (2, 12, 2, 3), name="of a shuffle", free={"make": 3})  # fmt: skip
+CASES.add(aten.im2col.default, lambda m, x: F.unfold(x, 2, padding=1), (2, 6, 3, 4))
+CASES.add(aten.im2col.default, lambda m, x: F.unfold(x, (2, 1), stride=(2, 1)).unflatten(1, (6, 2)).amax(2), (2, 6, 4, 3),
+          name="and the largest of each window")  # fmt: skip
+CASES.add(aten.col2im.default, lambda m, x: F.fold(x, (3, 3), 2), (2, 12, 4), free={"make": 3})
+CASES.add(aten.col2im.default, lambda m, x: F.fold(F.unfold(x, 2, stride=2).relu(), (4, 4), 2, stride=2), (2, 6, 4, 4),
+          name="of columns")  # fmt: skip
+CASES.add(aten.col2im.default, lambda m, x: F.fold(x.mT, (3, 3), 2), (2, 4, 12), name="along positions", free=None)
+CASES.add(aten.unfold.default, lambda m, x: aten.unfold.default(x, 2, 2, 1).mean(-1), (2, 6, 5))
+CASES.add(aten.unfold.default, lambda m, x: aten.unfold.default(x, 1, 3, 3).mean(-1), (2, 6, 5), name="over channels",
+          why="lays overlapping windows")  # fmt: skip
+CASES.add(
+    aten.repeat.default,
+    lambda m, x: x * x.mean(2, keepdim=True).repeat(1, 1, 5),
+    (2, 6, 5),
+    dim=2,
+    name="as wide as channels",
+)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.ops import conv, linear, movement, norm, pointwise, positions
+from graphzip.ops import conv, linear, movement, norm, pointwise, positions, windows
 from graphzip.ops.spec import OpSpec, table_of
 
 __all__ = ["MOVES", "OPS", "OpSpec"]
 
-OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in (pointwise, movement, conv, linear, norm, positions))
+OPS: dict[Any, OpSpec] = table_of(
+    module.SPECS for module in (pointwise, movement, windows, conv, linear, norm, positions)
+)
 
 _SPREADS = {movement.aten.expand.default, movement.aten.expand_as.default}
 MOVES: frozenset[Any] = (
-    frozenset(target for spec in (*movement.SPECS, pointwise.IDENTITY) for target in spec.targets) - _SPREADS
+    frozenset(target for spec in (*movement.SPECS, *windows.SHUFFLES, pointwise.IDENTITY) for target in spec.targets)
+    - _SPREADS
 )
 """Operators that only rearrange: their result is still a parameter where their operands are."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphzip.graph.inputs import concrete_shape
 from graphzip.labels import IntArray, support
 from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, split_axes
 from graphzip.ops.site import Site
@@ -480,6 +481,20 @@ def repeat(site: Site) -> Result:
     return moved(site, site.axes(source), run) + _spread(site, before, after)
 
 
+def patch_repeat(patch: Patch) -> None:
+    """A dimension that was copied is copied as often as its copies stay."""
+    rank = len(patch.node.meta["val"].shape)
+    shape = concrete_shape(patch.args["self"].meta["val"])
+    before = (1,) * (rank - len(shape)) + shape
+    name = "repeats" if "repeats" in patch.args else "dims"
+    times = list(patch.args[name])
+    offset = rank - len(times)
+    for dim in range(max(1, offset), rank):
+        if before[dim] == 1 and patch.shrinks(patch.node, dim):
+            times[dim - offset] = patch.size(patch.node, dim)
+    patch.set(name, times)
+
+
 def repeat_interleave(site: Site) -> Result:
     """Every position along `dim` several times in a row (heads of grouped queries)."""
     source, times = site.args["self"], site.args["repeats"]
@@ -489,39 +504,6 @@ def repeat_interleave(site: Site) -> Result:
     return moved(
         site, site.axes(source), lambda array: np.repeat(array, times, axis=dim) if array.shape[dim] > 1 else array
     )
-
-
-def pixel_shuffle(site: Site) -> Result:
-    """`(.., C r r, H, W) -> (.., C, H r, W r)`: the places that become one channel go together."""
-    source, r = site.args["self"], int(site.args["upscale_factor"])
-    place = len(site.shape(source)) - 3
-    touching, rest = split_axes(site.axes(source), [place])
-    others = mixing(site, tuple(rest), [place + 1, place + 2], "moves positions")
-    made = []
-    for axis in touching:
-        flat = site.tie(axis, [dim for dim in support(axis) if dim != place])
-        site.tie(flat.reshape(-1, r * r), [1])
-        step = (slice(None),) * place + (slice(0, None, r * r),)
-        made.append(site.move([flat], lambda arrays, step=step: arrays[0][step]))  # type: ignore[misc]
-    return (*others, *(axis for axis in made if support(axis)))
-
-
-def pixel_unshuffle(site: Site) -> Result:
-    """`(.., C, H r, W r) -> (.., C r r, H, W)`."""
-    source, r = site.args["self"], int(site.args["downscale_factor"])
-    *lead, channels, height, width = site.shape(source)
-    k = len(lead)
-
-    def run(array: IntArray) -> IntArray:
-        if all(array.shape[d] == 1 for d in (k, k + 1, k + 2)):
-            return array
-        whole = np.broadcast_to(array, (*array.shape[:k], channels, height, width))
-        cells = whole.reshape(*array.shape[:k], channels, height // r, r, width // r, r)
-        order = [*range(k), k, k + 2, k + 4, k + 1, k + 3]
-        shuffled: IntArray = cells.transpose(order).reshape(*array.shape[:k], channels * r * r, height // r, width // r)
-        return shuffled
-
-    return moved(site, site.axes(source), run)
 
 
 def patch_sizes(name: str) -> Any:
@@ -593,8 +575,6 @@ SPECS = (
     OpSpec((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), factory),
     OpSpec((aten.flip.default,), flip),
     OpSpec((aten.roll.default,), roll, patch=patch_roll),
-    OpSpec((aten.repeat.default, aten.tile.default), repeat),
+    OpSpec((aten.repeat.default, aten.tile.default), repeat, patch=patch_repeat),
     OpSpec((aten.repeat_interleave.self_int,), repeat_interleave),
-    OpSpec((aten.pixel_shuffle.default,), pixel_shuffle),
-    OpSpec((aten.pixel_unshuffle.default,), pixel_unshuffle),
 )
