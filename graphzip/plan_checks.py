@@ -187,7 +187,7 @@ def check_globs(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         raise Wrong(f"{value!r} is one glob; write a list: [{value!r}]")
     if not is_list(value):
-        raise Wrong(f"{show(value)} is not a list of group-name globs")
+        raise Wrong(f"{show(value)} is not a list of globs on names")
     for glob in value:
         if not isinstance(glob, str):
             raise Wrong(f"{show(glob)} is not a glob; a glob is text")

@@ -470,7 +470,7 @@ def test_plans_that_do_not_fit(model: Any, options: dict[str, Any], message: str
         ({"group_size": True}, "group_size: True is not a number of channels; write an int of at least 1"),
         ({"atom_drop": 1.0}, "atom_drop: 1.0 is not a share of the atoms; write a number from 0 to below 1"),
         ({"include": "conv"}, "include: 'conv' is one glob; write a list: ['conv']"),
-        ({"exclude": [3]}, "exclude: [3] is not a list of globs on layer names"),
+        ({"exclude": [3]}, "exclude: 3 is not a glob; a glob is text"),
         ({"weighted": 1}, "weighted: 1 is neither true nor false"),
     ],
 )

@@ -126,7 +126,7 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"clusters": {"a": [[0, 1.0]]}}, "clusters['a']: 1.0 is not a channel"),
     ({"clusters": {"a": [[0, 1], [1]]}}, "clusters['a']: channel 1 is named twice"),
     ({"exclude": "fc*"}, "exclude: 'fc*' is one glob; write a list: ['fc*']"),
-    ({"exclude": 3}, "exclude: 3 is not a list of group-name globs"),
+    ({"exclude": 3}, "exclude: 3 is not a list of globs on names"),
     ({"exclude": ["a", 3]}, "exclude: 3 is not a glob; a glob is text"),
     ({"round_to": 0}, "round_to: 0 is not a number of channels; write an int of at least 1"),
     ({"round_to": 8.0}, "round_to: 8.0 is not a number of channels"),
