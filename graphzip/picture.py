@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from graphzip import tables
 from graphzip.errors import GraphZipError, MissingDependencyError
 from graphzip.files import check_target, staged
 
@@ -20,18 +21,11 @@ _ROW, _LANE = 0.24, 0.3
 _GREY = "0.6"
 
 
-class Group(Protocol):
+class Group(tables.Group, Protocol):
     """What is drawn of a channel group."""
 
     @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def mergeable(self) -> bool: ...
-    @property
     def whole_blocks(self) -> bool: ...
-    def touched(self, role: str) -> Sequence[str]: ...
 
 
 class Groups(Protocol):

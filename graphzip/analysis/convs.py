@@ -10,20 +10,12 @@ from torch import fx
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
+from graphzip.ops.conv import CONVOLUTIONS
 from graphzip.ops.site import bind
 
-__all__ = ["CONVOLUTIONS", "ConvLayer", "conv_layers"]
+__all__ = ["ConvLayer", "conv_layers"]
 
 aten = torch.ops.aten
-
-CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import fx
 
+from graphzip import tables
 from graphzip.analysis.channels import Analysis
 from graphzip.labels import IntArray
 
@@ -76,15 +77,9 @@ class Explanation:
         return asdict(self)
 
 
-class Group(Protocol):
+class Group(tables.Group, Protocol):
     """What is asked about a channel group."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def reason(self) -> str | None: ...
     @property
     def channels(self) -> IntArray: ...
     @property

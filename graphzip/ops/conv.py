@@ -18,20 +18,20 @@ from graphzip.ops.rules import merge, mixing, split_axes
 from graphzip.ops.site import Site, bind
 from graphzip.ops.spec import OpSpec, Patch, Result
 
-__all__ = ["SPECS", "blocked_weights"]
+__all__ = ["CONVOLUTIONS", "SPECS", "TRANSPOSED", "blocked_weights"]
 
 aten = torch.ops.aten
 
-_PLAIN = (
+CONVOLUTIONS = (
     aten.conv1d.default,
     aten.conv2d.default,
     aten.conv3d.default,
     aten.conv1d.padding,
     aten.conv2d.padding,
     aten.conv3d.padding,
-    aten.convolution.default,
 )
-_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+_PLAIN = (*CONVOLUTIONS, aten.convolution.default)
 
 
 def blocked_weights(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -63,7 +63,7 @@ def _is_weight_of(user: fx.Node, weight: fx.Node, groups: int) -> bool:
 
 
 def _is_transposed(site: Site) -> bool:
-    return site.node.target in _TRANSPOSED or bool(site.args.get("transposed"))
+    return site.node.target in TRANSPOSED or bool(site.args.get("transposed"))
 
 
 def convolution(site: Site) -> Result:
@@ -146,7 +146,7 @@ def patch_convolution(patch: Patch) -> None:
     weight, rank = patch.args["weight"], len(patch.node.meta["val"].shape)
     channel = rank - (len(weight.meta["val"].shape) - 1)
     groups = patch.args["groups"]
-    transposed = patch.node.target in _TRANSPOSED or bool(patch.args.get("transposed"))
+    transposed = patch.node.target in TRANSPOSED or bool(patch.args.get("transposed"))
     width = int(patch.args["input"].meta["val"].shape[channel]) // groups
     if groups > 1:
         kept = patch.kept(patch.args["input"], channel)
@@ -160,4 +160,4 @@ def patch_convolution(patch: Patch) -> None:
             patch.set_node("input", scaled)
 
 
-SPECS = (OpSpec(_PLAIN + _TRANSPOSED, convolution, macs=macs, patch=patch_convolution),)
+SPECS = (OpSpec(_PLAIN + TRANSPOSED, convolution, macs=macs, patch=patch_convolution),)

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from graphzip.graph.state import attach, drop_unread, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
+from graphzip.ops.conv import CONVOLUTIONS, TRANSPOSED
 from graphzip.ops.site import bind
 from graphzip.rewrite.shrink import refresh
 
@@ -20,16 +21,7 @@ __all__ = ["fold_batch_norm"]
 
 aten = torch.ops.aten
 
-_LAYERS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-    aten.linear.default,
-}
-_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+_LAYERS = {*CONVOLUTIONS, aten.linear.default}
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -57,12 +49,12 @@ def fold_batch_norm(traced: Traced) -> tuple[Traced, list[str]]:
 def _can_fold(node: fx.Node, tied: set[str]) -> bool:
     args = bind(node)
     layer = args["input"]
-    if layer.target not in _LAYERS | _TRANSPOSED or len(layer.users) != 1:
+    if layer.target not in _LAYERS.union(TRANSPOSED) or len(layer.users) != 1:
         return False
     if args["running_mean"] is None or args["training"]:
         return False
     given = bind(layer)
-    if layer.target in _TRANSPOSED and given["groups"] > 1:
+    if layer.target in TRANSPOSED and given["groups"] > 1:
         return False
     own = [value for value in (given["weight"], given["bias"]) if value is not None]
     if any(value.op != "get_attr" or len(value.users) != 1 or value.target in tied for value in own):
@@ -90,7 +82,7 @@ def _fold(traced: Traced, node: fx.Node) -> str:
     bias = given["bias"]
     shift = -mean if bias is None else get_tensor(traced.module, bias.target).detach().double() - mean
     shift = shift * scale if beta is None else shift * scale + beta
-    channel = 1 if layer.target in _TRANSPOSED else 0
+    channel = 1 if layer.target in TRANSPOSED else 0
     shape = [-1 if dim == channel else 1 for dim in range(weight.dim())]
     name = str(given["weight"].target)
     _put(traced.module, name, weight.detach().double() * scale.reshape(shape), weight)
