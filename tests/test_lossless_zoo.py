@@ -89,3 +89,19 @@ def test_segmentation(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(CLIPS))
 def test_video(name: str) -> None:
     check(build(name, num_classes=10), noise(3, *CLIPS[name]))
+
+
+@pytest.mark.parametrize("relative_positions", [False, True])
+def test_multiscale_attention(relative_positions: bool) -> None:
+    """Heads folded into the batch for a convolution and unfolded again; the batch in the middle of a product."""
+    mvit = pytest.importorskip("torchvision.models.video.mvit")
+    sizes: list[dict[str, Any]] = [
+        {"num_heads": 1, "input_channels": 8, "kernel_q": [], "stride_q": []},
+        {"num_heads": 2, "input_channels": 16, "kernel_q": [3, 3, 3], "stride_q": [1, 2, 2]},
+    ]
+    blocks = [mvit.MSBlockConfig(**s, output_channels=16, kernel_kv=[3, 3, 3], stride_kv=[1, 2, 2]) for s in sizes]
+    options = dict.fromkeys(("residual_pool", "rel_pos_embed", "proj_after_attn"), relative_positions)
+    torch.manual_seed(0)
+    model = mvit.MViT((32, 32), 4, blocks, residual_with_cls_embed=not relative_positions, num_classes=5, **options)
+    found = assert_lossless(model, (noise(3, 4, 32, 32),), trains=False)
+    assert found.merged >= 60

@@ -238,13 +238,13 @@ def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
 
 
 def parts(site: Site) -> list[Axes]:
-    """`split`, `chunk`, `unbind`: the list of slices along one dimension."""
+    """`split`, `chunk`, `tensor_split`, `unbind`: the list of slices along one dimension."""
     source = site.args["self"]
     shape = site.shape(source)
     dim = site.dim(site.args["dim"], len(shape))
     results: list[Axes] = []
     start = 0
-    drop = "split_size" not in site.args and "split_sizes" not in site.args and "chunks" not in site.args
+    drop = not {"split_size", "split_sizes", "chunks", "sections", "indices"} & set(site.args)
     axes = _unique_position(site, site.axes(source), dim) if drop else site.axes(source)
     for value in site.node.meta["val"]:
         size = 1 if drop else int(value.shape[dim])
@@ -563,7 +563,15 @@ SPECS = (
     OpSpec((aten.slice_scatter.default,), scatter, patch=patch_scatter),
     OpSpec((aten.select_scatter.default,), scatter),
     OpSpec(
-        (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
+        (
+            aten.split.Tensor,
+            aten.split.sizes,
+            aten.split_with_sizes.default,
+            aten.chunk.default,
+            aten.unbind.int,
+            aten.tensor_split.sections,
+            aten.tensor_split.indices,
+        ),
         parts,
         patch=patch_parts,
     ),

@@ -63,7 +63,7 @@ def merge(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
 
     Axes over the same dimensions are unified. An axis over fewer dimensions than another is unified with it when it
     has the innermost of them (a scale per head width), otherwise it contains it (a scale per head). Where an operand
-    extends along a dimension without labels, the others are pinned.
+    extends along the innermost dimension without labels, the others are pinned; along an outer one, their blocks are.
     """
     remaining = [axis for axes, _ in operands for axis in axes if support(axis)]
     result: list[IntArray] = []
@@ -84,26 +84,32 @@ def merge(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
 def _meet(
     site: Site, cluster: list[IntArray], dims: set[int], operands: Sequence[tuple[Axes, tuple[int, ...]]]
 ) -> list[IntArray]:
-    bare = any(
-        shape[dim] > 1 and not any(dim in support(axis) for axis in axes) for axes, shape in operands for dim in dims
-    )
+    bare = {
+        dim
+        for axes, shape in operands
+        for dim in dims
+        if shape[dim] > 1 and not any(dim in support(axis) for axis in axes)
+    }
     widest = _widest(cluster, dims)
-    if bare or widest is None:
-        why = (
-            "combines it with a tensor whose channels are fixed" if bare else "combines axes that cut across each other"
-        )
+    if widest is None or bare & {support(wide)[-1] for wide in widest}:
+        why = "combines axes that cut across each other" if not bare else _FIXED
         for axis in cluster:
             site.pin(axis, why)
         return []
-    if len(widest) > 1:
+    if bare or len(widest) > 1:
         outer = support(widest[0])[:-1]
         block = site.fresh([size if dim in outer else 1 for dim, size in enumerate(widest[0].shape)])
-        for axis in widest:
-            site.contain(block, axis)
+        for wide in widest:
+            site.contain(block, wide)
+        if bare:
+            site.pin(block, _FIXED)
     for axis in cluster:
         for wide in widest:
-            _join(site, axis, wide)
+            _join(site, axis, wide, shared=not bare)
     return widest
+
+
+_FIXED = "combines it with a tensor whose channels are fixed"
 
 
 def _widest(cluster: list[IntArray], dims: set[int]) -> list[IntArray] | None:
@@ -125,14 +131,17 @@ def _widest(cluster: list[IntArray], dims: set[int]) -> list[IntArray] | None:
     return list(found.values())
 
 
-def _join(site: Site, axis: IntArray, widest: IntArray) -> None:
-    """What the labels of one axis have to do with those of one that extends at least as far."""
+def _join(site: Site, axis: IntArray, widest: IntArray, *, shared: bool) -> None:
+    """What the labels of one axis have to do with those of one that extends at least as far.
+
+    Without `shared` blocks cannot come and go without the narrower one.
+    """
     along, inner = set(support(axis)), support(widest)[-1]
     if axis is widest or not along <= set(support(widest)):
         return
     if inner not in along:
         site.contain(axis, widest)
-    elif len(along) < len(support(widest)):
+    elif shared and len(along) < len(support(widest)):
         site.share(axis, widest)
     else:
         site.unify(axis, widest)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import fx
 
@@ -114,6 +115,9 @@ class Layout:
         product = np.ones(())
         for each in counts:
             product = product * each
+        for dim, size in enumerate(value.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and dim < product.ndim and product.shape[dim] > 1:
+                raise RewriteError(f"merged channels lie along dimension {dim} together with the batch")
         return None if (product == 1).all() else product
 
     def _counts(self, axis: IntArray, dims: Sequence[int], blocks: int) -> FloatArray:
@@ -130,8 +134,10 @@ class Layout:
         itself = lines * self.keeper.size + classes
         counts = _count(stands_for, itself) / _count(itself, itself)
         left = compact(counts, self.mask(axis))
-        if left.shape[0] > 1 and 0 in others and (left == left[:1]).all():
-            left = left[:1]
+        for dim in others:
+            first = np.take(left, [0], axis=dim)
+            if (left == first).all():
+                left = first
         return left
 
     def consumes(self, value: fx.Node, dim: int) -> bool:
