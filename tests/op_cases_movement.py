@@ -35,6 +35,8 @@ CASES.together("parts of positions", {
     "split.sizes": lambda m, x: aten.split.sizes(x, [3, 1], 2)[0],
     "split_with_sizes": lambda m, x: aten.split_with_sizes.default(x, [1, 3], 2)[1],
     "chunk": lambda m, x: torch.mul(*aten.chunk.default(x, 2, 2)),
+    "tensor_split.sections": lambda m, x: aten.tensor_split.sections(x, 3, 2)[0],
+    "tensor_split.indices": lambda m, x: aten.tensor_split.indices(x, [1, 3], 2)[1],
 }, (2, 6, 4), dim=1)  # fmt: skip
 CASES.together("positions moved", {
     "flip": ([2],), "roll": ([1], [2]), "repeat": ([1, 1, 3],), "tile": ([3],), "repeat_interleave.self_int": (2, 2),
@@ -107,11 +109,20 @@ CASES.add(aten.narrow.default, lambda m, x: aten.narrow.default(x, 1, -4, 2), na
 CASES.add(aten.split.Tensor, lambda m, x: three(*aten.split.Tensor(x, 2, 1)), free={"make": 2})
 CASES.add(aten.split.Tensor, lambda m, x: torch.cat(aten.split.Tensor(x, 4, 1)[::-1], 1), name="into uneven parts",
           free={"make": 4, "make#2": 2})  # fmt: skip
+CASES.add(aten.split.Tensor, lambda m, x: torch.cat(aten.split.Tensor(x, 5, 1)[::-1], 1), name="with one channel left",
+          free={"make": 5})  # fmt: skip
 CASES.add(aten.split.sizes, lambda m, x: torch.cat(aten.split.sizes(x, [2, 4], 1)[::-1], 1),
           free={"make": 2, "make#2": 4})  # fmt: skip
 CASES.add(aten.split_with_sizes.default, lambda m, x: three(*aten.split_with_sizes.default(x, [2, 2, 2], 1)),
           free={"make": 2})  # fmt: skip
 CASES.add(aten.chunk.default, lambda m, x: torch.mul(*aten.chunk.default(x, 2, 1)), free={"make": 3})
+CASES.add(aten.tensor_split.sections, lambda m, x: three(*aten.tensor_split.sections(x, 3, 1)), free={"make": 2})
+CASES.add(aten.tensor_split.sections, lambda m, x: torch.cat(aten.tensor_split.sections(x, 4, 1)[::-1], 1),
+          name="into uneven parts", free={"make": 2, "make#2": 2})  # fmt: skip
+CASES.add(aten.tensor_split.indices, lambda m, x: torch.cat(aten.tensor_split.indices(x, [2], 1)[::-1], 1),
+          free={"make": 2, "make#2": 4})  # fmt: skip
+CASES.add(aten.tensor_split.indices, lambda m, x: torch.cat(aten.tensor_split.indices(x, [1], 1)[::-1], 1),
+          name="of the first channel", free={"make#2": 5}, why="picks single channels")  # fmt: skip
 
 
 def three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

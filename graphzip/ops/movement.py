@@ -253,6 +253,9 @@ def parts(site: Site) -> list[Axes]:
             piece = _cut(array, dim, part)
             return np.take(piece, 0, axis=dim) if drop else piece
 
+        single = [cut(axis) for axis in axes if size == 1 and support(axis) == (dim,)]
+        for piece in single:
+            site.pin(piece, "picks single channels")
         results.append(moved(site, axes, cut))
         start += size
     return results

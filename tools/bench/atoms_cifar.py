@@ -15,7 +15,6 @@ the mean over the layers of the relative error of the kernel.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import time
@@ -23,11 +22,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from resnet20_oneshot import MEAN, STD, ResNet20, accuracy, data_folder, read_images
+from cifar import CifarResNet, accuracy, data_folder, normalised, read_images
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -56,22 +53,6 @@ def variants(*, weighted: bool, start: str) -> dict[str, gz.AtomFactorize | gz.S
     return made
 
 
-def read_training(archive: Path, count: int) -> tuple[Tensor, Tensor]:
-    """Evenly spaced training images, uint8 of shape (count, 3, 32, 32), and their labels."""
-    with np.load(archive) as data:
-        jpeg, offsets, labels = data["train_jpeg"].tobytes(), data["train_offsets"], data["train_labels"]
-    chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
-    pixels = [
-        np.asarray(Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in chosen.tolist()
-    ]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.from_numpy(labels[chosen].astype(np.int64))
-
-
-def normalised(images: Tensor) -> Tensor:
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return (images / 255 - mean) / std
-
-
 def train(prepared: gz.Prepared, images: Tensor, labels: Tensor, epochs: int, rate: float) -> None:
     """SGD with momentum, flips and shifts of up to four pixels, one cycle of the learning rate."""
     random = torch.Generator().manual_seed(0)
@@ -97,13 +78,13 @@ def train(prepared: gz.Prepared, images: Tensor, labels: Tensor, epochs: int, ra
 def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One row per variant and start."""
     weights, archive = folder / "resnet20_cifar10.safetensors", folder / "cifar10_jpeg.npz"
-    model = ResNet20().eval()
+    model = CifarResNet(3).eval()
     model.load_state_dict(load_file(weights))
-    test = read_images(archive, options.images)
-    training = read_training(archive, options.train_images) if options.epochs else None
+    test = read_images(archive, "test", options.images)
+    training = read_images(archive, "train", options.train_images) if options.epochs else None
     calibration = None
     if options.weighted:
-        calibration = list(normalised(read_training(archive, CALIBRATION)[0]).split(BATCH))
+        calibration = list(normalised(read_images(archive, "train", CALIBRATION)[0]).split(BATCH))
     before = gz.cost(model, EXAMPLE)
     rows: list[dict[str, Any]] = [{"variant": "dense", "params": before.params, "accuracy": accuracy(model, *test)}]
     for start in ("fit", "random") if options.start == "both" else (options.start,):
