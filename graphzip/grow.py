@@ -12,7 +12,7 @@ from graphzip.errors import GraphZipError, PlanError
 from graphzip.graph.factored import AtomConv
 from graphzip.graph.state import named_state
 from graphzip.plan import AtomFactorize, Plan
-from graphzip.prepared import Prepared
+from graphzip.prepared import Prepared, follow_modes
 
 __all__ = ["expand"]
 
@@ -72,9 +72,7 @@ def _grown(plan: Plan, position: int, options: AtomFactorize, share: str | None,
 def _place_like(grown: nn.Module, model: nn.Module) -> None:
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     grown.to(like.device, like.dtype)
-    modes = {name: inner.training for name, inner in model.named_modules()}
-    for name, inner in grown.named_modules():
-        inner.training = modes.get(name, model.training)
+    follow_modes(grown, model)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def count_of(what: str, *, optional: bool = False) -> Callable[[Any], int | None
     def check(value: Any) -> int | None:
         if value is None and optional:
             return None
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        if not is_int(value) or value < 1:
             raise ValueError(f"{value!r} is not a number of {what}; write an int of at least 1")
         return int(value)
 

@@ -22,7 +22,6 @@ from torch import nn
 from graphzip.analysis.convs import ConvLayer, conv_layers
 from graphzip.export.measure import ConvCase, milliseconds
 from graphzip.graph.factored import AtomConv, factored_conv
-from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 from graphzip.plan import AtomFactorize, plan_error
@@ -30,7 +29,7 @@ from graphzip.rewrite.factor import factor
 from graphzip.rewrite.lower import AtomCall, atom_calls, atoms_first
 from passes.atom_fit import fit_atoms, random_atoms
 from passes.base import FreeTraining
-from passes.conv_layers import blocks_of, select
+from passes.conv_layers import blocks_of, kernel_of, select
 from passes.input_moments import input_moments
 
 __all__ = ["AtomFactorizePass"]
@@ -179,7 +178,7 @@ class AtomFactorizePass(FreeTraining):
         parameters: dict[Any, nn.Parameter] = {}
         for name, split in self.splits.items():
             own = [(name, number) for number in range(split.count)]
-            weight = get_tensor(traced.module, f"{name}.weight" if name else "weight")
+            weight = kernel_of(traced, name)
             key = self.sets[own[0]]
             if key not in parameters:
                 apart = self.options.share is None and split.count > 1
@@ -219,12 +218,12 @@ class AtomFactorizePass(FreeTraining):
     def _block(self, traced: Traced, name: str, number: int) -> torch.Tensor:
         """The part of a trained kernel that a group of filters keeps, `(s, s', positions)`."""
         split = self.splits[name]
-        weight = get_tensor(traced.module, f"{name}.weight" if name else "weight").detach().double().cpu()
+        weight = kernel_of(traced, name).detach().double().cpu()
         return weight[split.filters(number), split.inputs(number)].flatten(2)
 
     def _relative_error(self, traced: Traced, name: str, layer: AtomConv) -> float:
         split = self.splits[name]
-        whole = get_tensor(traced.module, f"{name}.weight" if name else "weight").detach().double().cpu()
+        whole = kernel_of(traced, name).detach().double().cpu()
         kernel = layer.kernel_of(drop=False).detach().double().cpu().flatten(2)
         lost = float(whole.square().sum())
         for number, part in enumerate(torch.split(kernel, split.rows)):

@@ -10,13 +10,22 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
+
 from graphzip.analysis.convs import ConvLayer
+from graphzip.graph.state import get_tensor
+from graphzip.graph.trace import Traced
 from graphzip.plan import plan_error
 from graphzip.tables import closest
 
-__all__ = ["blocks_of", "first_match", "select"]
+__all__ = ["blocks_of", "first_match", "kernel_of", "select"]
 
 logger = logging.getLogger(__name__)
+
+
+def kernel_of(traced: Traced, name: str) -> torch.Tensor:
+    """The kernel of the convolution `name`, which is empty where the model itself is one."""
+    return get_tensor(traced.module, f"{name}.weight" if name else "weight")
 
 
 def select(

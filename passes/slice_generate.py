@@ -24,12 +24,11 @@ from torch import nn
 from graphzip.analysis.convs import ConvLayer, conv_layers
 from graphzip.errors import WeightsError
 from graphzip.graph.factored import SliceConv, factored_conv, slice_grid
-from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.plan import SliceGenerate, plan_error
 from graphzip.rewrite.factor import factor
 from passes.base import FreeTraining
-from passes.conv_layers import first_match, select
+from passes.conv_layers import first_match, kernel_of, select
 
 __all__ = ["SliceGeneratePass", "cut"]
 
@@ -91,7 +90,7 @@ class SliceGeneratePass(FreeTraining):
     def _made(
         self, traced: Traced, model: nn.Module, layers: list[ConvLayer], random: torch.Generator
     ) -> dict[str, SliceConv]:
-        weights = [get_tensor(traced.module, f"{layer.name}.weight" if layer.name else "weight") for layer in layers]
+        weights = [kernel_of(traced, layer.name) for layer in layers]
         like = weights[0]
         wanted = [_random_like(weight, random) if self.options.init == "random" else weight for weight in weights]
         codes, generator = self._factors(wanted, random)

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.operators import CONVOLUTIONS
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
-from graphzip.ops.conv import CONVOLUTIONS
 from graphzip.ops.site import bind
 
 __all__ = ["ConvLayer", "conv_layers"]

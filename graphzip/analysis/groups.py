@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -198,9 +198,10 @@ class ChannelGroups(Sequence[ChannelGroup]):
 
 def channel_groups_of(traced: Traced, analysis: Analysis) -> ChannelGroups:
     """Form the groups of an analysed graph."""
-    drafts = _Builder(traced, analysis, analysis.fine).drafts()
+    first_use = _execution_order(traced)
+    drafts = _Builder(traced, analysis, analysis.fine, first_use).drafts()
     if analysis.coarse is not None:
-        drafts += _Builder(traced, analysis, analysis.coarse, whole_blocks=True).drafts()
+        drafts += _Builder(traced, analysis, analysis.coarse, first_use).drafts()
     drafts.sort(key=lambda draft: draft.place)
     groups = _named(traced, drafts)
 
@@ -208,7 +209,6 @@ def channel_groups_of(traced: Traced, analysis: Analysis) -> ChannelGroups:
         roles = {_local(traced, param.param): param.role for param in group.params}
         return explain(traced.graph, analysis, group, roles)
 
-    first_use = _execution_order(traced)
     order = [traced.qualified(name) for name in sorted(first_use, key=first_use.__getitem__)]
     return ChannelGroups(groups, *_shares(traced, groups), explained, order)
 
@@ -228,12 +228,12 @@ class _Draft:
 
 
 class _Builder:
-    def __init__(self, traced: Traced, analysis: Analysis, level: Level, *, whole_blocks: bool = False) -> None:
+    def __init__(self, traced: Traced, analysis: Analysis, level: Level, first_use: Mapping[str, int]) -> None:
         self.traced = traced
         self.analysis = analysis
         self.level = level
-        self.whole_blocks = whole_blocks
-        self.first_use = _execution_order(traced)
+        self.whole_blocks = level is analysis.coarse
+        self.first_use = first_use
         self.slices = _slices(analysis, level)
 
     def drafts(self) -> list[_Draft]:

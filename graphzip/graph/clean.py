@@ -18,7 +18,7 @@ from graphzip.graph.source import annotate
 from graphzip.graph.state import Aliases, get_tensor
 from graphzip.graph.unpack import unpack
 
-__all__ = ["clean"]
+__all__ = ["clean", "fetch_once"]
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> None:
         annotate(node)
         if node.op in {"call_function", "call_module"} and any(mark in str(node.target) for mark in _NOTHING_TO_KEEP):
             graph.erase_node(node)
-    _fetch_once(graph, aliases)
+    fetch_once(graph, aliases)
     _drop_constant_copies(module)
     functionalize(graph)
     decompose(graph)
@@ -42,7 +42,8 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> None:
     module.graph.lint()
 
 
-def _fetch_once(graph: fx.Graph, aliases: Aliases) -> None:
+def fetch_once(graph: fx.Graph, aliases: Aliases) -> None:
+    """Fetch every tensor that is read once, under its first name, and no other."""
     first: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "get_attr":

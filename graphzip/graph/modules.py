@@ -18,6 +18,7 @@ from graphzip.graph.conditions import check_sizes, parse
 from graphzip.graph.factored import FACTORED, AtomConv
 from graphzip.graph.inputs import check_constant, check_input
 from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
+from graphzip.graph.operators import CONVOLUTIONS
 from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
 from graphzip.graph.trace import Traced
 
@@ -108,7 +109,7 @@ class _Restorer:
 
     def _factored_layers(self) -> None:
         """Convolutions whose kernel is built from the state of one module are called as that module."""
-        found = {node: _kernel_builders(node) for node in self.module.graph.nodes if node.target in _CONVOLUTIONS}
+        found = {node: _kernel_builders(node) for node in self.module.graph.nodes if node.target in CONVOLUTIONS}
         for node, builders in found.items():
             args = _bound(node)
             names = {str(each.target) for each in builders if each.op == "get_attr"}
@@ -377,9 +378,6 @@ def _rows(kind: str, *targets: tuple[Any, ...]) -> dict[Any, _Layer]:
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
-_CONVOLUTIONS = {
-    getattr(getattr(aten, f"conv{dims}d"), overload) for dims in (1, 2, 3) for overload in ("default", "padding")
-}
 _LAYERS: dict[Any, _Layer] = {
     **_rows(
         "Conv",

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.operators import COPIES
 from graphzip.graph.state import attach, get_tensor
 
 __all__ = ["fuse_shuffles"]
@@ -26,7 +27,6 @@ _RESHAPES = {
     aten._unsafe_view.default,
 }
 _MOVES = {aten.permute.default, aten.transpose.int}
-_COPIES = {aten.contiguous.default, aten.clone.default}
 _LARGEST = 1 << 26
 
 
@@ -54,7 +54,7 @@ def _chain_ending_at(last: fx.Node) -> list[fx.Node]:
         before = chain[0].args[0]
         if (
             not isinstance(before, fx.Node)
-            or before.target not in _MOVES | _COPIES | _RESHAPES
+            or before.target not in (_MOVES | _RESHAPES).union(COPIES)
             or len(before.users) != 1
         ):
             return []

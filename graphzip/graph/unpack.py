@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.operators import COPIES
 from graphzip.graph.state import attach
 
 __all__ = ["unpack"]
@@ -21,7 +22,6 @@ __all__ = ["unpack"]
 aten = torch.ops.aten
 
 _VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
-_COPIES = {aten.contiguous.default, aten.clone.default}
 
 
 def unpack(module: fx.GraphModule) -> None:
@@ -88,7 +88,7 @@ def _trace_back(node: fx.Node, dim: int) -> tuple[list[fx.Node], int | None]:
 
 def _before(node: fx.Node, dim: int) -> int | None:
     """The dimension of the operand that became dimension `dim`."""
-    if node.target in _COPIES:
+    if node.target in COPIES:
         return dim
     rank = len(node.meta["val"].shape)
     if node.target is aten.permute.default:

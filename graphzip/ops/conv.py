@@ -13,24 +13,16 @@ import numpy as np
 import torch
 from torch import fx
 
+from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.labels import IntArray, support
 from graphzip.ops.rules import merge, mixing, split_axes
 from graphzip.ops.site import Site, bind
 from graphzip.ops.spec import OpSpec, Patch, Result
 
-__all__ = ["CONVOLUTIONS", "SPECS", "TRANSPOSED", "blocked_weights"]
+__all__ = ["SPECS", "blocked_weights"]
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-)
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 _PLAIN = (*CONVOLUTIONS, aten.convolution.default)
 
 

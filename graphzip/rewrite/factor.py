@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from graphzip.analysis.convs import ConvLayer
+from graphzip.graph.clean import fetch_once
 from graphzip.graph.factored import AtomConv, FactoredConv, SliceConv, slice_grid
 from graphzip.graph.state import attach, drop_unread, find_aliases
 from graphzip.graph.trace import Traced
@@ -48,7 +49,7 @@ def factor(
         result.graph.erase_node(stored)
         result.module_types[layer.name] = type(new).__name__
     result.aliases = find_aliases(result.module)
-    _fetch_once(result.graph, result.aliases)
+    fetch_once(result.graph, result.aliases)
     drop_unread(result.module, result.graph)
     refresh(result)
     result.module.recompile()
@@ -64,18 +65,6 @@ def _hold(root: nn.Module, name: str, layer: FactoredConv) -> None:
     for leaf, tensor in (layer._parameters | layer._buffers).items():
         if tensor is not None:
             attach(root, f"{name}.{leaf}" if name else leaf, tensor)
-
-
-def _fetch_once(graph: fx.Graph, aliases: Mapping[str, str]) -> None:
-    """Every tensor is fetched once, under its first name."""
-    first: dict[str, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            node.target = aliases.get(str(node.target), str(node.target))
-            kept = first.setdefault(node.target, node)
-            if kept is not node:
-                node.replace_all_uses_with(kept)
-                graph.erase_node(node)
 
 
 def _replace(model: nn.Module, layers: Sequence[ConvLayer], made: Mapping[str, FactoredConv]) -> nn.Module:

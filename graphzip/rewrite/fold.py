@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.graph.state import attach, drop_unread, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
-from graphzip.ops.conv import CONVOLUTIONS, TRANSPOSED
 from graphzip.ops.site import bind
 from graphzip.rewrite.shrink import refresh
 

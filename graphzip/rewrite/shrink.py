@@ -38,10 +38,7 @@ def merge_channels(
     compute the same.
     """
     layout = Layout.of(analysis, merges, plain_norms=plain_norms)
-    if layout.unchanged:
-        return traced, []
-    tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in analysis.propagation.params}
-    return rewritten(traced, layout, shrink_parameters(layout, tensors)), layout.left_plain
+    return _shrunk(traced, layout), layout.left_plain
 
 
 def drop_channels(traced: Traced, analysis: Analysis, drops: Iterable[Merge]) -> Traced:
@@ -49,10 +46,13 @@ def drop_channels(traced: Traced, analysis: Analysis, drops: Iterable[Merge]) ->
 
     Returns a new graph. Raises `RewriteError` where what is left does not fit together.
     """
-    layout = Layout.of(analysis, drops, drops=True)
+    return _shrunk(traced, Layout.of(analysis, drops, drops=True))
+
+
+def _shrunk(traced: Traced, layout: Layout) -> Traced:
     if layout.unchanged:
         return traced
-    tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in analysis.propagation.params}
+    tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in layout.analysis.propagation.params}
     return rewritten(traced, layout, shrink_parameters(layout, tensors))
 
 
@@ -152,7 +152,6 @@ class _Proof:
             for channel, holder in zip(inner.tolist(), outer.tolist(), strict=True):
                 self.holders.setdefault(channel, {channel}).add(holder)
         self.unknown = 0
-        self.at: fx.Node | None = None
 
     def fresh(self, count: int) -> IntArray:
         self.unknown -= count
