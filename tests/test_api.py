@@ -18,16 +18,11 @@ from torch import Tensor, nn
 import graphzip as gz
 from graphzip.results import Report
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 IMAGE = (2, 3, 8, 8)
 NOTHING = gz.Plan([])
 HALF = gz.Plan([gz.ClusterMerge(keep=0.5)])
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 class Small(nn.Module):

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +17,17 @@ import pytest
 import torch
 from nets import Net
 from planting import randomize_, relative
+from residual_net import Residual
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import graphzip as gz
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 STEM = [[0, 3], [1], [2, 4, 5], [6, 7]]
 INNER = [[0], [1, 2, 3], [4], [5]]
 CLUSTERS = {"stem": STEM, "inner": INNER}
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-class Residual(nn.Module):
-    """`stem` and `out` make one group of eight channels, `inner` one of six."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm0 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.inner, self.norm1 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.out = nn.Conv2d(6, 8, 1)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm0(self.stem(x)).relu()
-        x = x + self.out(self.norm1(self.inner(x)).relu())
-        result: Tensor = self.head(x.relu().mean((2, 3)))
-        return result
 
 
 def residual(seed: int = 0) -> Residual:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,14 @@ from torch.utils.data import DataLoader
 
 import graphzip as gz
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 FILE = Path(__file__).resolve().parent.parent / "examples" / "csgd_digits.py"
 SPEC = importlib.util.spec_from_file_location("csgd_digits", FILE)
 assert SPEC is not None
 assert SPEC.loader is not None
 example: Any = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(example)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.mark.parametrize("net", sorted(example.NETS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,9 @@ from torch import Tensor, nn
 
 import graphzip as gz
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 EXAMPLE = (torch.zeros(2, 1, 8, 8),)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

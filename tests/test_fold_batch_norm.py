@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,10 @@ from torch import Tensor, nn
 
 import graphzip as gz
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 FOLD = gz.Plan([gz.FoldBatchNorm()])
 IMAGE = (3, 4, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def folded(model: nn.Module, shape: tuple[int, ...], expected: list[str]) -> Any:

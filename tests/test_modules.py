@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,15 +18,10 @@ import graphzip as gz
 from graphzip.graph.modules import BatchNormCall
 from graphzip.graph.trace import trace
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 NOTHING = gz.Plan([])
 IMAGE = (2, 4, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def restored(model: nn.Module, *inputs: Any) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,9 @@ from torch import Tensor, nn
 import graphzip as gz
 from graphzip.graph.trace import trace
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 HALF = gz.Plan([gz.ClusterMerge(keep=0.5)])
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 class Body(nn.Module):

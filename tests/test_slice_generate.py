@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,10 @@ from torch import nn
 import graphzip as gz
 from graphzip.graph.factored import SliceConv
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 IMAGE = (torch.zeros(2, 4, 9, 9),)
 SLICE = (8, 8, 3, 3)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def block(ins: int, outs: int, stride: int = 1) -> nn.Sequential:

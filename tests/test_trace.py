@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -21,15 +21,10 @@ from graphzip.graph.conditions import check_sizes, parse
 from graphzip.graph.inputs import check_constant, check_input, with_batch_of_two
 from graphzip.graph.trace import trace
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 NOTHING = gz.Plan([])
 HALF = gz.Plan([gz.ClusterMerge(keep=0.5, clustering="even")])
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def net(run: Callable[..., Any], **parts: Any) -> nn.Module:
