@@ -19,6 +19,7 @@ import op_cases_movement
 import op_cases_norm
 import op_cases_pointwise
 import op_cases_positions
+import op_cases_recurrent
 import op_cases_uneven
 import pytest
 import torch
@@ -38,6 +39,7 @@ FAMILIES = (
     op_cases_linear,
     op_cases_norm,
     op_cases_positions,
+    op_cases_recurrent,
     op_cases_uneven,
 )
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}

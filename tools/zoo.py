@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from each_model import add_options, child, main_loop
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +55,6 @@ def examine(spec: str) -> dict[str, Any]:
     )
     report = half.report
     row = {
-        "model": spec,
         "channels": sum(group.size for group in groups),
         "mergeable": mergeable_share(groups),
         "params": 1 - report.after.params / report.before.params,
@@ -73,30 +70,6 @@ def _timed(work: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
-
-
-def child(spec: str, memory: float) -> None:
-    """Examine one model in this process and print the result as JSON on the last line of stdout."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
-    try:
-        result = examine(spec)
-    except BaseException as error:
-        result = {"model": spec, "error": type(error).__name__, "reason": (str(error) or repr(error))[:600]}
-    print("\n" + json.dumps(result))
-
-
-def run(spec: str, seconds: float, memory: float) -> dict[str, Any]:
-    """Examine one model in a process of its own."""
-    command = [sys.executable, __file__, "--child", spec, "--memory", str(memory)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"model": spec, "error": "timeout", "reason": f"took more than {seconds:g} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"model": spec, "error": "crash", "reason": done.stderr.strip()[-300:] or f"exit {done.returncode}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
 
 
 _SMALL = [
@@ -152,37 +125,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--families", action="store_true", help="add the smallest model of every family of timm")
     parser.add_argument("--transformers", action="store_true", help="add the models of transformers_zoo.py")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of all models, only each N-th")
-    parser.add_argument("--out", type=Path, help="file of JSON lines to continue and append to")
-    parser.add_argument("--seconds", type=float, default=300.0, help="time for each model")
-    parser.add_argument("--memory", type=float, default=12.0, help="GiB for each model")
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    add_options(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
     if options.child:
-        child(options.child, options.memory)
-        return 0
+        return child(options, examine)
     specs = [
         *options.models,
         *(families() if options.families else ()),
         *(transformers() if options.transformers else ()),
     ]
-    known = {}
-    if options.out is not None and options.out.exists():
-        known = {row["model"]: row for row in map(json.loads, options.out.read_text(encoding="utf-8").splitlines())}
-    rows = []
-    for spec in specs[:: options.every]:
-        if spec not in known:
-            print(f"{spec} ...", file=sys.stderr, flush=True)
-            known[spec] = run(spec, options.seconds, options.memory)
-            if options.out is not None:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(known[spec]) + os.linesep)
-        rows.append(known[spec])
+    rows = main_loop(__file__, options, specs)
     if options.json:
         print("\n".join(map(json.dumps, rows)))
     else:

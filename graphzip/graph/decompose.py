@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 __all__ = ["decompose"]
 
@@ -38,7 +39,7 @@ class _Builder:
         made = self.graph.call_function(target, args, kwargs)
         made.meta.update(self.node.meta)
         values, options = fx.node.map_arg((args, kwargs), lambda found: found.meta["val"])
-        with self._mode():
+        with self._mode(), enable_python_dispatcher():
             made.meta["val"] = target(*values, **options)
         return made
 
@@ -124,6 +125,68 @@ def _normalised_weight(build: _Builder, x: fx.Node, weight: Any, bias: Any, *mor
     return made
 
 
+def _one_layer_each(
+    build: _Builder,
+    x: fx.Node,
+    state: Any,
+    params: list[fx.Node],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> None:
+    """Stacked and bidirectional recurrent layers: one call per layer and direction, each of a width of its own."""
+    directions = 2 if bidirectional else 1
+    if layers * directions == 1 or (train and dropout):
+        return
+    states = list(state) if isinstance(state, (list, tuple)) else [state]
+    each, time = len(params) // (layers * directions), 1 if batch_first else 0
+    ends: list[fx.Node] = []
+    for layer in range(layers):
+        found = []
+        for direction in range(directions):
+            number = layer * directions + direction
+            own = [_at(build, value, number) for value in states]
+            source = build(aten.flip.default, x, [time]) if direction else x
+            weights = params[number * each : (number + 1) * each]
+            start = own if len(own) > 1 else own[0]
+            target = build.node.target
+            end = build(target, source, start, weights, has_biases, 1, 0.0, train, False, batch_first)
+            made = build(operator.getitem, end, 0)
+            found.append(build(aten.flip.default, made, [time]) if direction else made)
+            ends.append(end)
+        x = build(aten.cat.default, found, 2) if len(found) > 1 else found[0]
+    for part in list(build.node.users):
+        position: Any = part.args[1]
+        if position:
+            _use_ends(build, part, [build(operator.getitem, end, position) for end in ends])
+        else:
+            part.replace_all_uses_with(x)
+        build.graph.erase_node(part)
+    build.graph.erase_node(build.node)
+
+
+def _at(build: _Builder, state: fx.Node, number: int) -> fx.Node:
+    """The state of one layer and direction."""
+    if state.target is aten.zeros.default:
+        sizes: Any = state.args[0]
+        return build(aten.zeros.default, [1, *sizes[1:]], **state.kwargs)
+    return build(aten.slice.Tensor, state, 0, number, number + 1)
+
+
+def _use_ends(build: _Builder, part: fx.Node, ends: list[fx.Node]) -> None:
+    """Readers of one layer's last state get that one, others all, one behind the other."""
+    for user in list(part.users):
+        if user.target is aten.select.int and user.args[1] in (0, -3):
+            index: Any = user.args[2]
+            user.replace_all_uses_with(build(aten.select.int, ends[index], 0, 0))
+            build.graph.erase_node(user)
+    if part.users:
+        part.replace_all_uses_with(build(aten.cat.default, ends, 0))
+
+
 _VIEWS = {aten.view.default, aten.reshape.default}
 _LIKE = {aten.view_as.default, aten.reshape_as.default}
 
@@ -137,4 +200,8 @@ _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten.view_as.default: _reshape_as,
     aten.cosine_similarity.default: _cosine_similarity,
     aten.batch_norm.default: _normalised_weight,
+    aten.lstm.input: _one_layer_each,
+    aten.gru.input: _one_layer_each,
+    aten.rnn_tanh.input: _one_layer_each,
+    aten.rnn_relu.input: _one_layer_each,
 }

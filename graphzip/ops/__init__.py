@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.ops import conv, linear, movement, norm, pointwise, positions, windows
+from graphzip.ops import conv, linear, movement, norm, pointwise, positions, recurrent, windows
 from graphzip.ops.spec import OpSpec, table_of
 
 __all__ = ["MOVES", "OPS", "OpSpec"]
 
 OPS: dict[Any, OpSpec] = table_of(
-    module.SPECS for module in (pointwise, movement, windows, conv, linear, norm, positions)
+    module.SPECS for module in (pointwise, movement, windows, conv, linear, recurrent, norm, positions)
 )
 
 _SPREADS = {movement.aten.expand.default, movement.aten.expand_as.default}

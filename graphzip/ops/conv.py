@@ -15,7 +15,7 @@ from torch import fx
 
 from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import merge, mixing, split_axes
+from graphzip.ops.rules import merge, mixing, split_axes, weight_labels
 from graphzip.ops.site import Site, bind
 from graphzip.ops.spec import OpSpec, Patch, Result
 
@@ -90,12 +90,12 @@ def convolution(site: Site) -> Result:
 def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
     """Labels of the incoming and of the outgoing channels, each `(groups, channels of a group)`."""
     groups, shape = site.args["groups"], site.shape(weight)
-    rows = _labels(site, weight, 0, (shape[0],)).reshape(groups, -1)
+    rows = weight_labels(site, weight, 0).reshape(groups, -1)
     columns = site.blocked.get(weight)
     if columns is None and shape[1] == 1:
         columns = site.fresh((groups, 1))
     elif columns is None:
-        columns = np.broadcast_to(_labels(site, weight, 1, (shape[1],)), (groups, shape[1]))
+        columns = np.broadcast_to(weight_labels(site, weight, 1), (groups, shape[1]))
     for axis in site.axes(weight):
         if support(axis) not in {(0,), (1,)}:
             site.pin(axis, "slides over it")
@@ -114,16 +114,6 @@ def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
             if side.shape[1] > 1:
                 site.block(side)
     return incoming, outgoing
-
-
-def _labels(site: Site, weight: fx.Node, dim: int, shape: tuple[int, ...]) -> IntArray:
-    for axis in site.axes(weight):
-        if support(axis) == (dim,):
-            return axis.ravel()
-    labels = site.fresh(shape)
-    if shape[0] > 1:
-        site.pin(labels, "has a weight with a fixed dimension")
-    return labels
 
 
 def macs(site: Site) -> int:

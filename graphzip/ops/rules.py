@@ -215,6 +215,18 @@ def residual(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
     return tuple(result)
 
 
+def weight_labels(site: Site, weight: Any, dim: int) -> IntArray:
+    """Labels along one dimension of a weight; pinned ones where it has none."""
+    for axis in site.axes(weight):
+        if support(axis) == (dim,):
+            return axis.ravel()
+    size = site.shape(weight)[dim]
+    labels = site.fresh((size,))
+    if size > 1:
+        site.pin(labels, "has a weight with a fixed dimension")
+    return labels
+
+
 def moved(site: Site, axes: Axes, run: Any) -> Axes:
     """Rearrange every axis of one operand by the same numpy function."""
     result = tuple(site.move([axis], lambda arrays: run(arrays[0])) for axis in axes)
