@@ -12,15 +12,21 @@ from torch import nn
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.analysis.groups import ChannelGroups, channel_groups_of
+from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
+from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.trace import trace
 from graphzip.plan import Plan
-from graphzip.prepared import Prepared, check_calibration
+from graphzip.prepared import Prepared
+from graphzip.rewrite.join import join
 
 __all__ = ["Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"]
 
 Train = Callable[[Prepared, str], object]
+Models = nn.Module | Mapping[str, nn.Module]
+Inputs = tuple[Any, ...] | Mapping[str, tuple[Any, ...]]
+Calibration = Iterable[Any] | Mapping[str, Iterable[Any]]
 
 
 def channel_groups(
@@ -50,11 +56,11 @@ def cost(module: nn.Module, example_inputs: tuple[Any, ...]) -> Cost:
 
 
 def prepare(
-    model: nn.Module,
+    model: Models,
     plan: Plan,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs | None = None,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     seed: int = 0,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
@@ -65,11 +71,18 @@ def prepare(
     inputs are left out). `seed` fixes every random choice. `scope` names the submodule to compile inside the model.
     `dynamic_shapes` is handed to `torch.export.export`; by default only the batch is dynamic.
 
+    Where the plan has a pass that joins models, `model` is a mapping from task names to modules, and `example_inputs`,
+    `calibration` and `dynamic_shapes` (where given) are mappings with the same keys.
+
     Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`.
     """
     _check(model, plan)
     with torch.inference_mode(False):
-        inputs = example_inputs if example_inputs is not None else _inputs_of(plan, model)
+        if isinstance(model, Mapping):
+            if scope is not None:
+                raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
+            return _prepare_several(model, plan, example_inputs, calibration, seed, dynamic_shapes)
+        inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
         trainable = _copy(model)
         traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes)
         check_calibration(calibration, model, len(inputs))
@@ -84,12 +97,45 @@ def prepare(
         )
 
 
-def compile(
-    model: nn.Module,
+def _prepare_several(
+    models: Mapping[str, nn.Module],
     plan: Plan,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs | None,
+    calibration: Calibration | None,
+    seed: int,
+    dynamic_shapes: Any | None,
+) -> Prepared:
+    if example_inputs is None:
+        raise ExampleInputError("no example inputs: pass a mapping, example_inputs={'a': (xa,), 'b': (xb,)}")
+    inputs = _by_task(example_inputs, models, "example_inputs")
+    batches = None if calibration is None else _by_task(calibration, models, "calibration")
+    shapes = dict.fromkeys(models) if dynamic_shapes is None else _by_task(dynamic_shapes, models, "dynamic_shapes")
+    copies = _copy(dict(models))
+    traced = {}
+    for name, model in copies.items():
+        try:
+            traced[name] = trace(model, inputs[name], dynamic_shapes=shapes[name])
+            check_calibration(None if batches is None else batches[name], models[name], len(inputs[name]))
+        except GraphZipError as error:
+            raise type(error)(f"task {name!r}: {error}") from error
+    arity = {name: len(each) for name, each in inputs.items()}
+    return Prepared(
+        joined_module(copies, arity),
+        join(traced),
+        plan,
+        original=joined_module(models, arity),
+        example_inputs=inputs,
+        calibration=batches,
+        seed=seed,
+    )
+
+
+def compile(
+    model: Models,
+    plan: Plan,
+    example_inputs: Inputs | None = None,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     train: Train | None = None,
     seed: int = 0,
     scope: str | None = None,
@@ -115,21 +161,51 @@ def compile(
     return prepared.convert()
 
 
-def _check(model: nn.Module, plan: Plan) -> None:
-    if isinstance(model, Mapping):
-        raise PlanError("several models were given, but no pass of the plan joins models; give one nn.Module")
-    if not isinstance(model, nn.Module):
+def _check(model: Models, plan: Plan) -> None:
+    several = isinstance(model, Mapping)
+    if not several and not isinstance(model, nn.Module):
         raise GraphZipError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     if not isinstance(plan, Plan):
         raise PlanError(f"expected a graphzip.Plan, got {type(plan).__name__}; write Plan([...]) or Plan.load(path)")
+    joins = [f"passes[{number}].{options.kind}" for number, options in enumerate(plan.passes) if options.joins]
+    if several and not joins:
+        raise PlanError("several models were given, but no pass of the plan joins models; give one nn.Module")
+    if joins and not several:
+        raise PlanError(f"{joins[0]} joins several models, but one was given; give a mapping from task names to models")
+    if isinstance(model, Mapping):
+        _check_models(model)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _check_models(models: Mapping[str, nn.Module]) -> None:
+    if len(models) < 2:
+        raise GraphZipError(f"a mapping of models needs at least two tasks, got {list(models)}; add the others")
+    check_task_names(models)
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise GraphZipError(f"task {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str, Any]:
+    """A mapping with the keys of `models`, in their order."""
+    wanted = ", ".join(map(repr, models))
+    if not isinstance(given, Mapping):
+        raise ExampleInputError(
+            f"{what} is a {type(given).__name__}, but several models were given; pass a mapping with the keys {wanted}"
+        )
+    if set(given) != set(models):
+        keys = ", ".join(map(repr, given)) or "none"
+        raise ExampleInputError(f"{what} has the keys {keys}, the models have {wanted}; give one entry per task")
+    return {name: given[name] for name in models}
+
+
+def _copy(model: Any) -> Any:
+    """A deep copy of a model, or of several, in which what they share stays shared."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
+        what = "one of the models" if isinstance(model, dict) else type(model).__name__
         raise GraphZipError(
-            f"{type(model).__name__} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
+            f"{what} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
             "it is. Make copy.deepcopy(model) work first (a non-leaf tensor kept as an attribute is the usual cause)"
         ) from error
 

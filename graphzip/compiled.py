@@ -11,12 +11,14 @@ from torch import nn
 
 from graphzip.errors import GraphZipError
 from graphzip.export.archive import load_archive, save_archive
+from graphzip.export.joint import export_joint, export_tasks
 from graphzip.export.onnx import ExportReport, export_onnx
-from graphzip.graph.modules import to_module
 from graphzip.graph.trace import Traced
 from graphzip.results import Report
+from graphzip.rewrite.join import inputs_of, module_of
+from graphzip.tables import closest
 
-__all__ = ["Compiled", "load"]
+__all__ = ["Compiled", "load", "task_module"]
 
 
 @dataclass
@@ -24,22 +26,26 @@ class Compiled:
     """A slimmer model.
 
     `module` is an ordinary `nn.Module` with the call signature and the parameter names of the original. With a `scope`
-    it is the whole model with that submodule replaced.
+    it is the whole model with that submodule replaced. Of several models it is `module(a=xa, b=xb)`, which gives a
+    dictionary by task, and `example_inputs` is a mapping.
     """
 
     module: nn.Module
     report: Report
     traced: Traced
-    example_inputs: tuple[Any, ...]
+    example_inputs: Any
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks of a joint model; none for a single model."""
-        return ()
+        return tuple(task.name for task in self.traced.tasks)
 
     def task(self, name: str) -> nn.Module:
-        """The module of one task. Raises `GraphZipError` for a single model, whose module is `module`."""
-        raise GraphZipError(f"no task {name!r}: a single model was compiled; use `.module`")
+        """The module of one task alone; what it shares with others are the same `Parameter` objects.
+
+        Raises `GraphZipError` for an unknown task, and for a single model, whose module is `module`.
+        """
+        return task_module(self.module, self.tasks, name)
 
     def export(
         self,
@@ -52,11 +58,22 @@ class Compiled:
     ) -> ExportReport:
         """Write an ONNX file and check it against `module` in onnxruntime.
 
+        Of several models it is one graph that stores what they share once; inputs and outputs are named after the
+        tasks, `a_x` and `a_output`. With `per_task` the path is a directory, made if its parent exists, with
+        `<task>.onnx` for each and one `weights.data` that all of them point into.
+
         Raises `ExportError` where it cannot be written and `VerificationError` where it computes something else; then
         no file is left.
         """
         if per_task:
-            raise GraphZipError("per_task is for joint models; a single model was compiled: export to a file")
+            if not self.tasks:
+                raise GraphZipError("per_task is for joint models; a single model was compiled: export to a file")
+            tasks = {name: (self.task(name), self.example_inputs[name]) for name in self.tasks}
+            return export_tasks(tasks, path, opset=opset, dynamic_batch=dynamic_batch, verify=verify)
+        if self.tasks:
+            return export_joint(
+                self.module, self.example_inputs, path, opset=opset, dynamic_batch=dynamic_batch, verify=verify
+            )
         return export_onnx(
             self.module,
             self.example_inputs,
@@ -83,5 +100,14 @@ def load(path: str | os.PathLike[str]) -> Compiled:
     """
     with torch.inference_mode(False):
         traced, report = load_archive(path)
-        module = to_module(traced).eval()
-    return Compiled(module, Report.from_dict(report), traced, traced.example_inputs)
+        module = module_of(traced).eval()
+    return Compiled(module, Report.from_dict(report), traced, inputs_of(traced))
+
+
+def task_module(module: nn.Module, tasks: tuple[str, ...], name: str) -> nn.Module:
+    """The child of a joint module that is task `name`. Raises `GraphZipError` where there is none."""
+    if not tasks:
+        raise GraphZipError(f"no task {name!r}: a single model was compiled; use `.module`")
+    if name not in tasks:
+        raise GraphZipError(f"no task {name!r}; {closest(name, tasks)}")
+    return module.get_submodule(name)

@@ -104,6 +104,9 @@ class PassOptions(BaseModel):
     factorizes: ClassVar[bool] = False
     """Whether kernels are stored as factors after it, which no pass can narrow: it comes after those that do."""
 
+    joins: ClassVar[bool] = False
+    """Whether it takes several models and lets them share; a plan with such a pass is given a mapping of models."""
+
     def __init__(self, **options: Any) -> None:
         problems = _fill(self, options, self.kind)
         if problems:

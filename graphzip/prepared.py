@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from graphzip.analysis.cost import Cost, cost_of
-from graphzip.compiled import Compiled
-from graphzip.errors import ExampleInputError, GraphZipError, RewriteError
-from graphzip.graph.modules import to_module
-from graphzip.graph.trace import Traced, share_copy
+from graphzip.calibration import batch_arguments, drift, placed, run_batch
+from graphzip.compiled import Compiled, task_module
+from graphzip.errors import GraphZipError, RewriteError
+from graphzip.graph.trace import Traced
 from graphzip.history import History, Record
 from graphzip.plan import Plan
-from graphzip.results import GroupChange, Report
+from graphzip.results import GroupChange, Report, TaskChange
+from graphzip.rewrite.join import inputs_of, module_of, task_of
 from graphzip.rewrite.shrink import refresh
 from passes.base import Pass, Restructuring
 from passes.table import PASSES
 
-__all__ = ["Prepared", "drift", "follow_modes"]
+__all__ = ["Prepared", "follow_modes"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Prepared(nn.Module):
     """The model to train before `convert`.
 
     Calling it runs `model`: a deep copy of the user's module until the first pass has been carried out, the rewritten
-    module after that.
+    module after that. With several models it is called with the inputs of each, `prepared(a=xa, b=xb)`, gives a
+    dictionary by task, and the names of its parameters begin with the task's.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class Prepared(nn.Module):
         plan: Plan,
         *,
         original: nn.Module,
-        example_inputs: tuple[Any, ...],
-        calibration: Iterable[Any] | None,
+        example_inputs: Any,
+        calibration: Any,
         seed: int,
     ) -> None:
         super().__init__()
@@ -70,7 +71,8 @@ class Prepared(nn.Module):
         self.seed = seed
         self._hidden: dict[str, Any] = {"original": original, "calibration": calibration, "inputs": example_inputs}
         self._progress = _Progress(traced, seed)
-        self._before: Cost = cost_of(traced)
+        self._before = _cost(traced)
+        self._before_tasks = _task_costs(traced)
         self._changes: list[Pass] = []
         self._history = History()
         self.clusters: torch.Tensor
@@ -82,6 +84,18 @@ class Prepared(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         return self.model(*args, **kwargs)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks where several models were prepared; none for one model."""
+        return tuple(task.name for task in self._progress.traced.tasks)
+
+    def task(self, name: str) -> nn.Module:
+        """The module of one task, whose parameters are those of `model`, as it is at this stage of the plan.
+
+        Raises `GraphZipError` for an unknown task.
+        """
+        return task_module(self.model, self.tasks, name)
 
     def steps(self) -> Iterator[str]:
         """Stages of the plan that are left, by name. Train in the body of the loop; the next turn carries it out."""
@@ -186,9 +200,9 @@ class Prepared(nn.Module):
         original: nn.Module = self._hidden["original"]
         with torch.inference_mode(False):
             traced = self._progress.traced if unfinished else self._adopt()
-            module = self.model if unfinished else _with_submodule(self.model, traced.scope, to_module(traced))
+            module = self.model if unfinished else _with_submodule(self.model, traced.scope, module_of(traced))
             follow_modes(module, original)
-            inputs = _placed(self._hidden["inputs"], original, module) if traced.scope else traced.example_inputs
+            inputs = placed(self._hidden["inputs"], original, module) if traced.scope else inputs_of(traced)
             compiled = Compiled(module, self._report(module), traced, inputs)
         logger.info("%s", compiled.report)
         return compiled
@@ -230,8 +244,11 @@ class Prepared(nn.Module):
         """Run the model in eval mode on the calibration data."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        for batch in self._hidden["calibration"]:
-            run_batch(self.model, batch_arguments(batch, len(self._hidden["inputs"])))
+        calibration, inputs = self._hidden["calibration"], self._hidden["inputs"]
+        for name in self.tasks or ("",):
+            module = self.model.get_submodule(name)
+            for batch in calibration[name] if name else calibration:
+                run_batch(module, batch_arguments(batch, len(inputs[name] if name else inputs)))
         for module, mode in modes.items():
             module.training = mode
 
@@ -244,7 +261,7 @@ class Prepared(nn.Module):
             self.record()
         with torch.inference_mode(False):
             progress.traced = active.convert(self._adopt())
-            slim = to_module(progress.traced)
+            slim = module_of(progress.traced)
             follow_modes(slim, self._inner())
             self.model = _with_submodule(self.model, progress.traced.scope, slim)
             self._changes.append(active)
@@ -267,11 +284,12 @@ class Prepared(nn.Module):
     def _report(self, module: nn.Module) -> Report:
         traced = self._progress.traced
         widths = [item for change in self._changes for item in change.widths().items()]
-        after = cost_of(traced)
+        after = _cost(traced)
         summaries = tuple(
             {options.kind: change.summary()} for options, change in zip(self.plan.passes, self._changes, strict=True)
         )
-        moved = drift(self._hidden["original"], module, self._hidden["calibration"], len(self._hidden["inputs"]))
+        drifts = self._drifts(module)
+        moved = max(drifts.values(), key=lambda value: math.inf if value is None or math.isnan(value) else value)
         finite = moved is None or math.isfinite(moved)
         changed = bool(widths) or any(
             found.get("folded") or found.get("layers") for summary in summaries for found in summary.values()
@@ -288,7 +306,26 @@ class Prepared(nn.Module):
             drift=moved if finite else None,
             notes=traced.training_only if finite else (*traced.training_only, _NOT_FINITE),
             passes=summaries,
+            tasks={
+                name: TaskChange(self._before_tasks[name], cost, drifts[name])
+                for name, cost in _task_costs(traced).items()
+            },
         )
+
+    def _drifts(self, module: nn.Module) -> dict[str, float | None]:
+        """How far the outputs of each task moved; of a single model under an empty name."""
+        calibration, inputs, original = (self._hidden[key] for key in ("calibration", "inputs", "original"))
+        if not self.tasks:
+            return {"": drift(original, module, calibration, len(inputs))}
+        return {
+            name: drift(
+                original.get_submodule(name),
+                module.get_submodule(name),
+                None if calibration is None else calibration[name],
+                len(inputs[name]),
+            )
+            for name in self.tasks
+        }
 
 
 def _keep_clusters(module: Prepared, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -299,6 +336,18 @@ def _keep_clusters(module: Prepared, state: dict[str, Any], prefix: str, *_: Any
 def _take_clusters(module: Prepared, _: Any) -> None:
     """Use the clusters that were loaded."""
     module._synced()
+
+
+def _task_costs(traced: Traced) -> dict[str, Cost]:
+    return {task.name: cost_of(task_of(traced, task.name)) for task in traced.tasks}
+
+
+def _cost(traced: Traced) -> Cost:
+    """Of all models together: what they share counts once among the parameters, and in each model's operations."""
+    if not traced.tasks:
+        return cost_of(traced)
+    params = sum(parameter.numel() for parameter in traced.module.parameters())
+    return Cost(params, sum(cost.macs for cost in _task_costs(traced).values()))
 
 
 def _inside(model: nn.Module, scope: str) -> nn.Module:
@@ -325,92 +374,3 @@ def follow_modes(module: nn.Module, source: nn.Module) -> None:
         while name not in modes:
             name = name.rpartition(".")[0]
         inner.training = modes[name]
-
-
-@torch.no_grad()
-def drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any] | None, inputs: int) -> float | None:
-    """Largest difference of outputs relative to the largest output, both in eval mode.
-
-    `None` without calibration data, NaN where an output is not finite.
-    """
-    if calibration is None:
-        return None
-    old, new = share_copy(before).eval(), share_copy(after).eval()
-    worst = scale = 0.0
-    for batch in calibration:
-        args = batch_arguments(batch, inputs)
-        expected = run_batch(old, args)
-        for left, right in zip(_leaves(expected), _leaves(run_batch(new, _placed(args, old, new))), strict=True):
-            if left.numel():
-                apart, size = float((left - right.to(left.device)).abs().max()), float(left.abs().max())
-                if not math.isfinite(apart):
-                    return math.nan
-                worst, scale = max(worst, apart), max(scale, size)
-    return worst / scale if scale else worst
-
-
-def _leaves(output: Any) -> list[torch.Tensor]:
-    return [leaf.double() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def run_batch(model: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The output for one calibration batch. Raises `ExampleInputError` for a batch that the model does not accept."""
-    try:
-        return model(*args)
-    except GraphZipError:
-        raise
-    except Exception as error:
-        shapes = ", ".join(str(tuple(arg.shape)) if isinstance(arg, torch.Tensor) else repr(arg) for arg in args)
-        raise ExampleInputError(
-            f"calibration: {type(model).__name__} fails on a batch ({shapes}): {error}; make it yield batches that "
-            "model(*batch) accepts"
-        ) from error
-
-
-def check_calibration(calibration: Iterable[Any] | None, model: nn.Module, inputs: int) -> None:
-    """Raises `ExampleInputError` unless `calibration` can be gone through again and `model` takes its first batch."""
-    if calibration is None:
-        return
-    if isinstance(calibration, torch.Tensor | Mapping | str):
-        raise ExampleInputError(
-            f"calibration is a {type(calibration).__name__}; pass a list of batches or a DataLoader"
-        )
-    batches = iter(calibration)
-    if batches is calibration:
-        raise ExampleInputError(
-            f"calibration is a {type(calibration).__name__}, which can be gone through only once; pass a list of "
-            "batches or a DataLoader"
-        )
-    first = next(batches, None)
-    if first is None:
-        raise ExampleInputError("calibration yields no batch; pass at least one")
-    with torch.no_grad():
-        run_batch(share_copy(model).eval(), batch_arguments(first, inputs))
-
-
-def batch_arguments(batch: Any, inputs: int) -> tuple[Any, ...]:
-    """The positional inputs of one calibration batch; what a loader yields beyond them (labels) is left out."""
-    if isinstance(batch, Mapping):
-        raise ExampleInputError("calibration yields a mapping; make it yield a tensor or a tuple of positional inputs")
-    args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    if len(args) > inputs:
-        logger.info("calibration batches have %d entries, the model takes %d: the rest is left out", len(args), inputs)
-    return args[:inputs]
-
-
-def _placed(values: tuple[Any, ...], before: nn.Module, after: nn.Module) -> tuple[Any, ...]:
-    """Inputs of `before` on the device and in the floating dtype of `after`, where the two differ."""
-    old, new = (
-        next(((p.dtype, p.device) for p in model.parameters() if p.is_floating_point()), None)
-        for model in (before, after)
-    )
-    if old is None or new is None or old == new:
-        return values
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(new[1], new[0] if value.dtype == old[0] else value.dtype)
-
-    placed: tuple[Any, ...] = pytree.tree_map(move, values)
-    return placed

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphzip.analysis.cost import Cost
-from graphzip.tables import Before, change, comparison_table, errors_table, quantity, widths_table
+from graphzip.tables import Before, change, comparison_table, errors_table, quantity, tasks_table, widths_table
 
-__all__ = ["GroupChange", "Report"]
+__all__ = ["GroupChange", "Report", "TaskChange"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,24 @@ class GroupChange:
 
 
 @dataclass(frozen=True)
+class TaskChange:
+    """One of several models: its cost alone before and after, and how far its outputs moved (as `Report.drift`)."""
+
+    before: Cost
+    after: Cost
+    drift: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a plan did to a model.
 
     `exact` tells that merging was lossless where the merged channels were identical; it is false where the plan asked
     for plain norms and some norm now counts merged channels once, or dropped channels. `drift` is the largest
     difference between outputs before and after on the calibration data, relative to the largest output; `None` without
-    calibration data. `notes` says what the result lacks, such as branches that exist only in training.
+    calibration data. Of several models `tasks` has each; `before` and `after` are then of all together, a parameter
+    that several share counted once, and `drift` is the largest. `notes` says what the result lacks, such as branches
+    that exist only in training.
     """
 
     before: Cost
@@ -38,6 +49,7 @@ class Report:
     drift: float | None = None
     notes: tuple[str, ...] = ()
     passes: tuple[dict[str, Any], ...] = field(default=())
+    tasks: dict[str, TaskChange] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -51,6 +63,9 @@ class Report:
                 ]
             )
         ]
+        if self.tasks:
+            params = [(name, task.before.params, task.after.params) for name, task in self.tasks.items()]
+            lines += ["", tasks_table(params, self.after.params)]
         if self.groups:
             lines += ["", widths_table([(group.name, group.before, group.after) for group in self.groups])]
         for found in (found for summary in self.passes for found in summary.values()):
@@ -84,4 +99,8 @@ class Report:
             drift=data["drift"],
             notes=tuple(data["notes"]),
             passes=tuple(data["passes"]),
+            tasks={
+                name: TaskChange(Cost(**task["before"]), Cost(**task["after"]), task["drift"])
+                for name, task in data.get("tasks", {}).items()
+            },
         )

@@ -28,6 +28,7 @@ __all__ = [
     "percent",
     "quantity",
     "table",
+    "tasks_table",
     "widths_table",
 ]
 
@@ -185,6 +186,14 @@ def errors_table(errors: Mapping[str, float], shared: Sequence[Sequence[str]], *
     columns = [Column("layer"), Column("shares with", right=True), Column("error of the kernel", right=True)]
     rows = [(name, f"{mates.get(name, 0)} layers", f"{100 * error:.2f} %") for name, error in errors.items()]
     return table(columns, rows, width=width)
+
+
+def tasks_table(params: Sequence[tuple[str, int, int]], together: int, *, width: int = WIDTH) -> str:
+    """Parameters of each of several models, before and after, and of all together after."""
+    columns = [Column("task"), Column("parameters before", right=True), Column("after", right=True)]
+    rows = [(name, quantity(before), quantity(after)) for name, before, after in params]
+    total = ("together", quantity(sum(before for _, before, _ in params)), quantity(together))
+    return table(columns, [*rows, total], width=width)
 
 
 def widths_table(widths: Sequence[tuple[str, int, int]], *, width: int = WIDTH) -> str:

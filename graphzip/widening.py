@@ -11,10 +11,11 @@ from torch import nn
 
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups_of
+from graphzip.calibration import drift
 from graphzip.errors import PlanError, RewriteError
 from graphzip.graph.modules import to_module
 from graphzip.graph.trace import trace
-from graphzip.prepared import drift, follow_modes
+from graphzip.prepared import follow_modes
 from graphzip.rewrite.grow import grow_channels
 from graphzip.tables import closest
 from passes.widths import matches

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.history", "graphzip.picture", "graphzip.plan", "graphzip.plan_checks", "graphzip.results"),
     ("graphzip.rewrite",),
     ("graphzip.export",),
-    ("graphzip.compiled",),
+    ("graphzip.calibration", "graphzip.compiled"),
     ("passes",),
     ("graphzip.prepared",),
     ("graphzip.api", "graphzip.widening"),

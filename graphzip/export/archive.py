@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import ArchiveError
@@ -31,8 +31,9 @@ from graphzip.export.graph_json import (
     spec_to_json,
 )
 from graphzip.files import check_target, staged
-from graphzip.graph.inputs import InputSpec
+from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.state import attach, get_tensor
+from graphzip.graph.tasks import Task, check_task_names
 from graphzip.graph.trace import Traced
 from graphzip.rewrite.shrink import refresh
 
@@ -68,6 +69,7 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
             "conditions": traced.conditions,
             "batch_dynamic": traced.batch_dynamic,
             "report": report,
+            "tasks": [_task_to_json(task) for task in traced.tasks],
         }
         graph_from_json(document["graph"])
         text = json.dumps(document, allow_nan=False)
@@ -216,9 +218,28 @@ def _traced_from_json(document: dict[str, Any], tensors: dict[str, torch.Tensor]
         training_only=tuple(document["training_only"]),
         batch_dynamic=bool(document["batch_dynamic"]),
         conditions=tuple(document["conditions"]),
+        tasks=tuple(_task_from_json(task) for task in document.get("tasks", ())),
     )
     _restore_metadata(traced, set(document["numbers"]))
     return traced
+
+
+def _task_to_json(task: Task) -> dict[str, Any]:
+    outputs = None if task.out_spec is None else spec_to_json(task.out_spec)
+    return {
+        "name": task.name,
+        "arguments": list(task.arguments),
+        "inputs": spec_to_json(task.in_spec),
+        "outputs": outputs,
+    }
+
+
+def _task_from_json(data: dict[str, Any]) -> Task:
+    check_task_names([data["name"]])
+    if not all(isinstance(name, str) and name.isidentifier() for name in data["arguments"]):
+        raise GraphFormatError(f"{data['arguments']!r} are not names of arguments")
+    outputs = None if data["outputs"] is None else spec_from_json(data["outputs"])
+    return Task(data["name"], tuple(data["arguments"]), spec_from_json(data["inputs"]), outputs)
 
 
 def _class_name(name: Any) -> str:
@@ -242,17 +263,11 @@ def _restore_metadata(traced: Traced, numbers: set[str]) -> None:
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     leaves = pytree.tree_leaves((traced.example_inputs, traced.example_kwargs))
     for node, spec, leaf in zip(placeholders, traced.inputs, leaves, strict=True):
-        node.meta["val"] = _fake(mode, leaf, spec) if isinstance(leaf, torch.Tensor) else leaf
+        node.meta["val"] = fake_input(mode, leaf, spec)
     for node in traced.graph.nodes:
         if node.name in numbers:
             node.meta["numbers"] = get_tensor(traced.module, str(node.target)).numpy()
     refresh(traced)
-
-
-def _fake(mode: FakeTensorMode, leaf: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    sizes = [DimDynamic.DUCK if size is None else DimDynamic.STATIC for size in spec.shape]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-    return mode.from_tensor(leaf, symbolic_context=context)
 
 
 def _example_to_json(traced: Traced, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from graphzip.export.verify import Example, Verification, make_cases, require, t
 from graphzip.files import check_target, staged
 from graphzip.graph.trace import share_copy
 
-__all__ = ["ExportReport", "export_onnx"]
+__all__ = ["Built", "ExportReport", "build", "export_mode", "export_onnx"]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**26
 """Bytes of weights up to which one file is written: protobuf ends at 2 GiB, and the graph itself needs some room."""
@@ -45,7 +45,8 @@ class ExportReport:
 
     `bytes` counts every file; with `external_data` the weights lie in `<name>.data` beside the model.
     `max_abs_diff` and its `tolerance` are those of the output that came closest to its tolerance, over the batch
-    sizes in `batches`; `None` and empty where verification was turned off.
+    sizes in `batches`; `None` and empty where verification was turned off. Where every task has a file of its own,
+    `tasks` has the report of each and `path` is their directory.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class ExportReport:
     tolerance: float | None
     batches: tuple[int, ...]
     dynamic_batch: bool
+    tasks: tuple[ExportReport, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -63,10 +65,17 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "path": str(self.path), "batches": list(self.batches)}
+        own = {name: value for name, value in vars(self).items() if name != "tasks" or value}
+        return {
+            **own,
+            "path": str(self.path),
+            "batches": list(self.batches),
+            **({"tasks": [report.to_dict() for report in self.tasks]} if self.tasks else {}),
+        }
 
     def __str__(self) -> str:
-        size = f"{self.bytes / 1e6:.2f} MB" + (" in two files" if self.external_data else "")
+        files = f" in {len(self.tasks) + 1} files" if self.tasks else " in two files" if self.external_data else ""
+        size = f"{self.bytes / 1e6:.2f} MB{files}"
         batch = "any batch" if self.dynamic_batch else "a fixed batch"
         if self.max_abs_diff is None:
             checked = "not verified"
@@ -88,6 +97,7 @@ def export_onnx(
     opset: int | None = None,
     dynamic_batch: bool = True,
     verify: bool = True,
+    by_task: bool = False,
 ) -> ExportReport:
     """Export `module` in eval form; the module itself stays as it is, its mode included.
 
@@ -105,38 +115,72 @@ def export_onnx(
             f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
             "for a single input write (x,)"
         )
-    for package in ("onnx", "onnxscript", "onnx_ir", *(("onnxruntime",) if verify else ())):
-        require(package)
-    with _export_mode():
-        skeleton = share_copy(module).eval()
-        example = Example.of(example_inputs, example_kwargs or {})
-        outputs = _output_names(skeleton, example)
-        dynamic = dynamic_batch and example.batch is not None
-        program = _capture(skeleton, example, dynamic=dynamic)
-        model = _convert(program, opset)
-        _tidy(model, program, outputs)
-        external = _weight_bytes(model) > SINGLE_FILE_LIMIT
+    with export_mode(verify=verify):
+        built = build(
+            module,
+            Example.of(example_inputs, example_kwargs or {}),
+            opset=opset,
+            dynamic_batch=dynamic_batch,
+            by_task=by_task,
+        )
+        external = _weight_bytes(built.model) > SINGLE_FILE_LIMIT
         found: Verification | None = None
         with staged(target, ExportError) as temporary:
-            _save(model, temporary, external=external)
+            _save(built.model, temporary, external=external)
             if verify:
-                found = verify_onnx(temporary, skeleton, make_cases(example, dynamic=dynamic))
+                found = built.verified(temporary)
             size = sum(file.stat().st_size for file in temporary.parent.iterdir())
-    return ExportReport(
-        path=target,
-        bytes=size,
-        opset=int(model.opset_imports[""]),
-        external_data=external,
-        max_abs_diff=found.max_abs_diff if found else None,
-        tolerance=found.tolerance if found else None,
-        batches=found.batches if found else (),
-        dynamic_batch=dynamic,
-    )
+    return built.report(target, size, external=external, found=found)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An ONNX model before it is written, the module that it must agree with, and what it was traced with."""
+
+    model: Any
+    skeleton: nn.Module
+    example: Example
+    dynamic: bool
+
+    def verified(self, path: Path) -> Verification:
+        """Compare the file at `path` with the module."""
+        return verify_onnx(path, self.skeleton, make_cases(self.example, dynamic=self.dynamic))
+
+    def report(self, path: Path, size: int, *, external: bool, found: Verification | None) -> ExportReport:
+        return ExportReport(
+            path=path,
+            bytes=size,
+            opset=int(self.model.opset_imports[""]),
+            external_data=external,
+            max_abs_diff=found.max_abs_diff if found else None,
+            tolerance=found.tolerance if found else None,
+            batches=found.batches if found else (),
+            dynamic_batch=self.dynamic,
+        )
+
+
+def build(
+    module: nn.Module, example: Example, *, opset: int | None, dynamic_batch: bool, by_task: bool = False
+) -> Built:
+    """Convert `module` inside `export_mode`."""
+    skeleton = share_copy(module).eval()
+    outputs = _output_names(skeleton, example, by_task=by_task)
+    dynamic = dynamic_batch and example.batch is not None
+    program = _capture(skeleton, example, dynamic=dynamic, by_task=by_task)
+    model = _convert(program, opset)
+    inputs, batches = _input_names(program), [_BATCH] * len(_input_names(program))
+    if by_task:
+        joint = _joint_inputs(skeleton, example)
+        inputs, batches = [f"{task}_{name}" for task, name in joint], [_batch_name(task) for task, _ in joint]
+    _tidy(model, inputs, outputs, _batch_symbols(program, batches))
+    return Built(model, skeleton, example, dynamic)
 
 
 @contextlib.contextmanager
-def _export_mode() -> Iterator[None]:
+def export_mode(*, verify: bool) -> Iterator[None]:
     """Independent of the caller's grad mode, without fused attention, with nothing on stdout."""
+    for package in ("onnx", "onnxscript", "onnx_ir", *(("onnxruntime",) if verify else ())):
+        require(package)
     levels = {name: logging.getLogger(name).level for name in _LOUD}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -157,8 +201,8 @@ def _export_mode() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _output_names(skeleton: nn.Module, example: Example) -> list[str]:
-    """Run once and name the tensors that come out."""
+def _output_names(skeleton: nn.Module, example: Example, *, by_task: bool) -> list[str]:
+    """Run once and name the tensors that come out; of a joint model the key of the task comes first."""
     try:
         result = skeleton(*example.args, **example.kwargs)
     except Exception as error:
@@ -174,6 +218,8 @@ def _output_names(skeleton: nn.Module, example: Example) -> list[str]:
     for leaf in [*tensor_leaves((example.args, example.kwargs)), *(leaf for _, leaf in tensors)]:
         if leaf.is_complex():
             raise ExportError("ONNX runtimes have no complex numbers; pass and return torch.view_as_real(...) instead")
+    if by_task:
+        return [f"{_output_name(keys[:1])}_{_output_name(keys[1:])}" for keys, _ in tensors]
     return [_output_name(keys) for keys, _ in tensors]
 
 
@@ -205,12 +251,12 @@ def _tensors_only(module: nn.Module) -> Iterator[None]:
             vars(module)["forward"] = own
 
 
-def _capture(skeleton: nn.Module, example: Example, *, dynamic: bool) -> ExportedProgram:
+def _capture(skeleton: nn.Module, example: Example, *, dynamic: bool, by_task: bool) -> ExportedProgram:
     """Trace with the first dimension of batched inputs free, or with every size fixed."""
     name = type(skeleton).__name__
     try:
         with _tensors_only(skeleton):
-            shapes = _dynamic_shapes(skeleton, example) if dynamic else None
+            shapes = _dynamic_shapes(skeleton, example, by_task=by_task) if dynamic else None
             return torch.export.export(skeleton, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         if not dynamic:
@@ -218,18 +264,26 @@ def _capture(skeleton: nn.Module, example: Example, *, dynamic: bool) -> Exporte
                 f"{name} cannot be traced for export: {_first_line(error)}; make its control flow independent of "
                 "the values of tensors"
             ) from error
-        _capture(skeleton, example, dynamic=False)
+        _capture(skeleton, example, dynamic=False, by_task=by_task)
         raise ExportError(
             f"{name} cannot be exported with a dynamic batch: {_first_line(error)}; pass dynamic_batch=False to fix "
             f"the batch at {example.batch}, or let the model use x.shape[0] where it holds that number"
         ) from error
 
 
-def _dynamic_shapes(skeleton: nn.Module, example: Example) -> dict[str, Any]:
-    dim = Dim(_BATCH)
+def _dynamic_shapes(skeleton: nn.Module, example: Example, *, by_task: bool) -> dict[str, Any]:
+    """The batch of every input is free; each task of a joint model has one of its own."""
     arguments = dict(inspect.signature(skeleton.forward).bind(*example.args, **example.kwargs).arguments)
-    shapes: dict[str, Any] = pytree.tree_map(lambda leaf: {0: dim} if example.is_batched(leaf) else None, arguments)
-    return shapes
+    one = Dim(_BATCH)
+    dims = {name: Dim(_batch_name(name)) if by_task else one for name in arguments}
+    return {
+        name: pytree.tree_map(lambda leaf, dim=dims[name]: {0: dim} if example.is_batched(leaf) else None, argument)
+        for name, argument in arguments.items()
+    }
+
+
+def _batch_name(task: str) -> str:
+    return f"{task}_{_BATCH}"
 
 
 def _convert(program: ExportedProgram, opset: int | None) -> Any:
@@ -287,13 +341,12 @@ def _possible_opsets() -> str:
     return f"{possible[0]} to {possible[-1]}" if possible else "18"
 
 
-def _tidy(model: Any, program: ExportedProgram, outputs: list[str]) -> None:
+def _tidy(model: Any, inputs: list[str], outputs: list[str], symbols: Mapping[str, str]) -> None:
     """One copy of equal weights, the names of `forward`, `batch` for the batch, and no metadata."""
     for graph in model.graphs():
         _share_equal_weights(graph)
-    _rename(model, _input_names(program), outputs)
+    _rename(model, inputs, outputs)
     require("onnx_ir.passes.common").NameFixPass()(model)
-    symbol = _batch_symbol(program)
     for value in _values(model):
         value.metadata_props.clear()
         value.meta.clear()
@@ -301,8 +354,8 @@ def _tidy(model: Any, program: ExportedProgram, outputs: list[str]) -> None:
         if value.const_value is not None:
             value.const_value.doc_string = None
             value.const_value.metadata_props.clear()
-        if symbol and value.shape is not None:
-            value.shape = _with_named_batch(value.shape, symbol)
+        if symbols and value.shape is not None:
+            value.shape = _with_named_batch(value.shape, symbols)
     for graph in (*model.graphs(), *model.functions.values()):
         graph.metadata_props.clear()
         graph.doc_string = None
@@ -353,20 +406,38 @@ def _input_names(program: ExportedProgram) -> list[str]:
     ]
 
 
-def _batch_symbol(program: ExportedProgram) -> str | None:
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            for size in value.shape:
-                if isinstance(size, torch.SymInt):
-                    return str(size)
-    return None
+def _joint_inputs(skeleton: nn.Module, example: Example) -> list[tuple[str, str]]:
+    """The task of every tensor input of a joint module, and the argument of the task's own module that it is."""
+    found = []
+    for name, given in inspect.signature(skeleton.forward).bind(*example.args).arguments.items():
+        child: Any = skeleton.get_submodule(name)
+        several = isinstance(given, tuple) and len(inspect.signature(child.forward).parameters) > 1
+        arguments = inspect.signature(child.forward).bind(*(given if several else (given,))).arguments
+        for keys, leaf in pytree.tree_flatten_with_path(arguments)[0]:
+            if isinstance(leaf, torch.Tensor):
+                found.append((name, _output_name(keys)))
+    return found
 
 
-def _with_named_batch(shape: Any, symbol: str) -> Any:
-    named = re.compile(rf"\b{re.escape(symbol)}\b")
+def _batch_symbols(program: ExportedProgram, names: Sequence[str]) -> dict[str, str]:
+    """The first free size of every tensor input, and how to call it."""
+    symbols: dict[str, str] = {}
+    inputs = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    values = [node.meta.get("val") for node in nodes]
+    for value, name in zip([each for each in values if isinstance(each, torch.Tensor)], names, strict=True):
+        free = [str(size) for size in value.shape if isinstance(size, torch.SymInt)]
+        if free:
+            symbols.setdefault(free[0], name)
+    return symbols
+
+
+def _with_named_batch(shape: Any, symbols: Mapping[str, str]) -> Any:
+    named = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in symbols))
     sizes = [size if isinstance(size, int) else size.value for size in shape]
-    return require("onnx_ir").Shape([named.sub(_BATCH, size) if isinstance(size, str) else size for size in sizes])
+    return require("onnx_ir").Shape(
+        [named.sub(lambda match: symbols[match[0]], size) if isinstance(size, str) else size for size in sizes]
+    )
 
 
 def _values(model: Any) -> Iterator[Any]:

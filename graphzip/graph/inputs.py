@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import InputShapeError
@@ -16,6 +18,7 @@ __all__ = [
     "check_constant",
     "check_input",
     "concrete_shape",
+    "fake_input",
     "hint",
     "input_specs",
     "with_batch_of_two",
@@ -54,6 +57,15 @@ def with_batch_of_two(inputs: Any) -> Any:
 def concrete_shape(value: Any) -> tuple[int, ...]:
     """The shape of a fake tensor on the example inputs: symbolic sizes are replaced by the sizes traced with."""
     return tuple(hint(size) for size in value.shape)
+
+
+def fake_input(mode: FakeTensorMode, leaf: Any, spec: InputSpec) -> Any:
+    """A fake tensor like `leaf` whose dimensions that `spec` leaves open are symbolic; what is no tensor as it is."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    sizes = [DimDynamic.DUCK if size is None else DimDynamic.STATIC for size in spec.shape]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(leaf, symbolic_context=context)
 
 
 def hint(size: Any) -> int:

@@ -27,13 +27,14 @@ __all__ = ["to_module"]
 aten = torch.ops.aten
 
 
-def to_module(traced: Traced) -> fx.GraphModule:
+def to_module(traced: Traced, own: dict[int, torch.Tensor] | None = None) -> fx.GraphModule:
     """A module with the call signature and the parameter names of the model that was traced.
 
-    All tensors are copies. Inputs whose shape the graph was not made for raise `InputShapeError`.
+    All tensors are copies; `own` keeps those made, by the `id` of the tensor, for modules that share them. Inputs whose
+    shape the graph was not made for raise `InputShapeError`.
     """
     module = traced.copy().module
-    _own_state(module)
+    _own_state(module, {} if own is None else own)
     _Restorer(module, traced.module_types).run()
     _check_inputs(module, traced)
     module.graph.lint()
@@ -41,9 +42,8 @@ def to_module(traced: Traced) -> fx.GraphModule:
     return module
 
 
-def _own_state(root: nn.Module) -> None:
+def _own_state(root: nn.Module, own: dict[int, torch.Tensor]) -> None:
     """Give the module tensors of its own; tied ones stay tied."""
-    own: dict[int, torch.Tensor] = {}
     for name, tensor in list(named_state(root)):
         if id(tensor) not in own:
             value = tensor.detach().clone()

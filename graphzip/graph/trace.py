@@ -41,6 +41,7 @@ from graphzip.graph.state import (
     rebuild_state,
     share_tree,
 )
+from graphzip.graph.tasks import Task
 
 __all__ = ["Traced", "share_copy", "trace"]
 
@@ -56,7 +57,8 @@ class Traced:
     `module` holds the graph and, under their original names, the parameters and buffers (shared with the model it
     was traced from). `node.meta["val"]` is a fake tensor whose batch dimension is symbolic, `node.meta["owner"]` the
     name of the submodule that ran the operator, `node.meta["source"]` its line in the model's source. The graph is the
-    model only for inputs that fit `inputs` and `conditions`.
+    model only for inputs that fit `inputs` and `conditions`. Where several models were joined, `tasks` lists them, and
+    the names of modules and parameters begin with the name of the task.
     """
 
     module: fx.GraphModule
@@ -69,6 +71,7 @@ class Traced:
     training_only: tuple[str, ...] = ()
     batch_dynamic: bool = True
     conditions: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

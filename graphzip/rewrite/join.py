@@ -1,0 +1,220 @@
+"""Join the graphs of several models into one, and take one of them out again.
+
+The joint graph holds every model under its task's name: parameter `conv1.weight` of task `a` is `a.conv1.weight`, input
+`x` is `a_x`, the results are a dictionary by task. A tensor that several tasks hold is fetched once; so the analyzer
+sees its channels coupled in all of them, and every pass that takes one model takes the joint one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from graphzip.errors import RewriteError
+from graphzip.graph.clean import fetch_once
+from graphzip.graph.inputs import InputSpec, fake_input
+from graphzip.graph.modules import to_module
+from graphzip.graph.state import Aliases, find_aliases, get_tensor, graph_module, named_state, share_tree
+from graphzip.graph.tasks import Task, joined_module
+from graphzip.graph.trace import Traced
+from graphzip.rewrite.shrink import refresh
+
+__all__ = ["inputs_of", "join", "module_of", "task_of"]
+
+
+def join(models: Mapping[str, Traced]) -> Traced:
+    """One graph of several models, by task name. Tensors are shared with the given graphs, which stay as they are."""
+    root, graph = nn.Module(), fx.Graph()
+    tasks = tuple(_task(name, each) for name, each in models.items())
+    made: dict[str, dict[fx.Node, fx.Node]] = {name: {} for name in models}
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    for name, each in models.items():
+        leaves = pytree.tree_leaves((each.example_inputs, each.example_kwargs))
+        placeholders = [node for node in each.graph.nodes if node.op == "placeholder"]
+        for node, spec, leaf in zip(placeholders, each.inputs, leaves, strict=True):
+            copied = graph.placeholder(f"{name}_{node.target}")
+            copied.meta["val"] = fake_input(mode, leaf, spec)
+            made[name][node] = copied
+    results: list[Any] = []
+    for name, each in models.items():
+        root.add_module(name, share_tree(each.module))
+        for node in each.graph.nodes:
+            if node.op == "output":
+                results += fx.node.map_arg(list(node.args[0]), made[name].__getitem__)
+            elif node.op != "placeholder":
+                made[name][node] = _copied(graph, node, made[name], name)
+    graph.output(tuple(results))
+    graph.set_codegen(_PyTreeCodeGen(_signature(tasks)))
+    aliases = find_aliases(root)
+    fetch_once(graph, aliases)
+    joint = Traced(
+        module=graph_module(root, graph, "Tasks"),
+        inputs=tuple(
+            replace(spec, name=f"{name}_{spec.name}") for name, each in models.items() for spec in each.inputs
+        ),
+        example_inputs=tuple(_given(each.example_inputs) for each in models.values()),
+        aliases=aliases,
+        module_types={
+            f"{name}.{key}": kind for name, each in models.items() for key, kind in each.module_types.items()
+        },
+        training_only=tuple(f"{name}: {note}" for name, each in models.items() for note in each.training_only),
+        batch_dynamic=all(each.batch_dynamic for each in models.values()),
+        conditions=tuple(
+            _renamed(text, {spec.name: f"{name}_{spec.name}" for spec in each.inputs})
+            for name, each in models.items()
+            for text in each.conditions
+        ),
+        tasks=tasks,
+    )
+    refresh(joint)
+    joint.module.recompile()
+    return joint
+
+
+def task_of(joint: Traced, name: str) -> Traced:
+    """The graph of one task under its own names; tensors are shared with the joint graph.
+
+    Raises `RewriteError` where the task reads a tensor that has no name in it.
+    """
+    number = [task.name for task in joint.tasks].index(name)
+    task = joint.tasks[number]
+    start = sum(before.in_spec.num_leaves for before in joint.tasks[:number])
+    inputs = slice(start, start + task.in_spec.num_leaves)
+    outputs = next(node for node in joint.graph.nodes if node.op == "output").args[0]
+    first = sum(_leaves(before) for before in joint.tasks[:number])
+    results = outputs[first : first + _leaves(task)]
+    placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"][inputs]
+    wanted = {*placeholders, *_ancestors(results)}
+    local = _local_names(joint, name)
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in joint.graph.nodes:
+        if node in wanted:
+            made[node] = graph.node_copy(node, made.__getitem__)
+            made[node].target = _target(node, local, f"{name}_")
+            made[node].meta["owner"] = _without(str(node.meta.get("owner", "")), name)
+    graph.output(fx.node.map_arg(tuple(results), made.__getitem__))
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(task.arguments), task.in_spec, task.out_spec)))
+    root = share_tree(joint.module.get_submodule(name))
+    names = {spec.name: spec.name.removeprefix(f"{name}_") for spec in joint.inputs[inputs]}
+    traced = Traced(
+        module=graph_module(root, graph, name),
+        inputs=tuple(InputSpec(names[spec.name], spec.shape, spec.dtype) for spec in joint.inputs[inputs]),
+        example_inputs=inputs_of(joint)[name],
+        aliases=find_aliases(root),
+        module_types={
+            key.removeprefix(f"{name}."): kind for key, kind in joint.module_types.items() if key.startswith(f"{name}.")
+        },
+        training_only=tuple(
+            note.removeprefix(f"{name}: ") for note in joint.training_only if note.startswith(f"{name}: ")
+        ),
+        batch_dynamic=joint.batch_dynamic,
+        conditions=tuple(_renamed(text, names) for text in joint.conditions if any(key in text for key in names)),
+    )
+    fetch_once(graph, traced.aliases)
+    traced.module.recompile()
+    return traced
+
+
+def inputs_of(traced: Traced) -> Any:
+    """The example inputs as the user gives them: a tuple, or a tuple by task."""
+    if not traced.tasks:
+        return traced.example_inputs
+    return {
+        task.name: (given,) if task.positional.num_children == 1 else given
+        for task, given in zip(traced.tasks, traced.example_inputs, strict=True)
+    }
+
+
+def module_of(traced: Traced) -> fx.GraphModule:
+    """The module to train: of one model, or of several with the tensors that they share, as copies."""
+    if not traced.tasks:
+        return to_module(traced)
+    own: dict[int, torch.Tensor] = {}
+    children = {task.name: to_module(task_of(traced, task.name), own) for task in traced.tasks}
+    return joined_module(children, {task.name: task.positional.num_children for task in traced.tasks})
+
+
+def _task(name: str, traced: Traced) -> Task:
+    codegen = traced.graph._codegen
+    assert isinstance(codegen, _PyTreeCodeGen)
+    info = codegen.pytree_info
+    return Task(name, tuple(info.orig_args), info.in_spec, info.out_spec)
+
+
+def _signature(tasks: tuple[Task, ...]) -> _PyTreeInfo:
+    """`forward(a, b)` with a dictionary by task as its result."""
+
+    def dummy(spec: pytree.TreeSpec) -> Any:
+        return pytree.tree_unflatten([0] * spec.num_leaves, spec)
+
+    given = tuple(_given(dummy(task.positional)) for task in tasks)
+    results = {task.name: 0 if task.out_spec is None else dummy(task.out_spec) for task in tasks}
+    names = [task.name for task in tasks]
+    return _PyTreeInfo(names, pytree.tree_structure((given, {})), pytree.tree_structure(results))
+
+
+def _given(inputs: tuple[Any, ...]) -> Any:
+    return inputs[0] if len(inputs) == 1 else tuple(inputs)
+
+
+def _leaves(task: Task) -> int:
+    return 1 if task.out_spec is None else int(task.out_spec.num_leaves)
+
+
+def _copied(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, fx.Node], task: str) -> fx.Node:
+    copied = graph.node_copy(node, made.__getitem__)
+    if node.op == "get_attr":
+        copied.target = f"{task}.{node.target}"
+    copied.meta["owner"] = f"{task}.{node.meta.get('owner', '')}".rstrip(".")
+    return copied
+
+
+def _ancestors(results: Any) -> set[fx.Node]:
+    found = [value for value in results if isinstance(value, fx.Node)]
+    seen = set(found)
+    while found:
+        for source in found.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                found.append(source)
+    return seen
+
+
+def _local_names(joint: Traced, name: str) -> Aliases:
+    """For every name in the joint graph the name that the same tensor has in the task."""
+    inside: dict[int, str] = {}
+    for full, tensor in named_state(joint.module):
+        if full.startswith(f"{name}."):
+            inside.setdefault(id(tensor), full.removeprefix(f"{name}."))
+    fetched = {str(node.target) for node in joint.graph.nodes if node.op == "get_attr"}
+    tensors = {full: id(get_tensor(joint.module, full)) for full in fetched}
+    own = {full: full.removeprefix(f"{name}.") for full in fetched if full.startswith(f"{name}.")}
+    return {full: inside[key] for full, key in tensors.items() if key in inside} | own
+
+
+def _target(node: fx.Node, local: Aliases, prefix: str) -> Any:
+    if node.op == "placeholder":
+        return str(node.target).removeprefix(prefix)
+    if node.op != "get_attr":
+        return node.target
+    if node.target not in local:
+        raise RewriteError(f"task {prefix[:-1]!r} reads {node.target!r}, which is not a tensor of its own")
+    return local[str(node.target)]
+
+
+def _without(owner: str, task: str) -> str:
+    return "" if owner == task else owner.removeprefix(f"{task}.")
+
+
+def _renamed(condition: str, names: Mapping[str, str]) -> str:
+    """The condition with other names of the inputs."""
+    return re.sub(r"\b(\w+)(?=\.shape\[)", lambda match: names.get(match[1], match[1]), condition)
