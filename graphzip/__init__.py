@@ -39,8 +39,16 @@ if TYPE_CHECKING:
     from graphzip.export.onnx import ExportReport
     from graphzip.grow import expand
     from graphzip.history import History
-    from graphzip.picture import draw_groups
-    from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, Plan, PruneChannels, SliceGenerate
+    from graphzip.picture import draw_groups, draw_sharing
+    from graphzip.plan import (
+        AtomFactorize,
+        ClusterMerge,
+        CrossDomainShare,
+        FoldBatchNorm,
+        Plan,
+        PruneChannels,
+        SliceGenerate,
+    )
     from graphzip.widening import widen
     from passes.clustering import register_clustering
 
@@ -55,6 +63,7 @@ __all__ = [
     "CoefficientRank",
     "Compiled",
     "Cost",
+    "CrossDomainShare",
     "ExampleInputError",
     "Explanation",
     "ExportError",
@@ -80,6 +89,7 @@ __all__ = [
     "compile",
     "cost",
     "draw_groups",
+    "draw_sharing",
     "expand",
     "load",
     "prepare",
@@ -98,10 +108,18 @@ _HOMES: Final = {
     "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
     "graphzip.export.generator": ("save_generator",),
     "graphzip.export.onnx": ("ExportReport",),
-    "graphzip.picture": ("draw_groups",),
+    "graphzip.picture": ("draw_groups", "draw_sharing"),
     "graphzip.history": ("History",),
     "graphzip.grow": ("expand",),
-    "graphzip.plan": ("AtomFactorize", "ClusterMerge", "FoldBatchNorm", "Plan", "PruneChannels", "SliceGenerate"),
+    "graphzip.plan": (
+        "AtomFactorize",
+        "ClusterMerge",
+        "CrossDomainShare",
+        "FoldBatchNorm",
+        "Plan",
+        "PruneChannels",
+        "SliceGenerate",
+    ),
     "graphzip.widening": ("widen",),
     "passes.clustering": ("register_clustering",),
 }

@@ -1,9 +1,13 @@
-"""Draw the channel groups of a model: every layer is a row, every group a line along the layers that it couples."""
+"""Pictures: the channel groups of a model, and the clusters of weights that two models share.
+
+Of channel groups every layer is a row, and every group a line along the layers that it couples.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +15,9 @@ from typing import Any, Protocol
 from graphzip import tables
 from graphzip.errors import GraphZipError, MissingDependencyError
 from graphzip.files import check_target, staged
+from graphzip.results import Report
 
-__all__ = ["draw_groups"]
+__all__ = ["draw_groups", "draw_sharing"]
 
 _FORMATS = (".svg", ".png", ".pdf")
 _ROW, _LANE = 0.24, 0.3
@@ -63,6 +68,59 @@ def draw_groups(groups: Groups, path: str | os.PathLike[str]) -> Path:
     Raises `GraphZipError` for another kind of file or a directory that does not exist, `MissingDependencyError`
     without matplotlib.
     """
+    layers, lines = _lines(groups)
+    lanes = _lanes(lines)
+    width = max(lanes, default=0) + 1
+    longest = max(map(len, layers), default=0)
+    with _picture(path, 2.5 + _LANE * width + 0.06 * longest, 0.8 + _ROW * max(len(layers), 4)) as picture:
+        import matplotlib as mpl
+
+        _draw(picture.figure.add_subplot(), layers, lines, lanes, mpl.colormaps["tab20"])
+    return picture.target
+
+
+def draw_sharing(report: Report, path: str | os.PathLike[str], *, largest: int = 10) -> Path:
+    """Write how large the clusters of `CrossDomainShare` are as bars to `path` (.svg, .png or .pdf); give the path.
+
+    One panel per layer, one bar for each of its `largest` clusters, divided into the channels of each task (Fig. 6 of
+    Gao, Deng and Huang, "Cross Domain Model Compression by Structurally Weight Sharing").
+
+    Raises `GraphZipError` for a report without such clusters, another kind of file or a directory that does not exist,
+    `MissingDependencyError` without matplotlib.
+    """
+    summaries = [found for each in report.passes for kind, found in each.items() if kind == "cross_domain_share"]
+    if not summaries:
+        raise GraphZipError("the report has no shared weights to draw; pass that of a plan with CrossDomainShare")
+    layers = summaries[-1]["layers"]
+    columns = min(len(layers), 4)
+    rows = -(-len(layers) // columns)
+    with _picture(path, 0.6 + 2.6 * columns, 0.4 + 2.1 * rows) as picture:
+        for number, (name, found) in enumerate(layers.items(), start=1):
+            axes = picture.figure.add_subplot(rows, columns, number)
+            below = [0] * largest
+            for task, sizes in found["sizes"].items():
+                shown = sizes[:largest]
+                axes.bar(range(1, len(shown) + 1), shown, bottom=below[: len(shown)], label=task)
+                below = [sum(pair) for pair in zip(below, shown, strict=False)]
+            axes.set_title(f"{name}: {found['channels']} channels, {found['clusters']} clusters", fontsize=7)
+            axes.tick_params(labelsize=7)
+            if number == 1:
+                axes.set_ylabel("channels of a cluster", fontsize=7)
+                axes.legend(fontsize=7)
+    return picture.target
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A figure, and the file that it goes to."""
+
+    target: Path
+    figure: Any
+
+
+@contextmanager
+def _picture(path: str | os.PathLike[str], width: float, height: float) -> Iterator[_Picture]:
+    """A figure of this size in inches, which is written when it is done."""
     target = check_target(path, GraphZipError)
     if target.suffix not in _FORMATS:
         raise GraphZipError(f"{target} is no picture; name a file that ends in {', '.join(_FORMATS)}")
@@ -71,19 +129,11 @@ def draw_groups(groups: Groups, path: str | os.PathLike[str]) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("drawing needs matplotlib: pip install 'graphzip[plot]'") from error
-    layers, lines = _lines(groups)
-    lanes = _lanes(lines)
-    width = max(lanes, default=0) + 1
-    longest = max(map(len, layers), default=0)
     with mpl.rc_context({"svg.hashsalt": "graphzip", "svg.fonttype": "none"}):
-        figure = Figure(
-            figsize=(2.5 + _LANE * width + 0.06 * longest, 0.8 + _ROW * max(len(layers), 4)), layout="constrained"
-        )
-        axes = figure.add_subplot()
-        _draw(axes, layers, lines, lanes, mpl.colormaps["tab20"])
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield _Picture(target, figure)
         with staged(target, GraphZipError) as file:
             figure.savefig(file, format=target.suffix[1:], metadata={"Date": None} if target.suffix == ".svg" else None)
-    return target
 
 
 def _lines(groups: Groups) -> tuple[list[str], list[_Line]]:

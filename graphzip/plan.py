@@ -38,6 +38,7 @@ from graphzip.plan_checks import (
     check_strength,
     check_weight,
     count_of,
+    height_and_width,
     is_flag,
     is_int,
     is_list,
@@ -56,6 +57,7 @@ __all__ = [
     "PASS_OPTIONS",
     "AtomFactorize",
     "ClusterMerge",
+    "CrossDomainShare",
     "FoldBatchNorm",
     "PassOptions",
     "Plan",
@@ -287,10 +289,47 @@ class PruneChannels(PassOptions):
     strength: Annotated[float, BeforeValidator(check_weight)] = 0.0
 
 
+class CrossDomainShare(PassOptions):
+    """Let two models of one architecture, for two domains, share channels of weights.
+
+    In every layer the input channels of both models together are divided into clusters, and the weights that read the
+    channels of a cluster are one and the same (Gao, Deng and Huang, "Cross Domain Model Compression by Structurally
+    Weight Sharing").
+
+    - `clusters`: how many clusters a layer has, over both models. A float in (0, 1] is a share of the input channels of
+      both: `max(1, floor(channels * clusters))`. An int of at least 1 is a count. Either is for all layers but the
+      first and the last. A mapping from globs on layer names (`fnmatch.fnmatchcase`) to either: the first match wins
+      and layers that no key matches keep all. After a flatten every input feature is a channel of its own.
+    - `regularizer`: the term of the loss in the stage "regularize": `"normalized"` (graph embedding with balanced
+      clusters, Eq. 10), `"plain"` (Eq. 7), `"simple"` (Eq. 13), `"growl"` (group ordered weighted lasso, Eq. 2, to
+      compare with), or `None`.
+    - `strength`: what the term is multiplied by, at least 0.
+    - `pool`: height and width that feature maps are pooled down to before channels are compared; a map of one dimension
+      to `height * width`.
+    - `samples`: how many numbers of each channel, drawn at random, are compared at most in a batch.
+    - `exclude`: globs of layers that keep all their channels.
+
+    Raises `PlanError` when a value is out of range or of the wrong type.
+    """
+
+    kind: ClassVar[str] = "cross_domain_share"
+    joins: ClassVar[bool] = True
+
+    clusters: Annotated[Amount | Mapping[str, Amount], BeforeValidator(check_keep)] = 0.25
+    regularizer: Annotated[str | None, BeforeValidator(one_of("normalized", "plain", "simple", "growl", None))] = (
+        "normalized"
+    )
+    strength: Annotated[float, BeforeValidator(check_weight)] = 1.0
+    pool: Annotated[Sequence[int], BeforeValidator(height_and_width)] = (4, 4)
+    samples: Annotated[int, BeforeValidator(count_of("numbers of a channel"))] = 512
+    exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
+
+
 PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
     options.kind: options
     for options in (
         ClusterMerge,
+        CrossDomainShare,
         FoldBatchNorm,
         AtomFactorize,
         SliceGenerate,

@@ -22,6 +22,7 @@ __all__ = [
     "check_strength",
     "check_weight",
     "count_of",
+    "height_and_width",
     "is_flag",
     "is_int",
     "is_list",
@@ -90,6 +91,14 @@ def slice_shape(value: Any) -> tuple[int, ...]:
             "[16, 16, 3, 3]"
         )
     return tuple(int(size) for size in sizes)
+
+
+def height_and_width(value: Any) -> tuple[int, int]:
+    """Two sizes."""
+    sizes = list(value) if is_list(value) else []
+    if len(sizes) != 2 or not all(is_int(size) and size >= 1 for size in sizes):
+        raise ValueError(f"{value!r} is not a height and a width; write two ints of at least 1, such as [4, 4]")
+    return int(sizes[0]), int(sizes[1])
 
 
 class Wrong(ValueError):

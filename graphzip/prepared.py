@@ -24,7 +24,7 @@ from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report, TaskChange
 from graphzip.rewrite.join import inputs_of, module_of, task_of
 from graphzip.rewrite.shrink import refresh
-from passes.base import Pass, Restructuring
+from passes.base import Pass, Restructuring, Staged
 from passes.table import PASSES
 
 __all__ = ["Prepared", "follow_modes"]
@@ -100,7 +100,10 @@ class Prepared(nn.Module):
     def steps(self) -> Iterator[str]:
         """Stages of the plan that are left, by name. Train in the body of the loop; the next turn carries it out."""
         while (active := self._progress.active) is not None:
-            yield from active.stages
+            for stage in active.stages:
+                yield stage
+                if self._progress.active is active:
+                    self._end(stage)
             if self._progress.active is active:
                 self._finish()
 
@@ -251,6 +254,14 @@ class Prepared(nn.Module):
                 run_batch(module, batch_arguments(batch, len(inputs[name] if name else inputs)))
         for module, mode in modes.items():
             module.training = mode
+
+    def _end(self, stage: str) -> None:
+        """Let the current pass do what comes between its stages."""
+        active = self._synced()
+        if isinstance(active, Staged):
+            with torch.inference_mode(False):
+                active.end_stage(stage, self._inner())
+            self.clusters = active.state().to(self.clusters.device)
 
     def _finish(self) -> None:
         """Carry out the current pass on the trained weights and begin the next one."""

@@ -6,7 +6,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphzip.analysis.cost import Cost
-from graphzip.tables import Before, change, comparison_table, errors_table, quantity, tasks_table, widths_table
+from graphzip.tables import (
+    Before,
+    change,
+    comparison_table,
+    errors_table,
+    quantity,
+    sharing_table,
+    tasks_table,
+    widths_table,
+)
 
 __all__ = ["GroupChange", "Report", "TaskChange"]
 
@@ -71,6 +80,8 @@ class Report:
         for found in (found for summary in self.passes for found in summary.values()):
             if found.get("relative_error"):
                 lines += ["", errors_table(found["relative_error"], found["shared"])]
+            if found.get("weights"):
+                lines += ["", sharing_table(found["layers"], found["weights"])]
             if found.get("note"):
                 lines += ["", found["note"]]
         if not self.changed:

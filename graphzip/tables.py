@@ -6,7 +6,7 @@ import difflib
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,6 +27,7 @@ __all__ = [
     "module_names",
     "percent",
     "quantity",
+    "sharing_table",
     "table",
     "tasks_table",
     "widths_table",
@@ -194,6 +195,23 @@ def tasks_table(params: Sequence[tuple[str, int, int]], together: int, *, width:
     rows = [(name, quantity(before), quantity(after)) for name, before, after in params]
     total = ("together", quantity(sum(before for _, before, _ in params)), quantity(together))
     return table(columns, [*rows, total], width=width)
+
+
+def sharing_table(layers: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], *, width: int = WIDTH) -> str:
+    """Layers whose weights two models share: their clusters, those that one model uses alone, and the largest one."""
+    tasks = list(next(iter(layers.values()), {"private": ()})["private"])
+    titles = ("channels", "clusters", *(f"{task} alone" for task in tasks), "common", "largest")
+    rows = [
+        [
+            name,
+            *map(str, (found["channels"], found["clusters"], *found["private"].values(), found["common"])),
+            str(max(map(sum, zip(*found["sizes"].values(), strict=True)))),
+        ]
+        for name, found in layers.items()
+    ]
+    shown = table([Column("layer"), *(Column(title, right=True) for title in titles)], rows, width=width)
+    before, after = (quantity(weights[key]) for key in ("before", "after"))
+    return f"{shown}\n\n{before} weights without biases became {after}: {weights['times']:.2f} times fewer"
 
 
 def widths_table(widths: Sequence[tuple[str, int, int]], *, width: int = WIDTH) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphzip.graph.trace import Traced
 
-__all__ = ["FreeTraining", "Pass", "Restructuring"]
+__all__ = ["FreeTraining", "Pass", "Restructuring", "Staged"]
 
 
 class Pass(Protocol):
@@ -19,7 +19,9 @@ class Pass(Protocol):
     It decides when it is made. Until `convert` the model computes what it did, and may be trained.
     """
 
-    stages: tuple[str, ...]
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages that are left."""
 
     def convert(self, traced: Traced) -> Traced:
         """Carry the decision out on the graph, which holds the trained weights."""
@@ -101,3 +103,11 @@ class Restructuring(Protocol):
 
         `model` is there to be changed, `traced` is not. `run` feeds the calibration data, where there is any.
         """
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A pass of several stages that does something to the model that is trained after some of them."""
+
+    def end_stage(self, stage: str, model: nn.Module) -> None:
+        """Change the values that `model` holds, and what was decided."""

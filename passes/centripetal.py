@@ -35,7 +35,7 @@ from torch import Tensor
 from graphzip.errors import GraphZipError, PlanError
 from passes.segments import Place, Rows, rows_of
 
-__all__ = ["AUTO_LEFT", "AUTO_SHARE", "attach", "auto_contraction"]
+__all__ = ["AUTO_LEFT", "AUTO_SHARE", "TIED", "attach", "auto_contraction"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,9 @@ AUTO_LEFT: Final = 1e-8
 
 AUTO_SHARE: Final = 0.75
 """The share of the planned steps in which it does so; in the rest the clusters train as the narrow model."""
+
+TIED: Final = "tied"
+"""The strength that leaves nothing of a deviation: members of a cluster are equal after every step."""
 
 _UNTRAINED: Final = -1
 _LARGEST_FLOOR: Final = 1e-3  # of a weight: bfloat16 rounds more coarsely, but is no reason to merge at once
@@ -102,7 +105,7 @@ class _Centripetal:
     def _left(self, matrix: _Matrix, skipped: Tensor | None) -> Number:
         """What the step leaves of a deviation; all of it where a gradient scaler makes a fused optimizer skip it."""
         group = {**self.optimizer.defaults, **self.optimizer.param_groups[max(matrix.group, 0)]}
-        if group["strength"] == "auto":
+        if group["strength"] in ("auto", TIED):
             left: Number = group["contraction"]
         else:
             decay = (group.get("weight_decay") or 0.0) if matrix.trained else 0.0
@@ -154,6 +157,9 @@ def _average_gradients(rows: Rows, tensors: Sequence[Tensor]) -> None:
     whole = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
     parts = rows.parts(rows.means(rows.gather(whole)), tensors)
     _copy(present, [part for part, gradient in zip(parts, gradients, strict=True) if gradient is not None])
+    for place, part, gradient in zip(rows.places, parts, gradients, strict=True):
+        if gradient is None and place.slices.pool:
+            place.tensor.grad = part.clone(memory_format=torch.contiguous_format)  # it moves with those it is tied to
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -180,7 +186,7 @@ def attach(
             f"{type(optimizer).__name__} evaluates the model several times a step, between which clusters cannot be "
             "kept together; use a first-order optimizer such as torch.optim.SGD"
         )
-    contraction = None
+    contraction = 0.0 if strength == TIED else None
     if strength == "auto":
         if steps is None:
             raise PlanError(

@@ -26,7 +26,7 @@ from graphzip.plan import ClusterMerge
 from graphzip.rewrite.shrink import merge_channels
 from passes.centripetal import attach
 from passes.clustering import check_clustering, cluster
-from passes.segments import Partition, Place, features_of, rows_of, slices_of
+from passes.segments import Partition, Place, features_of, pull, rows_of, slices_of, squared_deviations
 from passes.widths import Clusters, resolve
 
 __all__ = ["ClusterMergePass"]
@@ -73,27 +73,14 @@ class ClusterMergePass:
     def collapse_(self, model: nn.Module) -> None:
         self.pull_(model, 1.0)
 
-    @torch.no_grad()
     def pull_(self, model: nn.Module, fraction: float) -> None:
-        for _, rows in rows_of((place, 0) for place in self._places(model)):
-            tensors = rows.tensors()
-            apart = rows.gather(tensors)
-            centre = rows.means(apart)
-            moved = centre if fraction == 1.0 else torch.lerp(apart, centre, fraction)
-            torch._foreach_copy_(tensors, rows.parts(moved, tensors))
+        pull(self._places(model), fraction)
 
     def deviation(self, model: nn.Module) -> float:
         return sum(self.deviations(model).values())
 
-    @torch.no_grad()
     def deviations(self, model: nn.Module) -> dict[str, float]:
-        total = np.zeros(len(self.clusters))
-        for _, rows in rows_of((place, 0) for place in self._places(model) if place.is_kernel):
-            apart = rows.gather(rows.tensors()).double()
-            squares = (apart - rows.means(apart)).square().sum(1).cpu().numpy()
-            owner = np.concatenate([place.slices.owner for place in rows.places])
-            total += np.bincount(owner[owner >= 0], weights=squares[owner >= 0], minlength=total.size)
-        return dict(zip(self.clusters, total.tolist(), strict=True))
+        return squared_deviations(self._places(model), list(self.clusters))
 
     @torch.no_grad()
     def residual(self, model: nn.Module) -> float:

@@ -37,6 +37,9 @@ Clustering = Callable[[Features, int, int], Iterable[Iterable[int]]]
 
 _Function = TypeVar("_Function", bound=Clustering)
 
+_MANY: Final = 8192  # rows; the inner products of more are not held
+_ROUNDS: Final = 30  # of Lloyd's algorithm over many rows
+
 _BUILT_IN: Final = ("kmeans", "even", "imbalanced")
 _CLUSTERINGS: Final[dict[str, Clustering]] = {}
 
@@ -146,6 +149,8 @@ def _kmeans(features: Features, k: int, seed: int) -> list[list[int]]:
     rows = rows / largest  # clusters do not change with scale, and squares neither overflow nor vanish
     rows -= rows.mean(axis=0)
     with _controller().limit(limits=1):  # deterministic sums, and small problems lose by waiting for other threads
+        if len(rows) > _MANY:
+            return _members(_lloyd_of_many(rows, np.bincount(owner).astype(dtype), k, seed)[owner], k)
         gram: Features = rows @ rows.T
         labels = _lloyd(_short(rows, gram), gram, np.bincount(owner).astype(dtype), k, seed)
     return _members(labels[owner], k)
@@ -202,6 +207,17 @@ def _lloyd(rows: Features, gram: Features, weights: Features, k: int, seed: int)
     solver = KMeans(k, init=rows[_spread(gram, weights, k, random)], n_init=1, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer clusters than asked for: repaired below
+        labels = solver.fit(rows, sample_weight=weights).labels_
+    return _repaired(rows, labels.astype(np.intp), k)
+
+
+def _lloyd_of_many(rows: Features, weights: Features, k: int, seed: int) -> Labels:
+    """Labels (u,) of k-means on so many distinct rows (u, d) that their inner products would not fit."""
+    from sklearn.cluster import KMeans
+
+    solver = KMeans(k, init="k-means++", n_init=1, max_iter=_ROUNDS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few more rounds would not change much; empty clusters are repaired
         labels = solver.fit(rows, sample_weight=weights).labels_
     return _repaired(rows, labels.astype(np.intp), k)
 

@@ -19,12 +19,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups
-from graphzip.errors import WeightsError
+from graphzip.errors import GraphZipError, WeightsError
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 
-__all__ = ["Partition", "Place", "Rows", "Slices", "features_of", "rows_of", "slices_of"]
+__all__ = [
+    "Partition",
+    "Place",
+    "Rows",
+    "Slices",
+    "features_of",
+    "pull",
+    "rows_of",
+    "slices_of",
+    "squared_deviations",
+]
 
 Partition = tuple[tuple[int, ...], ...]
 """Clusters of a group's channels: each sorted, ordered by their smallest channel."""
@@ -35,7 +45,8 @@ class Slices:
     """One dimension of one tensor: `cluster[i]` is the first slice of the cluster that slice i belongs to.
 
     `owner[i]` is the number of the clustered group of slice i, -1 where it has none. `kernel` tells the slices that
-    make channels from those that only act on them.
+    make channels from those that only act on them. Tensors with the same `pool` have clusters in common: slices with
+    equal numbers in `cluster` are then in one cluster, whichever of the tensors they are of.
     """
 
     name: str
@@ -43,6 +54,7 @@ class Slices:
     cluster: IntArray
     owner: IntArray
     kernel: bool
+    pool: str = ""
 
 
 def slices_of(groups: ChannelGroups, partitions: Mapping[str, Partition], traced: Traced) -> list[Slices]:
@@ -112,8 +124,7 @@ class Rows:
     def of(cls, places: Sequence[Place], device: torch.device) -> Rows:
         """The matrix of these places; what it computes with lives on `device`."""
         heights = [place.slices.cluster.size for place in places]
-        offsets = np.cumsum([0, *heights[:-1]])
-        first = np.concatenate([place.slices.cluster + at for place, at in zip(places, offsets, strict=True)])
+        first = _numbers([place.slices for place in places])
         order = np.argsort(first, kind="stable")
         _, starts, cluster = np.unique(first[order], return_index=True, return_inverse=True)
         number = np.empty_like(first)
@@ -151,9 +162,23 @@ class Rows:
         centres = F.embedding_bag(self.order, rows, self.starts, mode="mean")
         return centres.index_select(0, self.cluster)
 
+    def first(self, rows: torch.Tensor) -> torch.Tensor:
+        """For every row the first one of its cluster, shape (rows, L)."""
+        return rows.index_select(0, self.order[self.starts][self.cluster])
+
     def fits(self) -> bool:
         """Whether the model still lives where the matrix was made for."""
         return self.places[0].tensor.device == self.order.device
+
+
+def _numbers(slices: Sequence[Slices]) -> IntArray:
+    """A number for the cluster of every row; what has no pool in common has no number in common."""
+    keys = [each.pool or position for position, each in enumerate(slices)]
+    span: dict[Any, int] = {}
+    for key, each in zip(keys, slices, strict=True):
+        span[key] = max(span.get(key, 0), int(each.cluster.max(initial=-1)) + 1)
+    base = dict(zip(span, np.cumsum([0, *span.values()]).tolist(), strict=False))
+    return np.concatenate([each.cluster + base[key] for key, each in zip(keys, slices, strict=True)])
 
 
 def _flat(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -165,6 +190,7 @@ def rows_of(places: Iterable[tuple[Place, int]]) -> list[tuple[int, Rows]]:
     """As few matrices as possible; places with different numbers do not share one, and the number goes with it.
 
     A tensor that is clustered along two dimensions is in two matrices, and the later one sees what the earlier did.
+    Raises `GraphZipError` where tensors with clusters in common cannot be in one matrix.
     """
     found: dict[tuple[int, int, torch.device, torch.dtype, int, bool], list[Place]] = {}
     seen: dict[tuple[int, str], int] = {}
@@ -176,7 +202,48 @@ def rows_of(places: Iterable[tuple[Place, int]]) -> list[tuple[int, Rows]]:
         length = tensor.numel() // tensor.shape[place.slices.dim]
         key = level, number, tensor.device, tensor.dtype, length, tensor.dim() == 1
         found.setdefault(key, []).append(place)
+    _check_pools(found.values())
     return [(key[1], Rows.of(found[key], key[2])) for key in sorted(found, key=lambda key: key[0])]
+
+
+@torch.no_grad()
+def pull(places: Iterable[Place], fraction: float) -> None:
+    """Move every slice by `fraction` (0 to 1) of the way to the centre of its cluster."""
+    for _, rows in rows_of((place, 0) for place in places):
+        tensors = rows.tensors()
+        apart = rows.gather(tensors)
+        centre = rows.means(apart)
+        moved = centre if fraction == 1.0 else torch.lerp(apart, centre, fraction)
+        torch._foreach_copy_(tensors, rows.parts(moved, tensors))
+
+
+@torch.no_grad()
+def squared_deviations(places: Iterable[Place], names: Sequence[str]) -> dict[str, float]:
+    """Sum of squared distances of kernels from the centres of their clusters (C-SGD, Eq. 7), by the name of the owner.
+
+    `names[n]` is the owner with number n.
+    """
+    total = np.zeros(len(names))
+    for _, rows in rows_of((place, 0) for place in places if place.is_kernel):
+        apart = rows.gather(rows.tensors()).double()
+        apart = apart - rows.first(apart)  # slices that are equal are exactly no distance apart
+        squares = (apart - rows.means(apart)).square().sum(1).cpu().numpy()
+        owner = np.concatenate([place.slices.owner for place in rows.places])
+        total += np.bincount(owner[owner >= 0], weights=squares[owner >= 0], minlength=total.size)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def _check_pools(matrices: Iterable[Sequence[Place]]) -> None:
+    seen: dict[str, str] = {}
+    for places in matrices:
+        own = {place.slices.pool: place.slices.name for place in places if place.slices.pool}
+        for pool, name in own.items():
+            if pool in seen:
+                raise GraphZipError(
+                    f"{seen[pool]} and {name} share clusters; keep them on one device and in one dtype, and give the "
+                    "optimizer both in one parameter group, or none of them"
+                )
+        seen |= own
 
 
 def features_of(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.plan import AtomFactorize, ClusterMerge, FoldBatchNorm, PassOptions, PruneChannels, SliceGenerate
+from graphzip.plan import (
+    AtomFactorize,
+    ClusterMerge,
+    CrossDomainShare,
+    FoldBatchNorm,
+    PassOptions,
+    PruneChannels,
+    SliceGenerate,
+)
 from passes.atom_factorize import AtomFactorizePass
 from passes.cluster_merge import ClusterMergePass
+from passes.cross_domain_share import CrossDomainSharePass
 from passes.fold_batch_norm import FoldBatchNormPass
 from passes.prune_channels import PruneChannelsPass
 from passes.slice_generate import SliceGeneratePass
@@ -16,6 +25,7 @@ __all__ = ["PASSES"]
 PASSES: dict[type[PassOptions], Any] = {
     AtomFactorize: AtomFactorizePass,
     ClusterMerge: ClusterMergePass,
+    CrossDomainShare: CrossDomainSharePass,
     FoldBatchNorm: FoldBatchNormPass,
     PruneChannels: PruneChannelsPass,
     SliceGenerate: SliceGeneratePass,

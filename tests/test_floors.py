@@ -42,8 +42,12 @@ SHARED_BY_PASSES = (
     "passes.centripetal",
     "passes.clustering",
     "passes.conv_layers",
+    "passes.embedding",
     "passes.input_moments",
     "passes.segments",
+    "passes.shared_layers",
+    "passes.similarity",
+    "passes.trimmed",
     "passes.widths",
 )
 TABLE_OF_PASSES = "passes.table"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +78,13 @@ def export_tasks(
     reports = []
     with export_mode(verify=verify):
         built = {
-            name: build(module, Example.of(inputs, {}), opset=opset, dynamic_batch=dynamic_batch)
+            name: build(
+                module,
+                Example.of(inputs, {}),
+                opset=opset,
+                dynamic_batch=dynamic_batch,
+                shared=_shared(module, [other for other, _ in tasks.values() if other is not module]),
+            )
             for name, (module, inputs) in tasks.items()
         }
         existed = target.is_dir()
@@ -97,6 +103,12 @@ def export_tasks(
     worst = max(reports, key=lambda report: (report.max_abs_diff or 0.0) / (report.tolerance or 1.0))
     dynamic = all(report.dynamic_batch for report in reports)
     return replace(worst, path=target, bytes=size, dynamic_batch=dynamic, tasks=tuple(reports))
+
+
+def _shared(module: nn.Module, others: Iterable[nn.Module]) -> set[str]:
+    """Names of the parameters that other modules have, too."""
+    theirs = {id(parameter) for other in others for parameter in other.parameters()}
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if id(parameter) in theirs}
 
 
 def _write_graph(built: Built, path: Path, folder: Path, *, verify: bool) -> ExportReport:

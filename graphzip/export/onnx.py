@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,14 +160,20 @@ class Built:
 
 
 def build(
-    module: nn.Module, example: Example, *, opset: int | None, dynamic_batch: bool, by_task: bool = False
+    module: nn.Module,
+    example: Example,
+    *,
+    opset: int | None,
+    dynamic_batch: bool,
+    by_task: bool = False,
+    shared: Collection[str] = (),
 ) -> Built:
-    """Convert `module` inside `export_mode`."""
+    """Convert `module` inside `export_mode`. Tensors with the names `shared` stay as they are, for others read them."""
     skeleton = share_copy(module).eval()
     outputs = _output_names(skeleton, example, by_task=by_task)
     dynamic = dynamic_batch and example.batch is not None
     program = _capture(skeleton, example, dynamic=dynamic, by_task=by_task)
-    model = _convert(program, opset)
+    model = _convert(program, opset, shared)
     inputs, batches = _input_names(program), [_BATCH] * len(_input_names(program))
     if by_task:
         joint = _joint_inputs(skeleton, example)
@@ -286,11 +292,11 @@ def _batch_name(task: str) -> str:
     return f"{task}_{_BATCH}"
 
 
-def _convert(program: ExportedProgram, opset: int | None) -> Any:
+def _convert(program: ExportedProgram, opset: int | None, shared: Collection[str]) -> Any:
     try:
         converted = torch.onnx.export(program, (), opset_version=opset, verbose=False, dynamo=True, optimize=False)
         assert converted is not None
-        _optimize(converted.model)
+        _optimize(converted.model, shared)
     except Exception as error:
         raise ExportError(
             f"the ONNX exporter of PyTorch cannot convert the model: {_summary(error)}; replace that part of the model"
@@ -305,9 +311,14 @@ def _convert(program: ExportedProgram, opset: int | None) -> Any:
     return model
 
 
-def _optimize(model: Any) -> None:
+def _optimize(model: Any, shared: Collection[str]) -> None:
     """What `torch.onnx.export` does by default, but no constant is computed that makes the file bigger."""
-    require("onnxscript.optimizer").optimize_ir(model, should_fold=_stays_slim)
+
+    def should_fold(node: Any) -> bool | None:
+        reads_shared = any(value is not None and value.name in shared for value in node.inputs)
+        return False if reads_shared else _stays_slim(node)
+
+    require("onnxscript.optimizer").optimize_ir(model, should_fold=should_fold)
     require("onnxscript.rewriter.onnx_fusions").fuse(model)
 
 

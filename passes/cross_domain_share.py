@@ -1,0 +1,291 @@
+"""Cross-domain sharing: channels of two models that do alike are read by the same weights.
+
+The input channels of a layer, those of both models together, are nodes of a graph whose weights are the similarities
+of their features. A spectral embedding of that graph regularises the training, which makes its clusters distinct;
+k-means on the embedding then divides the channels into clusters, the weights of a cluster become their mean and stay
+equal, for their gradients are averaged (Eq. 12):
+
+    dL/dg_c = 1/n_c sum over i in cluster c of dL/dW_i.
+
+In the end the channels of a cluster are added up before the layer, whose weight has one input channel per cluster.
+
+Source: Gao, Deng and Huang, "Cross Domain Model Compression by Structurally Weight Sharing" (2019): the regulariser in
+section 3.3, sharing and Eq. 12 in section 3.4, the result in section 3.5.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graphzip.errors import GraphZipError, WeightsError
+from graphzip.graph.state import get_tensor
+from graphzip.graph.trace import Traced
+from graphzip.labels import IntArray
+from graphzip.plan import CrossDomainShare, plan_error
+from graphzip.rewrite.share import SharedWeight, share_weights
+from passes.centripetal import TIED, attach
+from passes.clustering import cluster
+from passes.embedding import Embedding, spectral_embedding
+from passes.segments import Place, Slices, pull, squared_deviations
+from passes.shared_layers import SharedLayer, shared_layers, weights_before
+from passes.similarity import factor_of, growl, simple_loss, spectral_loss
+from passes.trimmed import Trimmed
+
+__all__ = ["CrossDomainSharePass"]
+
+logger = logging.getLogger(__name__)
+
+_NODES: Final = 1024  # channels of a layer, drawn at random, that the regulariser of one step looks at
+_SIZE: Final = 64  # columns of an embedding, at most: k-means needs no more for many clusters
+_RATE: Final = 1e-3  # of the steps that the embedding networks take
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """The clusters of one layer: their number for every channel, those of the first task before those of the second.
+
+    Clusters that the first task alone uses come first, those of the second alone last, so that each task reads
+    neighbours.
+    """
+
+    layer: SharedLayer
+    number: IntArray
+
+    @classmethod
+    def of(cls, layer: SharedLayer, labels: IntArray) -> _Clusters:
+        first = layer.sizes[0]
+        left, right = np.isin(labels, labels[:first]), np.isin(labels, labels[first:])
+        part = np.where(left & right, 1, np.where(left, 0, 2))
+        start = np.array([np.argmax(labels == label) for label in labels])
+        _, number = np.unique(part * labels.size + start, return_inverse=True)
+        return cls(layer, number.reshape(-1).astype(np.int64))
+
+    @property
+    def columns(self) -> tuple[IntArray, ...]:
+        """The same by task."""
+        return tuple(np.split(self.number, np.cumsum(self.layer.sizes)[:-1]))
+
+    def slices(self, owner: int) -> list[Slices]:
+        """The weights of both tasks as slices with clusters in common."""
+        return [
+            Slices(name, 1, column, np.full(column.size, owner, dtype=np.int64), True, pool=self.layer.name)
+            for name, column in zip(self.layer.weights, self.columns, strict=True)
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready: how many channels of each task every cluster has, the largest first, and who uses it."""
+        counts = np.stack([np.bincount(column, minlength=self.layer.count) for column in self.columns])
+        order = np.argsort(-counts.sum(0), kind="stable")
+        alone = (counts > 0).sum(0) == 1
+        return {
+            "channels": self.layer.channels,
+            "clusters": self.layer.count,
+            "private": {
+                task: int((alone & (own > 0)).sum()) for task, own in zip(self.layer.tasks, counts, strict=True)
+            },
+            "common": int((~alone).sum()),
+            "sizes": {task: own[order].tolist() for task, own in zip(self.layer.tasks, counts, strict=True)},
+        }
+
+
+class CrossDomainSharePass:
+    """`CrossDomainShare` bound to two models."""
+
+    def __init__(self, options: CrossDomainShare, traced: Traced, *, seed: int, where: str) -> None:
+        if len(traced.tasks) != 2:
+            names = ", ".join(repr(task.name) for task in traced.tasks)
+            raise plan_error([f"{where}: it shares weights between two models, got {names}; give a mapping of two"])
+        self.options, self.seed, self.where = options, seed, where
+        self.layers = shared_layers(options, traced, where=where)
+        self.before = weights_before(traced)
+        self.clusters: dict[str, _Clusters] = {}
+        tasks = [task.name for task in traced.tasks]
+        self._trimmed = Trimmed(tasks, options.pool, options.samples, seed)
+        self._random = np.random.default_rng(seed)
+        self._networks: dict[str, tuple[Embedding, torch.optim.Optimizer]] = {}
+        self._run: Callable[[], None] | None = None
+        self._found: tuple[nn.Module, list[Place]] | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What is left: once there are clusters, only the fine-tuning."""
+        return ("finetune",) if self.clusters else ("regularize", "finetune")
+
+    def restructure(self, traced: Traced, model: nn.Module, run: Callable[[], None] | None) -> tuple[Traced, nn.Module]:
+        """Watch what the layers read; the model stays as it is. `run` feeds the calibration data."""
+        self._run = run
+        for layer in self.layers:
+            modules = {task: model.get_submodule(f"{task}.{layer.name}") for task in layer.tasks}
+            self._trimmed.watch(layer.name, modules, layer.dims)
+        return traced, model
+
+    def end_stage(self, stage: str, model: nn.Module) -> None:
+        """After "regularize": find the clusters and set their weights to the mean."""
+        if stage == "regularize" and not self.clusters:
+            if self._run is not None and self.options.regularizer != "growl":
+                with self._trimmed.collecting():
+                    self._run()
+            labels = self._agreed([self._labels(layer, model) for layer in self.layers])
+            self._set({layer.name: _Clusters.of(layer, each) for layer, each in zip(self.layers, labels, strict=True)})
+            self.collapse_(model)
+            self._networks.clear()
+
+    def regularizer(self, model: nn.Module) -> Tensor | None:
+        kind = self.options.regularizer
+        if kind is None or self.clusters:
+            return None
+        if kind == "growl":
+            terms = [growl(_channels(layer, model)) for layer in self.layers]
+        else:
+            terms = [self._graph_term(layer, self._trimmed.take(layer.name)) for layer in self.layers]
+        return self.options.strength * torch.stack([term.to(terms[0]) for term in terms]).sum()
+
+    def convert(self, traced: Traced) -> Traced:
+        self.collapse_(traced.module)
+        shared = []
+        for name, clusters in self.clusters.items():
+            layer = clusters.layer
+            old = get_tensor(traced.module, layer.weights[0])
+            centres = _channels(layer, traced.module).detach()[np.unique(clusters.number, return_index=True)[1]]
+            weight = centres.reshape(len(centres), layer.outs, *layer.kernel).transpose(0, 1).contiguous()
+            logger.info("%s: %d channels of both models in %d clusters", name, layer.channels, layer.count)
+            shared.append(SharedWeight(nn.Parameter(weight, old.requires_grad), layer.weights, clusters.columns))
+        return share_weights(traced, shared)
+
+    def collapse_(self, model: nn.Module) -> None:
+        self.pull_(model, 1.0)
+
+    def pull_(self, model: nn.Module, fraction: float) -> None:
+        pull(self._places(model), fraction)
+
+    def deviation(self, model: nn.Module) -> float:
+        return sum(self.deviations(model).values())
+
+    def deviations(self, model: nn.Module) -> dict[str, float]:
+        return squared_deviations(self._places(model), list(self.clusters))
+
+    def residual(self, model: nn.Module) -> float:
+        return 0.0
+
+    def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
+        if self.clusters:
+            attach(optimizer, lambda: self._places(model), strength=TIED, steps=steps, where=self.where)
+
+    def state(self) -> Tensor:
+        """The number of the cluster of every channel, layer after layer; -1 while there are none."""
+        found = [
+            self.clusters[layer.name].number if self.clusters else np.full(layer.channels, -1) for layer in self.layers
+        ]
+        return torch.from_numpy(np.concatenate(found).astype(np.int64))
+
+    def load_state(self, state: Tensor) -> None:
+        parts = torch.split(state.cpu(), [layer.channels for layer in self.layers])
+        found: dict[str, _Clusters] = {}
+        for layer, part in zip(self.layers, parts, strict=True):
+            if int(part.min()) >= 0:
+                found[layer.name] = _Clusters.of(layer, part.numpy())
+                count = len(np.unique(part.numpy()))
+                if count != layer.count:
+                    raise WeightsError(
+                        f"layer {layer.name!r}: the loaded state has {count} clusters, the plan {layer.count}; prepare "
+                        "the models with the plan that the checkpoint was made with"
+                    )
+        if found and len(found) < len(self.layers):
+            raise WeightsError("the loaded state has clusters of some layers only; it is of another plan or damaged")
+        self._set(found)
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        return {layer.name: (layer.channels, layer.count) for layer in self.layers}
+
+    def summary(self) -> dict[str, Any]:
+        after = self.before - sum((layer.channels - layer.count) * layer.per_channel for layer in self.layers)
+        return {
+            "layers": {name: clusters.report() for name, clusters in self.clusters.items()},
+            "weights": {"before": self.before, "after": after, "times": self.before / after},
+        }
+
+    def _graph_term(self, layer: SharedLayer, features: Tensor) -> Tensor:
+        """The regulariser of one layer; its embedding network takes a step of its own before."""
+        with torch.autocast(features.device.type, enabled=False):
+            factor = factor_of(features)
+            chosen = self._sample(layer.channels).to(factor.device)
+            if self.options.regularizer == "simple":
+                return simple_loss(factor[chosen])
+            normalized = self.options.regularizer == "normalized"
+            network, optimizer = self._network(layer, factor)
+            network.requires_grad_(True)
+            fixed = factor.detach()
+            optimizer.zero_grad()
+            spectral_loss(fixed[chosen], network(fixed, chosen), normalized=normalized).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            network.requires_grad_(False)
+            return spectral_loss(factor[chosen], network(factor, chosen), normalized=normalized)
+
+    def _sample(self, count: int) -> Tensor:
+        return torch.from_numpy(self._random.permutation(count)[:_NODES])
+
+    def _network(self, layer: SharedLayer, like: Tensor) -> tuple[Embedding, torch.optim.Optimizer]:
+        if layer.name not in self._networks:
+            generator = torch.Generator().manual_seed(self.seed)
+            size = min(layer.count, _SIZE)
+            network = Embedding(layer.channels, size, generator).to(like.device, like.dtype)
+            self._networks[layer.name] = network, torch.optim.Adam(network.parameters(), _RATE)
+        return self._networks[layer.name]
+
+    @torch.no_grad()
+    def _labels(self, layer: SharedLayer, model: nn.Module) -> IntArray:
+        """The cluster of every channel, from the embedding of what is remembered."""
+        if self.options.regularizer == "growl":
+            rows = _channels(layer, model)
+        else:
+            features = self._trimmed.remembered(layer.name)
+            if features is None:
+                raise GraphZipError(
+                    f"{self.where}: there are no features of {layer.name!r} to compare channels by; pass calibration=, "
+                    "or train in the stage 'regularize' with prepared.regularizer() in the loss"
+                )
+            if not bool(features.isfinite().all()):
+                raise WeightsError(f"{layer.name!r} reads values that are NaN or infinite; train with a smaller step")
+            factor = factor_of(features)
+            if layer.name in self._networks:
+                network, _ = self._networks[layer.name]
+                rows = network(factor.to(network.sketch))
+            else:
+                rows = spectral_embedding(factor, min(layer.count, _SIZE), seed=self.seed)
+        found = np.empty(layer.channels, dtype=np.int64)
+        parts = cluster("kmeans", rows.cpu().numpy(), layer.count, seed=self.seed, what=f"layer {layer.name!r}")
+        for number, part in enumerate(parts):
+            found[part] = number
+        return found
+
+    def _agreed(self, labels: list[IntArray]) -> list[IntArray]:
+        """What the first process found, in all processes of a distributed training."""
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(labels, src=0)
+        return labels
+
+    def _set(self, clusters: dict[str, _Clusters]) -> None:
+        self.clusters, self._found = clusters, None
+        if clusters:
+            self._trimmed.leave()
+
+    def _places(self, model: nn.Module) -> list[Place]:
+        """The weights that are tied; the same list for the same model until the clusters change."""
+        if self._found is None or self._found[0] is not model:
+            parts = [each for owner, found in enumerate(self.clusters.values()) for each in found.slices(owner)]
+            self._found = model, [Place.of(model, slices) for slices in parts]
+        return self._found[1]
+
+
+def _channels(layer: SharedLayer, model: nn.Module) -> Tensor:
+    """The weights of both tasks as rows: (channels, weights of a channel)."""
+    weights: Sequence[Tensor] = [get_tensor(model, name) for name in layer.weights]
+    return torch.cat([weight.transpose(0, 1).flatten(1) for weight in weights])

@@ -1,0 +1,78 @@
+"""A small network in place of an eigendecomposition: the spectral embedding of a similarity graph.
+
+The embedding `z` (n, k) of n channels that makes `sum_ij S_ij ||z_i - z_j||^2` small under `z^T z / n = I` (Eq. 8) is
+that of spectral clustering. A network `z_i = f(x_i)` finds it by gradient steps, one per batch (Eq. 9); its last layer
+is `z = y L^-T sqrt(n)` with `y^T y = L L^T`, the Cholesky factorisation, and makes the columns orthogonal.
+
+The numbers that a channel has in one batch belong to other pictures than those of the next batch. So the first layer
+is `x_i -> D^-1 S R`, with `R` random and fixed: what channel i is like, which is the same in every batch.
+
+Source: Gao, Deng and Huang, "Cross Domain Model Compression by Structurally Weight Sharing" (2019), section 3.3;
+Shaham et al., "SpectralNet: Spectral Clustering using Deep Neural Networks" (2018), section 3 and appendix B.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from passes.similarity import degrees
+
+__all__ = ["Embedding", "orthogonal", "spectral_embedding"]
+
+_HIDDEN = 64
+_JITTER = 1e-9  # relative to the mean square of a column: lets columns that are alike be factorised
+
+
+def orthogonal(y: Tensor) -> Tensor:
+    """Columns in place of those of `y` (n, k), n >= k, with `z^T z / n = I`: they span the same space."""
+    wide = y.double()
+    gram = wide.t() @ wide
+    size = gram.diagonal().mean().clamp_min(torch.finfo(wide.dtype).tiny)
+    lower = torch.linalg.cholesky(gram + _JITTER * size * torch.eye(len(gram), dtype=wide.dtype, device=wide.device))
+    columns = torch.linalg.solve_triangular(lower, wide.t(), upper=False)
+    scaled: Tensor = columns.t() * len(y) ** 0.5
+    return scaled.to(y.dtype)
+
+
+class Embedding(nn.Module):
+    """From the similarity graph of `nodes` channels to `size` orthogonal columns. The same seed gives the same one."""
+
+    sketch: Tensor
+
+    def __init__(self, nodes: int, size: int, generator: torch.Generator) -> None:
+        super().__init__()
+        width, hidden = min(nodes, max(_HIDDEN, 2 * size)), max(_HIDDEN, 2 * size)
+        self.register_buffer("sketch", _random(nodes, width, generator))
+        shapes = (hidden, width), (hidden, hidden), (size, hidden)
+        self.weights = nn.ParameterList(_random(*shape, generator) for shape in shapes)
+        self.biases = nn.ParameterList(torch.zeros(outputs) for outputs, _ in shapes)
+
+    def forward(self, factor: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """The embedding of the channels `chosen` (all by default) in the graph with this factor (nodes, m)."""
+        own = factor if chosen is None else factor[chosen]
+        rows = own @ (factor.t() @ self.sketch) / degrees(own, factor)[:, None]
+        rows = rows - rows.mean(0)
+        rows = rows / (rows.square().mean() + torch.finfo(rows.dtype).eps).sqrt()
+        first, second, last = zip(self.weights, self.biases, strict=True)
+        return orthogonal(F.linear(F.linear(F.linear(rows, *first).tanh(), *second).tanh(), *last))
+
+
+def _random(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers that keep the size of what is multiplied by them."""
+    return torch.randn(rows, columns, generator=generator).div_(columns**0.5)
+
+
+def spectral_embedding(factor: Tensor, size: int, *, seed: int) -> Tensor:
+    """The embedding (n, size) of spectral clustering itself, for a graph with this factor (n, m); at most m columns.
+
+    `D^-1/2 u` for the first eigenvectors `u` of `D^-1/2 S D^-1/2` (von Luxburg, "A Tutorial on Spectral Clustering"),
+    which are the left singular vectors of `D^-1/2 F`.
+    """
+    from sklearn.utils.extmath import randomized_svd
+
+    scale = degrees(factor, factor).rsqrt()[:, None]
+    rows = (scale * factor).double().cpu().numpy()
+    vectors, _, _ = randomized_svd(rows, min(size, *rows.shape), random_state=seed)
+    return torch.from_numpy(vectors).to(factor) * scale
