@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PASS_OPTIONS",
+    "RECONSTRUCTION",
     "AtomFactorize",
     "ClusterMerge",
     "CrossDomainShare",
@@ -70,6 +71,9 @@ VERSION: Final = 1
 _LISTED: Final = 10  # problems or names that one message lists before it only counts the rest
 
 Shape = tuple[int, ...]
+
+RECONSTRUCTION: Final = "reconstruction"
+"""The clustering that is decided on calibration data."""
 
 
 # ---------------------------------------------------------------------------------------------------- messages
@@ -181,7 +185,9 @@ class ClusterMerge(PassOptions):
       int of at least 1 is a number of channels: 1 keeps one channel, 1.0 keeps all. A mapping from group-name globs
       (`fnmatch.fnmatchcase`) to either: the first match wins and groups that no key matches stay whole. Default 0.5;
       but `{}`, every group whole, when `clusters` is given and `keep` is not.
-    - `clustering`: `"kmeans"` (on the flattened kernels), `"even"`, `"imbalanced"`, or a registered name.
+    - `clustering`: `"kmeans"` (on the flattened kernels), `"even"`, `"imbalanced"`, or a registered name; or
+      `"reconstruction"`, which needs calibration data: the channels stay from which what reads the group can best be
+      computed, each as it is, and every other one joins the most similar of these.
     - `clusters`: clusters by hand, group name to lists of channels, `{"conv1": [[0, 3], [1], [2, 5, 4]]}`; every
       channel of the group once.
     - `exclude`: globs of the groups that stay whole.
@@ -191,6 +197,10 @@ class ClusterMerge(PassOptions):
       that makes filters identical after three quarters of the planned steps, which the optimizer is told.
     - `norms`: `"exact"` makes a norm over merged channels a weighted one where they stand for different numbers of
       channels; `"plain"` leaves it as it is, faster and no longer lossless: the report then says `exact=False`.
+
+    - `compensate`: what makes up for merging channels that are not identical. `"none"`: nothing. `"free"`: the
+      variances of batch norms are corrected from the kernels alone. `"data"`, which needs calibration data: every
+      layer is re-fitted in closed form to what the original gives. Identical channels are merged losslessly by all.
 
     Raises `PlanError` when a value is out of range or of the wrong type, or a channel is named twice.
     """
@@ -206,6 +216,7 @@ class ClusterMerge(PassOptions):
     round_to: Annotated[int, BeforeValidator(check_multiple)] = 1
     strength: Annotated[float | Literal["auto"], BeforeValidator(check_strength)] = 3e-3
     norms: Annotated[Literal["exact", "plain"], BeforeValidator(check_norms)] = "exact"
+    compensate: Annotated[str, BeforeValidator(one_of("none", "free", "data"))] = "none"
 
 
 class FoldBatchNorm(PassOptions):

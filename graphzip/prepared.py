@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.calibration import batch_arguments, drift, placed, run_batch
 from graphzip.compiled import Compiled, task_module
-from graphzip.errors import GraphZipError, RewriteError
+from graphzip.errors import ExampleInputError, GraphZipError, RewriteError
 from graphzip.graph.trace import Traced
 from graphzip.history import History, Record
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report, TaskChange
 from graphzip.rewrite.join import inputs_of, module_of, task_of
 from graphzip.rewrite.shrink import refresh
-from passes.base import Pass, Restructuring, Staged
+from passes.base import Calibrated, Pass, Restructuring, Staged
 from passes.table import PASSES
 
 __all__ = ["Prepared", "follow_modes"]
@@ -226,6 +227,8 @@ class Prepared(nn.Module):
             options = self.plan.passes[progress.position]
             where = f"passes[{progress.position}].{options.kind}"
             progress.active = PASSES[type(options)](options, progress.traced, seed=self.seed, where=where)
+            if isinstance(progress.active, Calibrated) and progress.active.wants_data:
+                progress.active.calibrate(self._graph_inputs())
             self._restructure(progress.active)
         else:
             progress.active = None
@@ -262,6 +265,28 @@ class Prepared(nn.Module):
             with torch.inference_mode(False):
                 active.end_stage(stage, self._inner())
             self.clusters = active.state().to(self.clusters.device)
+
+    def _graph_inputs(self) -> list[tuple[Any, ...]]:
+        """What the traced graph takes on every batch of the calibration data."""
+        if self._hidden["calibration"] is None:
+            return []
+        found: list[tuple[Any, ...]] = []
+
+        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(tuple(pytree.tree_leaves((args, kwargs))))
+
+        hook = self._inner().register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            self._run_calibration()
+        finally:
+            hook.remove()
+        expected = len(self._progress.traced.inputs)
+        if any(len(values) != expected for values in found):
+            raise ExampleInputError(
+                f"calibration: the traced model takes {expected} inputs, a batch brings {len(found[0])}; give batches "
+                "of the structure of example_inputs"
+            )
+        return found
 
     def _finish(self) -> None:
         """Carry out the current pass on the trained weights and begin the next one."""

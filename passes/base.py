@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from graphzip.graph.trace import Traced
 
-__all__ = ["FreeTraining", "Pass", "Restructuring", "Staged"]
+__all__ = ["Calibrated", "FreeTraining", "Pass", "Restructuring", "Staged"]
 
 
 class Pass(Protocol):
@@ -111,3 +111,15 @@ class Staged(Protocol):
 
     def end_stage(self, stage: str, model: nn.Module) -> None:
         """Change the values that `model` holds, and what was decided."""
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A pass that may decide on calibration data."""
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether it does."""
+
+    def calibrate(self, batches: Sequence[tuple[Any, ...]]) -> None:
+        """Decide. `batches` has one entry per batch, with one value per input of the graph; none without data."""

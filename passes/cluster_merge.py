@@ -12,6 +12,7 @@ Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pru
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,18 @@ from torch import nn
 
 from graphzip.analysis.channels import Analysis, analyse
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups_of
-from graphzip.errors import WeightsError
+from graphzip.errors import PlanError, WeightsError
+from graphzip.graph.state import named_state
 from graphzip.graph.trace import Traced
-from graphzip.plan import ClusterMerge
+from graphzip.plan import RECONSTRUCTION, ClusterMerge
+from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.shrink import merge_channels
 from passes.centripetal import attach
 from passes.clustering import check_clustering, cluster
+from passes.elimination import elimination_orders, partition_of
+from passes.refit import Refit, refit
 from passes.segments import Partition, Place, features_of, pull, rows_of, slices_of, squared_deviations
+from passes.variance import correct_variances_
 from passes.widths import Clusters, resolve
 
 __all__ = ["ClusterMergePass"]
@@ -40,8 +46,9 @@ class ClusterMergePass:
     stages = ("cluster_merge",)
 
     def __init__(self, options: ClusterMerge, traced: Traced, *, seed: int, where: str) -> None:
-        check_clustering(options.clustering, f"{where}.clustering")
-        self.options = options
+        if options.clustering != RECONSTRUCTION:
+            check_clustering(options.clustering, f"{where}.clustering")
+        self.options, self.seed = options, seed
         self.where = where
         self.left_plain: list[str] = []
         self.traced = traced
@@ -49,26 +56,87 @@ class ClusterMergePass:
         self.groups: ChannelGroups = channel_groups_of(traced, self.analysis)
         decided = resolve(options, self.groups, where=where)
         self.clusters: dict[str, Partition] = {}
+        self.kept: dict[str, frozenset[int]] = {}
+        self._batches: Sequence[tuple[Any, ...]] = ()
+        self._refit: Refit | None = None
+        self._corrected: list[str] = []
+        counts = {name: width.count for name, width in decided.items() if not isinstance(width, Clusters)}
+        self._to_order = counts if options.clustering == RECONSTRUCTION else {}
         for name, width in decided.items():
-            group = self.groups[name]
             if isinstance(width, Clusters):
                 self.clusters[name] = width.clusters
             else:
-                self.clusters[name] = _cluster(group, width.count, options.clustering, seed, traced)
-            logger.info("%s: %d channels in %d clusters", name, group.size, len(self.clusters[name]))
-        self._slices = slices_of(self.groups, self.clusters, traced)
+                how = "kmeans" if name in self._to_order else options.clustering
+                self.clusters[name] = _cluster(self.groups[name], width.count, how, seed, traced)
+            logger.info("%s: %d channels in %d clusters", name, self.groups[name].size, len(self.clusters[name]))
+        self._decide()
+
+    def _decide(self) -> None:
+        self._slices = slices_of(self.groups, self.clusters, self.traced)
         self._found: tuple[nn.Module, list[Place]] | None = None
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether it makes use of calibration data."""
+        return self.options.compensate == "data" or self.options.clustering == RECONSTRUCTION
+
+    def calibrate(self, batches: Sequence[tuple[Any, ...]]) -> None:
+        """Decide with the inputs of the graph on calibration data; raises `PlanError` where there are none."""
+        if not batches:
+            key, way_out = (
+                ("compensate: 'data'", "compensate='free'")
+                if self.options.compensate == "data"
+                else (f"clustering: {RECONSTRUCTION!r}", "clustering='kmeans'")
+            )
+            raise PlanError(
+                f"{self.where}.{key} needs calibration data; pass calibration=, a list of batches, or use {way_out}"
+            )
+        self._batches = batches
+        orders = elimination_orders(self.traced, self.groups, batches, list(self._to_order))
+        for name, count in self._to_order.items():
+            if name in orders:
+                self.clusters[name], kept = partition_of(self.groups[name], orders[name], count, self.traced)
+                self.kept[name] = frozenset(kept)
+        self._decide()
+
     def convert(self, traced: Traced) -> Traced:
-        self.collapse_(traced.module)
-        merges = [
-            (group.whole_blocks, group.channels, parts)
-            for group, parts in ((self.groups[name], parts) for name, parts in self.clusters.items())
-        ]
-        result, self.left_plain = merge_channels(
-            traced, self.analysis, merges, plain_norms=self.options.norms == "plain"
-        )
+        original = {name: value.detach().clone() for name, value in named_state(traced.module)}
+        self._centre(traced)
+        merges = [self._merge(name) for name in self.clusters]
+        plain = self.options.norms == "plain"
+        result, self.left_plain = merge_channels(traced, self.analysis, merges, plain_norms=plain)
+        if self.options.compensate == "data" and merges:
+            for name, value in named_state(traced.module):
+                value.detach().copy_(original[name])
+            layout, means = (
+                Layout.of(self.analysis, found)
+                for found in (merges, [self._merge(name) for name in self.clusters if name not in self.kept])
+            )
+            self._refit = refit(traced, result, layout, means, self._batches)
         return result
+
+    @torch.no_grad()
+    def _centre(self, traced: Traced) -> None:
+        """Set the channels of a cluster to the one that was chosen to stay; where none was, to their mean."""
+        chosen = slices_of(self.groups, {name: self._keepers_first(name) for name in self.kept}, traced)
+        for place in (Place.of(traced.module, slices) for slices in chosen):
+            source = torch.from_numpy(place.slices.cluster).to(place.tensor.device)
+            place.tensor.copy_(place.tensor.index_select(place.slices.dim, source))
+        if self.options.compensate == "free":
+            self._corrected = correct_variances_(traced, self._slices, lambda: self.collapse_(traced.module))
+        else:
+            self.collapse_(traced.module)
+
+    def _merge(self, name: str) -> Merge:
+        group = self.groups[name]
+        return group.whole_blocks, group.channels, self._keepers_first(name)
+
+    def _keepers_first(self, name: str) -> Partition:
+        """The clusters of a group, each with the channel first that stays."""
+        kept = self.kept.get(name, frozenset())
+        return tuple(
+            tuple(sorted(part, key=lambda channel: (channel not in kept, channel))) for part in self.clusters[name]
+        )
 
     def collapse_(self, model: nn.Module) -> None:
         self.pull_(model, 1.0)
@@ -99,20 +167,29 @@ class ClusterMergePass:
         attach(optimizer, lambda: self._places(model), strength=self.options.strength, steps=steps, where=self.where)
 
     def state(self) -> torch.Tensor:
-        """The number of the cluster of every channel, group after group: int64, (channels of all clustered groups)."""
+        """The number of the cluster of every channel, group after group: int64, (channels of all clustered groups).
+
+        Where channels were chosen to stay, it is `-1 - number` for those that go.
+        """
         numbers = [np.zeros(0, dtype=np.int64)]
         for name, parts in self.clusters.items():
             group = np.empty(self.groups[name].size, dtype=np.int64)
             for number, part in enumerate(parts):
                 group[list(part)] = number
+            if name in self.kept:
+                goes = ~np.isin(np.arange(group.size), list(self.kept[name]))
+                group[goes] = -1 - group[goes]
             numbers.append(group)
         return torch.from_numpy(np.concatenate(numbers))
 
     def load_state(self, state: torch.Tensor) -> None:
         sizes = [self.groups[name].size for name in self.clusters]
-        found = {}
+        found, kept = {}, {}
         for (name, old), numbers in zip(self.clusters.items(), torch.split(state.cpu(), sizes), strict=True):
-            _, number = np.unique(numbers.numpy(), return_inverse=True)
+            told = numbers.numpy()
+            if (told < 0).any() or name in self.kept:
+                kept[name] = frozenset(np.flatnonzero(told >= 0).tolist())
+            _, number = np.unique(np.where(told < 0, -1 - told, told), return_inverse=True)
             parts = tuple(sorted(tuple(np.flatnonzero(number == n).tolist()) for n in range(int(number.max()) + 1)))
             blocks = [
                 sorted(sum(part[0] in block for part in each) for block in self.groups[name].blocks)
@@ -124,16 +201,23 @@ class ClusterMergePass:
                     "model with the plan that the checkpoint was made with"
                 )
             found[name] = parts
-        if found != self.clusters:
-            self.clusters = found
-            self._slices, self._found = slices_of(self.groups, found, self.traced), None
+        if (found, kept) != (self.clusters, self.kept):
+            self.clusters, self.kept = found, kept
+            self._decide()
 
     def widths(self) -> dict[str, tuple[int, int]]:
         return {name: (self.groups[name].size, len(parts)) for name, parts in self.clusters.items()}
 
     def summary(self) -> dict[str, Any]:
         clusters = {name: [list(part) for part in parts] for name, parts in self.clusters.items()}
-        return {"clusters": clusters, "plain_norms": self.left_plain}
+        found: dict[str, Any] = {"clusters": clusters, "plain_norms": self.left_plain}
+        if self.kept:
+            found["kept"] = {name: sorted(kept) for name, kept in self.kept.items()}
+        if self._refit is not None:
+            found |= {"fitted": list(self._refit.fitted), "not_fitted": dict(self._refit.left)}
+        if self._corrected:
+            found["variances_corrected"] = self._corrected
+        return found
 
     def _places(self, model: nn.Module) -> list[Place]:
         """Every slice that the clusters tie together; the same list for the same model until the clusters change."""

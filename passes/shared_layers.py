@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.operators import CONVOLUTIONS
 from graphzip.graph.trace import Traced
-from graphzip.ops.conv import CONVOLUTIONS
 from graphzip.ops.site import bind
 from graphzip.plan import CrossDomainShare, plan_error
 from graphzip.tables import closest

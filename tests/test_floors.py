@@ -43,11 +43,15 @@ SHARED_BY_PASSES = (
     "passes.clustering",
     "passes.conv_layers",
     "passes.embedding",
+    "passes.elimination",
     "passes.input_moments",
+    "passes.layer_rows",
+    "passes.refit",
     "passes.segments",
     "passes.shared_layers",
     "passes.similarity",
     "passes.trimmed",
+    "passes.variance",
     "passes.widths",
 )
 TABLE_OF_PASSES = "passes.table"

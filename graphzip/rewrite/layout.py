@@ -18,7 +18,7 @@ from torch import fx
 from graphzip.analysis.channels import CONSUMER, Analysis
 from graphzip.errors import RewriteError
 from graphzip.graph.inputs import concrete_shape
-from graphzip.labels import IntArray, support
+from graphzip.labels import IntArray, ranks, support
 from graphzip.ops.spec import FloatArray
 
 __all__ = ["Layout", "Merge", "compact"]
@@ -105,6 +105,23 @@ class Layout:
             return np.arange(concrete_shape(value.meta["val"])[dim])
         lines = np.moveaxis(self.mask(axis), dim, -1).reshape(-1, axis.shape[dim])
         return np.flatnonzero(lines[lines.any(axis=1).argmax()])
+
+    def heirs(self, labels: IntArray) -> IntArray:
+        """For each position the position of the channel that stays, at the same rank among its occurrences."""
+        classes = self.classes[labels]
+        rank = ranks(classes)
+        rank = np.zeros_like(classes) if rank is None else rank
+        span = int(rank.max()) + 1
+        own = classes * span + rank
+        order = np.argsort(own)
+        wanted = self.keeper[classes] * span + rank
+        heirs: IntArray = order[np.searchsorted(own[order], wanted)]
+        return heirs
+
+    def heirs_along(self, value: fx.Node, dim: int) -> IntArray:
+        """For each position along `dim`, where channels lie along no other, the position of the one that stays."""
+        axis = self.axis_along(value, dim)
+        return np.arange(concrete_shape(value.meta["val"])[dim]) if axis is None else self.heirs(axis.ravel())
 
     def multiplicity(self, value: fx.Node, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
         """How many channels each one that stays stands for, counted along `dims` (in `blocks` equal parts of them)."""

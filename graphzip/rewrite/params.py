@@ -11,7 +11,7 @@ from torch import nn
 
 from graphzip.analysis.channels import CONSUMER
 from graphzip.analysis.propagate import ParamAxis
-from graphzip.labels import IntArray, ranks
+from graphzip.labels import IntArray
 from graphzip.rewrite.layout import Layout
 
 __all__ = ["like", "shrink_parameters"]
@@ -58,7 +58,7 @@ def _merge_dim(
     result = value.index_select(dim, _index(kept, value))
     gone = np.flatnonzero(~mask & (layout.analysis.roles[labels] & CONSUMER > 0))
     if gone.size and not layout.drops:
-        heirs = _heirs(layout, labels)[gone]
+        heirs = layout.heirs(labels)[gone]
         if line is not None:
             within = heirs // line == gone // line
             gone, heirs = gone[within], heirs[within]
@@ -68,19 +68,6 @@ def _merge_dim(
         added = value.index_select(dim, _index(gone, value)).to(wide.dtype)
         result = wide.index_add(dim, _index(place[heirs], value), added)
     return result
-
-
-def _heirs(layout: Layout, labels: IntArray) -> IntArray:
-    """For each position the position of the channel that stays, at the same rank among its occurrences."""
-    classes = layout.classes[labels]
-    rank = ranks(classes)
-    rank = np.zeros_like(classes) if rank is None else rank
-    span = int(rank.max()) + 1
-    own = classes * span + rank
-    order = np.argsort(own)
-    wanted = layout.keeper[classes] * span + rank
-    heirs: IntArray = order[np.searchsorted(own[order], wanted)]
-    return heirs
 
 
 def _index(positions: IntArray, value: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from graphzip.graph.clean import fetch_once
 from graphzip.graph.state import attach, find_aliases
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
-from graphzip.rewrite.factor import Emitter, fetch_once, set_argument
+from graphzip.rewrite.factor import Emitter, set_argument
 from graphzip.rewrite.shrink import refresh
 
 __all__ = ["SharedWeight", "share_weights"]

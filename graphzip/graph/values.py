@@ -1,0 +1,93 @@
+"""What the nodes of a graph hold on calibration data, one after the other and no longer than they are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphzip.graph.state import attach, get_tensor, is_persistent
+from graphzip.graph.trace import Traced
+
+__all__ = ["Values"]
+
+
+class Values:
+    """The values of a graph's nodes on batches of inputs: `values[node]` is a list with one value per batch.
+
+    Nodes run in order, when `run` or `up_to` is told to. A value is dropped once every reader has run, unless it is
+    held. `batches` have one entry per placeholder of the graph.
+    """
+
+    def __init__(self, traced: Traced, batches: Sequence[tuple[Any, ...]]) -> None:
+        self.traced = traced
+        self.batches = batches
+        self.nodes: list[fx.Node] = list(traced.graph.nodes)
+        self.place = {node: place for place, node in enumerate(self.nodes)}
+        self._inputs = [node for node in self.nodes if node.op == "placeholder"]
+        self._readers = Counter({node: len(node.users) for node in self.nodes})
+        self._values: dict[fx.Node, list[Any]] = {}
+        self._done = 0
+        self._interpreter = fx.Interpreter(traced.module, garbage_collect_values=False)
+
+    def __getitem__(self, node: fx.Node) -> list[Any]:
+        return self._values[node]
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._values
+
+    def computed(self, node: fx.Node, given: Mapping[fx.Node, Sequence[Any]] | None = None) -> list[Any]:
+        """The values of a node whose operands are there; `given` stands in for some of them. Nothing is kept."""
+        if node.op == "placeholder":
+            return [batch[self._inputs.index(node)] for batch in self.batches]
+        if node.op == "get_attr":
+            return [get_tensor(self.traced.module, str(node.target))] * len(self.batches)
+        found = []
+        for number in range(len(self.batches)):
+            operands = {each: (given or {}).get(each) or self._values[each] for each in node.all_input_nodes}
+            self._interpreter.env = {each: values[number] for each, values in operands.items()}
+            found.append(self._interpreter.run_node(node))
+        return found
+
+    @torch.no_grad()
+    def run(self, node: fx.Node) -> None:
+        """Compute a node, again where it has run before."""
+        self._values[node] = self.computed(node)
+
+    def finish(self, node: fx.Node) -> None:
+        """The node has run for the last time: what nobody reads any more is dropped."""
+        for each in node.all_input_nodes:
+            self.release(each)
+
+    def up_to(self, node: fx.Node) -> None:
+        """Run and finish every node up to this one that has not been."""
+        while self._done <= self.place[node]:
+            following = self.nodes[self._done]
+            if following.op != "output":
+                self.run(following)
+            self.finish(following)
+            self._done += 1
+
+    def hold(self, node: fx.Node) -> None:
+        """Keep the values of a node until they are released."""
+        self._readers[node] += 1
+
+    def release(self, node: fx.Node) -> None:
+        """One reader less."""
+        self._readers[node] -= 1
+        if self._readers[node] <= 0:
+            self._values.pop(node, None)
+
+    def set_tensor(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Give a parameter or buffer that the node fetches another value, in its dtype and as what it is."""
+        name, module = str(node.target), self.traced.module
+        old = get_tensor(module, name)
+        new = value.to(old.dtype)
+        if isinstance(old, torch.nn.Parameter):
+            new = torch.nn.Parameter(new, old.requires_grad)
+        attach(module, name, new, persistent=is_persistent(module, name))
+        if node in self._values:
+            self.run(node)

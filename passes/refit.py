@@ -1,0 +1,289 @@
+"""Re-fit layers by least squares, so that those of a slimmer model give what the original's give.
+
+Layer after layer, in the order in which they run: a layer reads the rows `X` in the slim model and gives `P` where the
+original gives `T` for the same channels. The change of its weight is the damped least-squares solution
+
+    dW = (X^T X + lambda I)^-1 X^T (T - P) / s,
+
+with a column of ones in `X` where the layer has a bias, or a batch norm behind it whose running mean can take one in;
+`s` is the scale of that batch norm. `X` is what the layers before give, fitted already, so errors do not pile up; where
+a layer is the last term of a residual sum, `T` and `P` are the sums. Where a ReLU follows, values that are negative on
+both sides are right as they are: `T` is replaced by `min(P, 0)` where it is negative, and the fit is repeated.
+
+A batch norm that has no fitted layer of its own before it gets the statistics of what it reads now. Where nothing
+moved, `T - P` is zero and nothing changes.
+
+Sources: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017), section 3.1; Zhang et al.,
+"Accelerating Very Deep Convolutional Networks" (TPAMI 2016), section 3.2, for the ReLU; Jordan et al., "REPAIR" (ICLR
+2023) for the statistics.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphzip.graph.trace import Traced
+from graphzip.graph.values import Values
+from graphzip.labels import IntArray
+from graphzip.ops.site import bind
+from graphzip.rewrite.layout import Layout
+from passes.layer_rows import Layer, layers_of, left_alone
+
+__all__ = ["Refit", "norm_behind", "refit", "sampled_rows"]
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+_ROWS = 1 << 16  # rows that one layer is fitted on
+_NUMBERS = 1 << 27  # and numbers in them
+_DAMPING = 1e-4  # lambda, in mean squares of what a layer reads
+_FEW = 1e-2  # where rows are not many more than unknowns
+_ROUNDS = 3  # repetitions behind a ReLU
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The names of the weights that were fitted, and for those that could not be the reason."""
+
+    fitted: tuple[str, ...]
+    left: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where the slim model is compared with the original: behind `norm` and `sum`, where the layer has these."""
+
+    layer: Layer
+    norm: fx.Node | None
+    sum: fx.Node | None
+    rectified: bool
+
+    @property
+    def node(self) -> fx.Node:
+        return self.sum or self.layer.node
+
+    @property
+    def other(self) -> fx.Node:
+        """The other term of the sum."""
+        assert self.sum is not None
+        mine = self.norm or self.layer.node
+        return next(each for each in self.sum.all_input_nodes if each is not mine)
+
+
+def refit(before: Traced, after: Traced, layout: Layout, means: Layout, batches: Sequence[tuple[Any, ...]]) -> Refit:
+    """Fit the layers of `after`, in place, to what `before` gives on `batches`.
+
+    `layout` says which channels of `before` are left, `means` which of these stand for the mean of their cluster.
+    """
+    return _Walk(before, after, layout, means, batches).run()
+
+
+class _Walk:
+    def __init__(
+        self, before: Traced, after: Traced, layout: Layout, means: Layout, batches: Sequence[tuple[Any, ...]]
+    ) -> None:
+        self.old, self.new = Values(before, batches), Values(after, batches)
+        self.layout, self.means = layout, means
+        twins = {node.name: node for node in self.old.nodes}
+        layers = layers_of(after)
+        self.targets: dict[fx.Node, _Target] = {}
+        self.norms: set[fx.Node] = set()
+        self.twin: dict[fx.Node, fx.Node] = {}
+        for node in self.new.nodes:
+            if node in layers and node.name in twins:
+                target = self.targets[node] = _target_of(layers[node], self.new.place)
+                self.twin[target.node] = twins[target.node.name]
+                self.old.hold(self.twin[target.node])
+                self.norms |= {target.norm} if target.norm is not None else set()
+            elif _is_plain_norm(node) and node.name in twins and node not in self.norms:
+                self.twin[node] = bind(twins[node.name])["input"]
+                self.old.hold(self.twin[node])
+        self.fitted: list[str] = []
+
+    @torch.no_grad()
+    def run(self) -> Refit:
+        for node in self.new.nodes:
+            if node.op == "output":
+                break
+            self.new.run(node)
+            if node in self.targets:
+                self._fit(self.targets[node])
+                self.new.run(node)
+            elif node in self.twin and _is_plain_norm(node):
+                self._estimate(node)
+                self.new.run(node)
+            self.new.finish(node)
+        left = left_alone(self.new.traced)
+        for name, reason in left.items():
+            logger.info("%s is not fitted: it %s", name, reason)
+        return Refit(tuple(self.fitted), left)
+
+    def _wanted(self, node: fx.Node, dim: int) -> list[torch.Tensor]:
+        """What the original has, for the channels that are left."""
+        twin = self.twin[node]
+        self.old.up_to(twin)
+        values = self.old[twin]
+        self.old.release(twin)
+        dim %= values[0].dim()
+        kept = torch.from_numpy(self.layout.kept(twin, dim))
+        if kept.numel() == values[0].shape[dim]:
+            return values
+        if not self.means.unchanged:
+            values = [_cluster_means(value, self.means.heirs_along(twin, dim), dim) for value in values]
+        return [value.index_select(dim, kept.to(value.device)) for value in values]
+
+    def _fit(self, target: _Target) -> None:
+        layer, new = target.layer, self.new
+        wanted = self._wanted(target.node, layer.dim)
+        given = new[layer.node]
+        if target.norm is not None:
+            norm = target.norm
+            given = new.computed(norm)
+            if target.sum is None:
+                wanted = new.computed(norm, {layer.node: wanted})
+        if target.sum is not None:
+            given = [one + other for one, other in zip(given, new[target.other], strict=True)]
+        if all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)):
+            return
+        rows = sampled_rows(layer, new[layer.node])
+        inputs = zip(new[layer.input], new[layer.node], rows, strict=True)
+        x = torch.cat([layer.read(value, output, chosen) for value, output, chosen in inputs], 1)
+        t, p = (
+            torch.cat([layer.given(value, chosen) for value, chosen in zip(values, rows, strict=True)], 1)
+            for values in (wanted, given)
+        )
+        intercept = layer.bias is not None or target.norm is not None
+        scale = torch.ones(1, dtype=t.dtype, device=t.device) if target.norm is None else self._scale(target.norm)
+        scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)
+        change = _solved(x, t, p, scale, intercept=intercept, rounds=_ROUNDS if target.rectified else 0)
+        self._apply(target, change, intercept=intercept)
+        self.fitted.append(layer.name)
+
+    def _scale(self, norm: fx.Node) -> torch.Tensor:
+        args = bind(norm)
+        scale = torch.rsqrt(self.new[args["running_var"]][0] + args["eps"])
+        return scale if args["weight"] is None else scale * self.new[args["weight"]][0]
+
+    def _apply(self, target: _Target, change: torch.Tensor, *, intercept: bool) -> None:
+        """Add a change (G, I * K [+ 1], O) to the weight, and to the bias or the running mean."""
+        layer, new = target.layer, self.new
+        weight = new[layer.weight][0]
+        moved = change[:, : change.shape[1] - intercept].transpose(1, 2).reshape(weight.shape)
+        new.set_tensor(layer.weight, weight + moved)
+        if intercept and layer.bias is not None:
+            new.set_tensor(layer.bias, new[layer.bias][0] + change[:, -1].reshape(-1))
+        elif intercept:
+            assert target.norm is not None
+            mean = bind(target.norm)["running_mean"]
+            new.set_tensor(mean, new[mean][0] - change[:, -1].reshape(-1))
+
+    def _estimate(self, norm: fx.Node) -> None:
+        """Give a batch norm the statistics that stand to its inputs as the original's stand to the original's."""
+        args = bind(norm)
+        wanted, given = self._wanted(norm, 1), self.new[args["input"]]
+        if all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)):
+            return
+        (mean, var), (new_mean, new_var) = (_statistics(values) for values in (wanted, given))
+        ratio = torch.where(var > 0, new_var / var, 1.0)
+        running_mean, running_var = (self.new[args[key]][0] for key in ("running_mean", "running_var"))
+        self.new.set_tensor(args["running_mean"], new_mean - ratio.sqrt() * (mean - running_mean))
+        self.new.set_tensor(args["running_var"], running_var * ratio)
+
+
+def _target_of(layer: Layer, place: Mapping[fx.Node, int]) -> _Target:
+    """Follow the layer's output through its batch norm into a residual sum whose other term is known by then."""
+    norm, total = norm_behind(layer.node), None
+    last = norm or layer.node
+    following = _only_reader(last)
+    if following is not None and following.target is aten.add.Tensor and bind(following)["alpha"] == 1:
+        others = [each for each in following.all_input_nodes if each is not last]
+        if len(others) == 1 and place[others[0]] < place[layer.node] and _alike(others[0], last):
+            total = last = following
+            following = _only_reader(last)
+    return _Target(layer, norm, total, following is not None and following.target is aten.relu.default)
+
+
+def norm_behind(node: fx.Node) -> fx.Node | None:
+    """The batch norm with running statistics that alone reads what a node gives."""
+    following = _only_reader(node)
+    fits = following is not None and _is_plain_norm(following) and bind(following)["input"] is node
+    return following if fits else None
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    left, right = one.meta.get("val"), other.meta.get("val")
+    return isinstance(left, torch.Tensor) and left.shape == right.shape  # type: ignore[union-attr]
+
+
+def _is_plain_norm(node: fx.Node) -> bool:
+    """A batch norm that uses running statistics which no other operator reads."""
+    if node.target is not aten.batch_norm.default:
+        return False
+    args = bind(node)
+    state = [args["running_mean"], args["running_var"]]
+    return not args["training"] and all(
+        each is not None and each.op == "get_attr" and len(each.users) == 1 for each in state
+    )
+
+
+def _cluster_means(value: torch.Tensor, heirs: IntArray, dim: int) -> torch.Tensor:
+    place = torch.from_numpy(heirs).to(value.device)
+    counts = torch.bincount(place, minlength=len(heirs)).clamp(min=1).to(value.dtype)
+    total = torch.zeros_like(value).index_add(dim, place, value)
+    return total / counts.reshape([-1 if each == dim else 1 for each in range(value.dim())])
+
+
+def _statistics(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance per channel, in float64."""
+    rows = torch.cat([value.movedim(1, 0).flatten(1) for value in values], 1).double()
+    return rows.mean(1), rows.var(1, correction=0)
+
+
+def sampled_rows(layer: Layer, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The numbers of the rows that a layer is looked at on, per batch: all of them, or an even random share."""
+    total = sum(layer.places(output) for output in outputs)
+    limit = min(_ROWS, max(_NUMBERS // (layer.groups * torch.Size(layer.shape[1:]).numel()), 1))
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for output in outputs:
+        places = layer.places(output)
+        chosen = torch.randperm(places, generator=generator)[: -(-places * limit // total)] if total > limit else None
+        found.append((torch.arange(places) if chosen is None else chosen.sort().values).to(output.device))
+    return found
+
+
+def _solved(
+    x: torch.Tensor, t: torch.Tensor, p: torch.Tensor, scale: torch.Tensor, *, intercept: bool, rounds: int
+) -> torch.Tensor:
+    """The change (G, I * K [+ 1], O) in float64, for rows read (G, R, I * K) and wanted and given ones (G, R, O)."""
+    unknowns = x.shape[2]
+    if intercept:
+        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+    products = (x.transpose(1, 2) @ x).double()
+    square = products.diagonal(dim1=1, dim2=2)
+    damping = torch.zeros_like(square)
+    damping[:, :unknowns] = square[:, :unknowns].mean(1, keepdim=True) * (
+        _DAMPING if x.shape[1] > 20 * unknowns else _FEW
+    )
+    damping += 1e-12 * square.amax(1, keepdim=True) + torch.finfo(square.dtype).tiny
+    factor = torch.linalg.cholesky(products + torch.diag_embed(damping))
+    usable = scale.abs() > 1e-6 * scale.abs().max()
+    change = torch.zeros(*damping.shape, t.shape[2], dtype=damping.dtype, device=x.device)
+    for turn in range(1 + rounds):
+        now = p + (x @ change.to(x.dtype)) * scale if turn else p
+        goal = torch.where(t > 0, t, now.clamp(max=0)) if turn else t
+        error = torch.where(usable, (goal - now) / scale, 0.0)
+        moments = (x.transpose(1, 2) @ error).double() - damping[:, :, None] * change
+        change = change + torch.cholesky_solve(moments, factor)
+    return change

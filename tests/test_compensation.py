@@ -1,0 +1,167 @@
+"""Compensation after a merge: what is lossless stays so, what is lossy gets better, and what is said about it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from nets import NETS, Net, head, unit
+from planting import randomize_, relative
+from torch import Tensor, nn
+
+import graphzip as gz
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def net(width: int = 12) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A residual network with room to merge: its channels are correlated, for its inputs have few dimensions."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        x = (x + m.out(m.inner(x))).relu()
+        return m.head(x)
+
+    parts = {
+        "stem": unit(3, width),
+        "inner": unit(width, 2 * width),
+        "out": nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)),
+        "head": head(width),
+    }
+    model = Net(run, **parts).eval()
+    randomize_(model, 0)
+    return model, (torch.randn(2, 3, 8, 8),)
+
+
+def data(batches: int = 4, *, double: bool = False) -> list[Tensor]:
+    found = [torch.randn(16, 3, 8, 8) for _ in range(batches)]
+    return [batch.double() for batch in found] if double else found
+
+
+def merged(model: nn.Module, x: tuple[Tensor, ...], calibration: Any = None, **options: Any) -> gz.Compiled:
+    return gz.compile(model, gz.Plan([gz.ClusterMerge(**options)]), x, calibration=calibration)
+
+
+def distance(model: nn.Module, compiled: gz.Compiled, x: Tensor) -> float:
+    with torch.no_grad():
+        wanted, given = model(x), compiled.module(x)
+    return float((wanted - given).square().mean() / wanted.var())
+
+
+# --- what is lossless stays so ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensate", ["none", "free", "data"])
+@pytest.mark.parametrize("clustering", ["kmeans", "reconstruction"])
+@pytest.mark.parametrize("name", ["cifar_resnet_pad", "bottleneck"])
+def test_identical_channels_are_merged_without_loss(name: str, clustering: str, compensate: str) -> None:
+    model, (x,) = NETS[name]()
+    model, x = model.double().eval(), x.double()
+    randomize_(model, 0)
+    groups = gz.channel_groups(model, (x,))
+    for group in (each for each in groups if each.mergeable):
+        plant(model, group)
+    keep = {group.name: -(-group.size // 2) for group in groups if group.mergeable}
+    compiled = merged(model, (x,), data(2, double=True), keep=keep, clustering=clustering, compensate=compensate)
+    assert compiled.report.after.params < compiled.report.before.params
+    assert relative(model(x), compiled.module(x)) < 1e-9
+
+
+@torch.no_grad()
+def plant(model: nn.Module, group: gz.ChannelGroup) -> None:
+    """Channel 2 k + 1 becomes a copy of channel 2 k."""
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for channel in range(1, group.size, 2):
+        for one, other in zip(group.slices(channel - 1), group.slices(channel), strict=True):
+            if one.role != "consumer":
+                tensor = tensors[one.param]
+                tensor.select(other.dim, other.index).copy_(tensor.select(one.dim, one.index))
+
+
+# --- what is lossy gets better ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clustering", ["kmeans", "reconstruction"])
+def test_a_fit_brings_outputs_closer(clustering: str) -> None:
+    model, x = net()
+    calibration, unseen = data(), torch.randn(64, 3, 8, 8)
+    how = {"keep": 0.5, "clustering": clustering}
+    plain = merged(model, x, calibration, **how)
+    fitted = merged(model, x, calibration, compensate="data", **how)
+    assert distance(model, fitted, unseen) < 0.5 * distance(model, plain, unseen)
+    (summary,) = fitted.report.passes
+    assert "head.2.weight" in summary["cluster_merge"]["fitted"]
+
+
+def test_the_user_s_model_stays_as_it_is() -> None:
+    model, x = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    merged(model, x, data(), keep=0.5, clustering="reconstruction", compensate="data")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_variances_of_merged_kernels_are_corrected_without_data() -> None:
+    """The mean of two orthogonal kernels of norm 1 has half the variance of each, and so has the batch norm."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2), nn.Linear(2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    compiled = merged(model, (torch.randn(4, 2),), keep=1, compensate="free")
+    assert compiled.module.get_submodule("1").running_var.tolist() == [0.5]
+    (summary,) = compiled.report.passes
+    assert summary["cluster_merge"]["variances_corrected"] == ["0.weight"]
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_data_is_asked_for() -> None:
+    model, x = net()
+    message = (
+        "passes[0].cluster_merge.compensate: 'data' needs calibration data; pass calibration=, a list of batches, or "
+        "use compensate='free'"
+    )
+    with pytest.raises(gz.PlanError, match=re.escape(message)):
+        merged(model, x, compensate="data")
+    message = (
+        "passes[0].cluster_merge.clustering: 'reconstruction' needs calibration data; pass calibration=, a list of "
+        "batches, or use clustering='kmeans'"
+    )
+    with pytest.raises(gz.PlanError, match=re.escape(message)):
+        merged(model, x, clustering="reconstruction")
+
+
+def test_an_unknown_compensation_is_refused() -> None:
+    message = "cluster_merge.compensate: 'all' is not one of 'none', 'free', 'data'"
+    with pytest.raises(gz.PlanError, match=re.escape(message)):
+        gz.ClusterMerge(compensate="all")
+
+
+def test_weights_that_cannot_be_fitted_are_named() -> None:
+    model = Net(
+        lambda m, x: m.head(m.up(m.first(x)).relu()),
+        first=unit(3, 8),
+        up=nn.ConvTranspose2d(8, 6, 2, 2),
+        head=head(6),
+    ).eval()
+    compiled = merged(model, (torch.randn(2, 3, 8, 8),), data(), keep=0.5, compensate="data")
+    (summary,) = compiled.report.passes
+    assert list(summary["cluster_merge"]["not_fitted"]) == ["up.weight"]
+
+
+def test_channels_that_were_chosen_are_part_of_a_checkpoint() -> None:
+    model, x = net()
+    plan = gz.Plan([gz.ClusterMerge(keep={"inner.0": 0.5}, clustering="reconstruction", compensate="data")])
+    one = gz.prepare(model, plan, x, calibration=data())
+    other = gz.prepare(model, plan, x, calibration=[torch.ones(4, 3, 8, 8)])
+    other.load_state_dict(one.state_dict())
+    kept = [each.convert().report.passes[0]["cluster_merge"]["kept"] for each in (one, other)]
+    assert kept[0] == kept[1]
