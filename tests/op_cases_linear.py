@@ -90,6 +90,7 @@ CASES.add(aten.mm.default, lambda m, x: aten.mm.default(m.w, x.t()), (2, 6), nam
           parts=weights(4, 6), free={"make": 6, "w": 4})  # fmt: skip
 CASES.add(aten.mv.default, lambda m, x: aten.mv.default(x, m.w), (2, 6), parts=weights(6), out=None)
 CASES.add(aten.dot.default, lambda m, x: aten.dot.default(x.sum(0), m.w), (2, 6), parts=weights(6), out=None)
+CASES.add(aten.vdot.default, lambda m, x: aten.vdot.default(x.sum(0), m.w), (2, 6), parts=weights(6), out=None)
 CASES.add(aten.matmul.default, lambda m, x: aten.matmul.default(x, m.w), **WIDE, parts=weights(6, 4),
           free={"make": 6, "w": 4})  # fmt: skip
 CASES.add(aten.matmul.default, lambda m, x: aten.matmul.default(m.w, x), name="from the left", parts=weights(4, 6),

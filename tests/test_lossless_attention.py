@@ -30,6 +30,7 @@ PLAIN = [
 """Networks with `HEADS` heads in which widths and heads can shrink."""
 
 NO_ONE_IS_PINNED = [
+    "spectral_norm", "lstm", "gru",
     *PLAIN, "folded_into_the_batch", "folded_sequence_first", "values_of_another_width", "packed_split_unequal",
     "grouped_query_interleave", "grouped_query_sdpa", "encoder_stack", "decoder_layer", "geglu", "swiglu",
     "swiglu_packed", "glu", "query_key_norm", "query_key_rms_norm", "query_key_cosine", "stream_layer_norm",

@@ -304,7 +304,7 @@ SPECS = (
     OpSpec((aten.addmm.default,), addmm, macs=matmul_macs, patch=patch_matmul),
     OpSpec((aten.baddbmm.default,), baddbmm, macs=matmul_macs, patch=patch_matmul),
     OpSpec(
-        (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default),
+        (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default),
         matmul,
         macs=matmul_macs,
         patch=patch_matmul,

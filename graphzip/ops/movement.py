@@ -65,12 +65,17 @@ def view(site: Site) -> Result:
 
 
 def _separable(site: Site, axes: Axes, runs: Sequence[tuple[list[int], list[int]]]) -> Axes:
-    """Of two axes that a view would lay into each other one stays, if that is the only one that a parameter makes."""
+    """Of two axes that a view would lay into each other one stays, if that is the only one that a parameter makes.
+
+    Of a parameter itself the first stays: in front of the kernel's positions stand its channels.
+    """
     gone: list[IntArray] = []
     for left, right in runs:
         met = [axis for axis in axes if set(support(axis)) & set(left)] if right else []
         if len(met) > 1:
             made = [axis for axis in met if not site.is_derived(axis)]
+            if len(made) > 1 and site.is_raw(site.tensors()[0]):
+                made = [min(made, key=lambda axis: support(axis))]
             gone += [axis for axis in met if len(made) != 1 or axis is not made[0]]
     for axis in gone:
         site.pin(axis, "merges two labelled dimensions")
