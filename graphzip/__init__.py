@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Plan,
         PruneChannels,
         SliceGenerate,
+        Zip,
     )
     from graphzip.widening import widen
     from passes.clustering import register_clustering
@@ -83,6 +84,7 @@ __all__ = [
     "TraceError",
     "VerificationError",
     "WeightsError",
+    "Zip",
     "__version__",
     "channel_groups",
     "coefficient_rank",
@@ -119,6 +121,7 @@ _HOMES: Final = {
         "Plan",
         "PruneChannels",
         "SliceGenerate",
+        "Zip",
     ),
     "graphzip.widening": ("widen",),
     "passes.clustering": ("register_clustering",),

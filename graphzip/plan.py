@@ -29,13 +29,19 @@ from graphzip.errors import PlanError
 from graphzip.files import write_text
 from graphzip.plan_checks import (
     Problems,
+    check_balance,
     check_clusters,
+    check_damping,
     check_globs,
     check_keep,
+    check_match,
     check_multiple,
     check_name,
+    check_names,
     check_norms,
+    check_share,
     check_strength,
+    check_threshold,
     check_weight,
     count_of,
     height_and_width,
@@ -64,6 +70,7 @@ __all__ = [
     "Plan",
     "PruneChannels",
     "SliceGenerate",
+    "Zip",
     "plan_error",
 ]
 
@@ -336,6 +343,43 @@ class CrossDomainShare(PassOptions):
     exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
 
 
+class Zip(PassOptions):
+    """Let several trained models share neurons, layer by layer ("Multi-Task Zipping via Layer-wise Neuron Sharing").
+
+    Layers and groups of channels are named as in the first model. What is shared is stored once.
+
+    - `share`: how many channels of a layer are shared. A float from 0 to 1 is a share of the narrower model's, an int a
+      number. A mapping from layer globs (`fnmatch.fnmatchcase`) to either: the first match wins, layers that no key
+      matches are not shared. The layer that makes a group of coupled channels first decides for all of them.
+    - `threshold`: share the pairs whose difference (Eq. 12) is below it instead; a number, or a mapping as `share`.
+    - `alpha`: weight of the first model's error against that of each other one (Eq. 5), between 0 and 1.
+    - `pairing`: `"optimal"` (linear assignment) or `"greedy"` (the smallest difference first, as in the paper).
+    - `metric`: `"hessian"` (Eq. 12, needs calibration data), `"euclidean"`, or `"random"` to compare with.
+    - `damping`: what is added to the diagonal of each Hessian, relative to its mean. Large numbers lead to
+      `"euclidean"`.
+    - `exclude`: globs of the layers that stay apart.
+    - `order`: the tasks in the order in which they are joined; by default that of the mapping of models.
+    - `match`: for a task whose layers have other names, the first model's layers and its own.
+    - `places`: how many places of an image, or of a sequence, count of every sample in a Hessian.
+
+    Raises `PlanError` when a value is out of range or of the wrong type.
+    """
+
+    kind: ClassVar[str] = "zip"
+    joins: ClassVar[bool] = True
+
+    share: Annotated[Amount | Mapping[str, Amount], BeforeValidator(check_share)] = 1.0
+    threshold: Annotated[float | Mapping[str, float] | None, BeforeValidator(check_threshold)] = None
+    alpha: Annotated[float, BeforeValidator(check_balance)] = 0.5
+    pairing: Annotated[str, BeforeValidator(one_of("optimal", "greedy"))] = "optimal"
+    metric: Annotated[str, BeforeValidator(one_of("hessian", "euclidean", "random"))] = "hessian"
+    damping: Annotated[float, BeforeValidator(check_damping)] = 1.0
+    exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
+    order: Annotated[Sequence[str], BeforeValidator(check_names)] = ()
+    match: Annotated[Mapping[str, Mapping[str, str]] | None, BeforeValidator(check_match)] = None
+    places: Annotated[int, BeforeValidator(count_of("places"))] = 32
+
+
 PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
     options.kind: options
     for options in (
@@ -345,6 +389,7 @@ PASS_OPTIONS: Final[dict[str, type[PassOptions]]] = {
         AtomFactorize,
         SliceGenerate,
         PruneChannels,
+        Zip,
     )
 }
 """The passes a plan can name."""

@@ -12,14 +12,20 @@ __all__ = [
     "Problems",
     "Wrong",
     "check_amount",
+    "check_balance",
     "check_clusters",
+    "check_damping",
     "check_globs",
     "check_keep",
+    "check_match",
     "check_multiple",
     "check_name",
+    "check_names",
     "check_norms",
     "check_partition",
+    "check_share",
     "check_strength",
+    "check_threshold",
     "check_weight",
     "count_of",
     "height_and_width",
@@ -233,3 +239,66 @@ def check_weight(value: Any) -> float:
     if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < math.inf:
         return float(value)
     raise Wrong(f"{show(value)} is not a strength; write a number of at least 0")
+
+
+def check_shared(value: Any) -> float | int:
+    if is_int(value) and value >= 0:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) <= 1.0:
+        return float(value)
+    raise Wrong(
+        f"{show(value)} is not an amount to share; write a float from 0 to 1 (a share of the channels) or an int of at "
+        "least 0 (a number of channels)"
+    )
+
+
+def check_share(value: Any) -> Any:
+    return named(value, check_shared) if isinstance(value, Mapping) else check_shared(value)
+
+
+def check_positive(value: Any) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) < math.inf:
+        return float(value)
+    raise Wrong(f"{show(value)} is not a threshold; write a number above 0")
+
+
+def check_threshold(value: Any) -> Any:
+    if value is None:
+        return None
+    return named(value, check_positive) if isinstance(value, Mapping) else check_positive(value)
+
+
+def check_balance(value: Any) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) < 1.0:
+        return float(value)
+    raise Wrong(f"{show(value)} does not balance two errors; write a number between 0 and 1")
+
+
+def check_damping(value: Any) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) < math.inf:
+        return float(value)
+    raise Wrong(f"{show(value)} is not a damping; write a number above 0")
+
+
+def check_names(value: Any) -> tuple[str, ...]:
+    if not is_list(value) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+        raise Wrong(f"{show(value)} is not a list of the tasks, each once")
+    return tuple(value)
+
+
+def check_match(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise Wrong(f"{show(value)} is not a mapping from tasks to mappings of layers")
+
+    def check(layers: Any) -> dict[str, str]:
+        if not isinstance(layers, Mapping) or not all(
+            isinstance(each, str) for pair in layers.items() for each in pair
+        ):
+            raise Wrong(
+                f"{show(layers)} is not a mapping from the first task's layers to its own, such as {{'fc1': 'a'}}"
+            )
+        return dict(layers)
+
+    return named(value, check)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -25,7 +26,7 @@ from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report, TaskChange
 from graphzip.rewrite.join import inputs_of, module_of, task_of
 from graphzip.rewrite.shrink import refresh
-from passes.base import Calibrated, Pass, Restructuring, Staged
+from passes.base import Calibrated, Feeds, Pass, Restructuring, Staged, Stepwise
 from passes.table import PASSES
 
 __all__ = ["Prepared", "follow_modes"]
@@ -44,6 +45,7 @@ class _Progress:
     position: int = 0
     active: Pass | None = None
     taken: int = 0
+    stage: int = 0
 
 
 class Prepared(nn.Module):
@@ -101,10 +103,13 @@ class Prepared(nn.Module):
     def steps(self) -> Iterator[str]:
         """Stages of the plan that are left, by name. Train in the body of the loop; the next turn carries it out."""
         while (active := self._progress.active) is not None:
-            for stage in active.stages:
-                yield stage
-                if self._progress.active is active:
-                    self._end(stage)
+            if isinstance(active, Stepwise):
+                yield from self._entered(active)
+            else:
+                for stage in active.stages:
+                    yield stage
+                    if self._progress.active is active:
+                        self._end(stage)
             if self._progress.active is active:
                 self._finish()
 
@@ -232,9 +237,32 @@ class Prepared(nn.Module):
             self._restructure(progress.active)
         else:
             progress.active = None
-        progress.taken = 0
+        progress.taken = progress.stage = 0
         state = torch.zeros(0, dtype=torch.int64) if progress.active is None else progress.active.state()
         self.clusters = state.to(self.clusters.device)
+
+    def _entered(self, active: Stepwise) -> Iterator[str]:
+        """The stages that are left of a pass, each begun before it is given."""
+        progress, stages = self._progress, active.stages  # type: ignore[attr-defined]
+        while progress.stage < len(stages):
+            stage = stages[progress.stage]
+            progress.stage += 1
+            with torch.inference_mode(False):
+                progress.traced = active.enter(stage, self._adopt(), self._feeds())
+                module = module_of(progress.traced)
+                follow_modes(module, self.model)
+                self.model = module
+            yield stage
+
+    def _feeds(self) -> Feeds:
+        calibration, inputs = self._hidden["calibration"], self._hidden["inputs"]
+        if calibration is None:
+            return {}
+
+        def feed(name: str) -> Iterator[tuple[Any, ...]]:
+            return (batch_arguments(batch, len(inputs[name])) for batch in calibration[name])
+
+        return {name: partial(feed, name) for name in self.tasks}
 
     def _restructure(self, active: Pass) -> None:
         """Give the model the parameters that the pass trains."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,10 @@ from torch import nn
 
 from graphzip.graph.trace import Traced
 
-__all__ = ["Calibrated", "FreeTraining", "Pass", "Restructuring", "Staged"]
+__all__ = ["Calibrated", "Feeds", "FreeTraining", "Pass", "Restructuring", "Staged", "Stepwise"]
+
+Feeds = Mapping[str, Callable[[], Iterable[tuple[Any, ...]]]]
+"""For each task what gives its calibration batches from the start, as positional inputs."""
 
 
 class Pass(Protocol):
@@ -123,3 +126,14 @@ class Calibrated(Protocol):
 
     def calibrate(self, batches: Sequence[tuple[Any, ...]]) -> None:
         """Decide. `batches` has one entry per batch, with one value per input of the graph; none without data."""
+
+
+@runtime_checkable
+class Stepwise(Protocol):
+    """A pass that changes the model at the beginning of each of its stages, and lets it be trained after each."""
+
+    def enter(self, stage: str, traced: Traced, feeds: Feeds) -> Traced:
+        """The graph after the change, with tensors of its own where they changed; `traced` stays as it is.
+
+        `feeds` is empty where there is no calibration data.
+        """

@@ -12,6 +12,7 @@ from graphzip.plan import (
     PassOptions,
     PruneChannels,
     SliceGenerate,
+    Zip,
 )
 from passes.atom_factorize import AtomFactorizePass
 from passes.cluster_merge import ClusterMergePass
@@ -19,6 +20,7 @@ from passes.cross_domain_share import CrossDomainSharePass
 from passes.fold_batch_norm import FoldBatchNormPass
 from passes.prune_channels import PruneChannelsPass
 from passes.slice_generate import SliceGeneratePass
+from passes.zip import ZipPass
 
 __all__ = ["PASSES"]
 
@@ -29,4 +31,5 @@ PASSES: dict[type[PassOptions], Any] = {
     FoldBatchNorm: FoldBatchNormPass,
     PruneChannels: PruneChannelsPass,
     SliceGenerate: SliceGeneratePass,
+    Zip: ZipPass,
 }

@@ -53,6 +53,10 @@ SHARED_BY_PASSES = (
     "passes.trimmed",
     "passes.variance",
     "passes.widths",
+    "passes.zip_channels",
+    "passes.zip_inputs",
+    "passes.zip_layers",
+    "passes.zip_solve",
 )
 TABLE_OF_PASSES = "passes.table"
 

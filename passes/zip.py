@@ -1,0 +1,519 @@
+"""Zip several trained models into one that shares neurons (MTZ).
+
+Layer by layer in order of execution: with the inputs of a layer shared as far as the layers before it were zipped, its
+neurons are paired by how much error sharing them costs, the newcomer's channels are put in the order of their partners
+(which changes nothing), and the weights from shared inputs to shared neurons become one (`passes.zip_solve`). Then
+every model is put together from what it shares and what it has alone (Fig. 1; `graphzip.rewrite.blocks`).
+
+What couples channels is the channel groups' business (`passes.zip_channels`): a residual stream is paired once, by the
+layer that makes it first, and every other layer that writes to it or reads it follows; heads of attention are paired as
+wholes and inside. A batch norm stays with its task: the scale of a layer before it is free, so rows are joined in units
+of their deviation, and its statistics move as far as the layer's outputs did on the calibration data.
+
+Source: He, Zhou and Thiele, "Multi-Task Zipping via Layer-wise Neuron Sharing": Algorithm 1, sections 3.2 to 3.7.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphzip.graph.state import attach, get_tensor, named_state
+from graphzip.graph.trace import Traced
+from graphzip.labels import IntArray
+from graphzip.ops.site import bind
+from graphzip.ops.spec import FloatArray
+from graphzip.plan import Zip, plan_error
+from graphzip.rewrite.blocks import finish, put, share
+from graphzip.tables import closest
+from passes.base import Feeds, FreeTraining
+from passes.zip_channels import Channels
+from passes.zip_inputs import rows_of, values_of
+from passes.zip_layers import Layer, match
+from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
+
+__all__ = ["ZipPass"]
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Moments | ChannelMoments]
+"""What a layer reads, by task; empty without calibration data."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Rows of a layer that a newcomer shares with `owners`, and the inputs that it shares with each of them.
+
+    `rows[task]` are the rows, in one order for all; `inputs[task]` the features of the task among those that are
+    shared, and their places there; `count` of them.
+    """
+
+    owners: tuple[str, ...]
+    rows: dict[str, IntArray]
+    inputs: dict[str, tuple[IntArray, IntArray]]
+    count: int
+
+
+class ZipPass(FreeTraining):
+    """`Zip` bound to several models: which layers correspond is decided here, who is paired stage by stage."""
+
+    def __init__(self, options: Zip, traced: Traced, *, seed: int, where: str) -> None:
+        self.options, self.seed, self.where = options, seed, where
+        self.tasks = _order(options, [task.name for task in traced.tasks], where)
+        self.matching = match(traced, self.tasks, options.match or {}, where=where)
+        self.channels = Channels(self.matching, self.tasks)
+        self.amounts = self._amounts()
+        self.layers = [name for name in self.matching.layers if self._takes_part(name)]
+        self.stages = tuple(f"zip/{name}" for name in self.layers)
+        self.widths_shared: dict[str, dict[str, int]] = {}
+        self.stored: dict[str, tuple[int, int]] = {}
+        self.given: dict[tuple[str, str], Spread] | None = None
+        self.random = np.random.default_rng(seed)
+
+    # ------------------------------------------------------------------------------------------- what takes part
+
+    def _amounts(self) -> dict[str, float | int]:
+        """How much of each layer is shared, or its threshold; layers of which nothing is are left out."""
+        layers = list(self.matching.layers)
+        key = "share" if self.options.threshold is None else "threshold"
+        given = self.options.share if self.options.threshold is None else self.options.threshold
+        table = given if isinstance(given, Mapping) else {"*": given}
+        problems = [
+            f"{self.where}.{what}: {glob!r} matches no layer; {closest(glob, layers)}"
+            for globs, what in ((self.options.exclude, "exclude"), (table if isinstance(given, Mapping) else (), key))
+            for glob in globs
+            if not any(fnmatchcase(name, glob) for name in layers)
+        ]
+        if problems:
+            raise plan_error(problems)
+        found = {}
+        for name in layers:
+            amount = next((value for glob, value in table.items() if fnmatchcase(name, glob)), 0)
+            if amount and not any(fnmatchcase(name, glob) for glob in self.options.exclude):
+                found[name] = amount
+        return found
+
+    def _takes_part(self, name: str) -> bool:
+        layer = self.matching.layers[name][self.tasks[0]]
+        made = self.channels.made(layer)
+        whole = layer.groups == 1 or layer.depthwise
+        return name in self.amounts and whole and bool(made) and self.matching.outputs.isdisjoint(made)
+
+    # ------------------------------------------------------------------------------------------- stages
+
+    def enter(self, stage: str, traced: Traced, feeds: Feeds) -> Traced:
+        """Zip one layer."""
+        if self.options.metric == "hessian" and not feeds:
+            text = "'hessian' needs calibration data; pass calibration={...}, or write metric: euclidean"
+            raise plan_error([f"{self.where}.metric: {text}"])
+        name = stage.partition("/")[2]
+        layers = self.matching.layers[name]
+        joined = [task for task in self.tasks if task in layers]
+        result = traced.copy()
+        if self.given is None:
+            self.given = self._given_spreads(traced, feeds)
+        inputs = {task: self._inputs(result, layers[task], feeds) for task in joined} if feeds else {}
+        for number, task in enumerate(joined[1:], start=1):
+            self._decide(result, name, joined[:number], task, inputs)
+            self._merge(result, name, joined[:number], task, inputs)
+        for task, found in inputs.items():
+            self._correct(result, layers[task], found)
+        keys = {task: self.channels.keys(layers[task]) for task in joined}
+        self.stored[name] = share(result, {task: layers[task].weight for task in joined}, keys)
+        if self._joins_bias(layers):
+            biases = {task: str(layers[task].bias) for task in joined}
+            share(result, biases, {task: (rows, None) for task, (rows, _) in keys.items()})
+        finish(result)
+        return result
+
+    def convert(self, traced: Traced) -> Traced:
+        """Other parameters of shared channels that are equal in several tasks are one from here on."""
+        result = traced.copy()
+        state = dict(named_state(result.module))
+        first, *others = self.tasks
+        for name, tensor in state.items():
+            task, _, local = name.partition(".")
+            other = state.get(f"{first}.{local}")
+            if not isinstance(tensor, nn.Parameter) or not isinstance(other, nn.Parameter) or task not in others:
+                continue
+            if torch.equal(other, tensor) and self.channels.is_shared(name):
+                attach(result.module, name, other)
+        finish(result)
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        layers = {
+            name: {
+                "shared_channels": self.widths_shared.get(name, {}),
+                "parameters_before": before,
+                "parameters_after": after,
+            }
+            for name, (before, after) in self.stored.items()
+        }
+        total, left = (sum(sizes[side] for sizes in self.stored.values()) for side in (0, 1))
+        saved = total - left
+        return {"layers": layers, "shared_parameters": saved, "zipped_parameters": total}
+
+    # ------------------------------------------------------------------------------------------- calibration
+
+    def _read(self, traced: Traced, layers: Sequence[Layer], feeds: Feeds) -> Iterator[tuple[Layer, torch.Tensor]]:
+        """What layers of one task read, in pieces of rows `(samples, channels, positions)`, in one pass."""
+        calls = [(layer, node) for layer in layers for node in traced.graph.nodes if node.name in layer.nodes]
+        sources = [bind(node)["input"] for _, node in calls]
+        draws = {layer.name: torch.Generator().manual_seed(self.seed) for layer in layers}
+        for values in values_of(traced, sources, layers[0].task, feeds[layers[0].task]):
+            for (layer, node), value in zip(calls, values, strict=True):
+                rows = rows_of(node, value, layer.shape, self.options.places, draws[layer.name])
+                yield layer, rows.detach().to("cpu", torch.float64)
+
+    def _inputs(self, traced: Traced, layer: Layer, feeds: Feeds) -> Moments | ChannelMoments:
+        """Moments of a layer's inputs, with a one for the bias, in the models as they are now."""
+        if layer.depthwise:
+            apart = ChannelMoments(layer.shape[0], layer.positions)
+            for _, rows in self._read(traced, [layer], feeds):
+                apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
+            return apart
+        found = Moments(layer.features + 1)
+        for _, rows in self._read(traced, [layer], feeds):
+            found.add(torch.cat([rows.flatten(1), rows.new_ones(len(rows), 1)], 1))
+        return found
+
+    def _given_spreads(self, traced: Traced, feeds: Feeds) -> dict[tuple[str, str], Spread]:
+        """Of the outputs of every layer before a batch norm, in the models as they were given; one pass for each."""
+        sums: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, int]] = {}
+        for task in self.tasks if feeds else ():
+            found = [self.matching.layers[name].get(task) for name in self.layers]
+            layers = [layer for layer in found if layer is not None and layer.norm is not None]
+            for layer, rows in self._read(traced, layers, feeds) if layers else ():
+                weight = _matrix(traced, layer)
+                if layer.depthwise:
+                    out = (rows.repeat_interleave(layer.shape[0] // layer.groups, 1) * weight).sum(2)
+                else:
+                    out = rows.flatten(1) @ weight.T
+                total, square, count = sums.get((task, layer.name), (torch.zeros(()), torch.zeros(()), 0))
+                sums[task, layer.name] = total + out.sum(0), square + out.square().sum(0), count + len(out)
+        return {key: Spread.of(total / count, square / count) for key, (total, square, count) in sums.items()}
+
+    # ------------------------------------------------------------------------------------------- pairing
+
+    def _decide(self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs) -> None:
+        """Pair the channels that a layer makes, where no layer before it has made them."""
+        layers = self.matching.layers[name]
+        waiting = [group for group in self.channels.made(layers[prior[0]]) if (task, group) not in self.channels.ids]
+        if not waiting or layers[task].depthwise:
+            return
+        cost = self._cost(traced, name, prior, task, inputs, waiting)
+        if cost is None:
+            return
+        amount = self.amounts[name]
+
+        def count(most: int) -> int:
+            if self.options.threshold is not None:
+                return most
+            if isinstance(amount, float):
+                return int(most * amount)
+            if amount > most:
+                raise plan_error([f"{self.where}.share: {amount} channels of {name!r}, but only {most} can be shared"])
+            return amount
+
+        for unit in self.channels.units(waiting):
+            part = {group: cost[group] for group in unit}
+            moved = self.channels.settle(traced, unit, prior, task, part, self._pick(amount), count)
+            for group, (shared, order) in moved.items():
+                self._follow(task, group, order)
+                title = self.matching.groups[group].name.partition(".")[2]
+                self.widths_shared.setdefault(name, {})[f"{task}.{title}"] = shared
+
+    def _pick(self, amount: float | int) -> Any:
+        def pick(cost: FloatArray, count: int) -> Pairs:
+            if self.options.metric == "random":
+                cost = self.random.random(cost.shape)
+            elif self.options.threshold is not None:
+                cost = np.minimum(cost, amount)  # what is not shared does not matter
+            one, two = pair(cost, count, self.options.pairing)
+            if self.options.threshold is not None:
+                near = cost[one, two] < amount
+                one, two = one[near], two[near]
+            return one, two
+
+        return pick
+
+    def _follow(self, task: str, group: int, order: IntArray) -> None:
+        """Let what is known of a task's layers follow its channels."""
+        assert self.given is not None
+        for (owner, name), spread in self.given.items():
+            if owner != task:
+                continue
+            slots = self.channels.slots(self.matching.layers[name][task], 0)
+            at = np.flatnonzero(slots[:, 0] == group)
+            place = {(int(channel), int(rank)): row for row, (_, channel, rank) in zip(at, slots[at], strict=True)}
+            source = np.arange(len(slots))
+            for row in at.tolist():
+                source[row] = place[int(order[slots[row, 1]]), int(slots[row, 2])]
+            spread.mean, spread.var = (each[torch.from_numpy(source)] for each in (spread.mean, spread.var))
+
+    def _cost(
+        self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs, waiting: Sequence[int]
+    ) -> dict[int, FloatArray] | None:
+        """Differences between the joint channels and the newcomer's, by group; nothing where no input is shared."""
+        layers = self.matching.layers[name]
+        cost: dict[int, FloatArray] = {}
+        for group in waiting:
+            partner = self.matching.partners(group)[task]
+            joint = self.channels.joint(group, prior)
+            theirs = self.channels.slots(layers[task], 0)
+            columns = np.flatnonzero(theirs[:, 0] == partner)
+            cost[group] = np.zeros((joint.size, self.matching.groups[partner].size))
+            holders: dict[tuple[str, ...], list[int]] = {}
+            for number in joint.tolist():
+                own = tuple(owner for owner in prior if number in self.channels.ids[owner, group])
+                holders.setdefault(own, []).append(number)
+            for owners, numbers in holders.items():
+                rows, place = self._rows_of_numbers(layers, owners, group, numbers, joint)
+                line = self._line(layers, owners, task, {**rows, task: columns})
+                if line is None:
+                    return None
+                a, b = self._sides(traced, layers, line, task)
+                found = self._solver(line, task, inputs).difference(a, b)
+                ranks = self.channels.slots(layers[owners[0]], 0)[rows[owners[0]], 2]
+                for rank in np.unique(ranks):
+                    ours, others = ranks == rank, theirs[columns, 2] == rank
+                    target = np.ix_(place[ours], theirs[columns[others], 1])
+                    cost[group][target] += found[np.ix_(ours, others)]
+        return cost
+
+    def _rows_of_numbers(
+        self, layers: Mapping[str, Layer], owners: Sequence[str], group: int, numbers: Sequence[int], joint: IntArray
+    ) -> tuple[dict[str, IntArray], IntArray]:
+        """For each owner the rows of the joint channels `numbers`, in one order, and their places in `joint`."""
+        rows: dict[str, IntArray] = {}
+        place = np.arange(0)
+        for owner in owners:
+            slots = self.channels.slots(layers[owner], 0)
+            own = group if owner == self.tasks[0] else self.matching.partners(group)[owner]
+            at = np.flatnonzero(slots[:, 0] == own)
+            ids = self.channels.ids[owner, group][slots[at, 1]]
+            at = at[np.isin(ids, numbers)]
+            ids = self.channels.ids[owner, group][slots[at, 1]]
+            at = at[np.lexsort((slots[at, 2], ids))]
+            rows[owner] = at
+            order = np.argsort(joint)
+            place = order[np.searchsorted(joint[order], self.channels.ids[owner, group][slots[at, 1]])]
+        return rows, place
+
+    # ------------------------------------------------------------------------------------------- joining weights
+
+    def _line(
+        self, layers: Mapping[str, Layer], owners: tuple[str, ...], task: str, rows: dict[str, IntArray]
+    ) -> _Line | None:
+        """The inputs that a newcomer shares with at least one of `owners`; nothing where there is none."""
+        keys = {each: self.channels.keys(layers[each])[1] for each in (*owners, task)}
+        mine = np.asarray(keys[task])
+        shared = np.flatnonzero(np.isin(mine, np.concatenate([np.asarray(keys[owner]) for owner in owners])))
+        if not shared.size:
+            return None
+        positions = layers[task].positions
+        found: dict[str, tuple[IntArray, IntArray]] = {}
+        for each in (*owners, task):
+            own = np.asarray(keys[each])
+            order = np.argsort(own)
+            at = np.searchsorted(own[order], mine[shared]).clip(max=own.size - 1)
+            has = own[order[at]] == mine[shared]
+            columns, places = order[at][has], np.flatnonzero(has)
+            inner = np.arange(positions)
+            feature = (columns[:, None] * positions + inner).ravel(), (places[:, None] * positions + inner).ravel()
+            if self._joins_bias(layers):
+                feature = np.append(feature[0], layers[each].features), np.append(feature[1], shared.size * positions)
+            found[each] = feature
+        count = shared.size * positions + int(self._joins_bias(layers))
+        return _Line(owners, rows, found, count)
+
+    def _joins_bias(self, layers: Mapping[str, Layer]) -> bool:
+        return all(layer.bias is not None and layer.norm is None for layer in layers.values())
+
+    def _sides(
+        self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the joint network and of the newcomer over the inputs they share, in units of their deviation."""
+        joint = torch.zeros(len(line.rows[line.owners[0]]), line.count, dtype=torch.float64)
+        for owner in reversed(line.owners):
+            source, place = line.inputs[owner]
+            joint[:, place] = _augmented(traced, layers[owner])[line.rows[owner]][:, source]
+        source, place = line.inputs[task]
+        own = torch.zeros(len(line.rows[task]), line.count, dtype=torch.float64)
+        own[:, place] = _augmented(traced, layers[task])[line.rows[task]][:, source]
+        if all(layer.norm is not None for layer in layers.values()):
+            joint = joint / _deviation(traced, layers[line.owners[0]])[line.rows[line.owners[0]]].unsqueeze(1)
+            own = own / _deviation(traced, layers[task])[line.rows[task]].unsqueeze(1)
+        return joint, own
+
+    def _solver(self, line: _Line, task: str, inputs: Inputs) -> Solver:
+        scales = [self._scale(owner) for owner in line.owners], self._scale(task)
+        if self.options.metric != "hessian":
+            return Solver(None, scales, damping=0.0)
+        found: dict[str, Moments] = {}
+        for each in (*line.owners, task):
+            moments = inputs[each]
+            assert isinstance(moments, Moments)
+            found[each] = moments.among(*line.inputs[each], line.count)
+        return Solver(([found[owner] for owner in line.owners], found[task]), scales, damping=self.options.damping)
+
+    def _scale(self, task: str) -> float:
+        """Its weight in Eq. 5."""
+        return self.options.alpha if task == self.tasks[0] else 1.0 - self.options.alpha
+
+    def _merge(self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs) -> None:
+        """Give the shared weights of the joint network and a newcomer one value (Eq. 10 and 11)."""
+        layers = self.matching.layers[name]
+        keys = {each: self.channels.keys(layers[each])[0] for each in (*prior, task)}
+        holders: dict[tuple[str, ...], list[int]] = {}
+        for row, key in enumerate(keys[task].tolist()):
+            owners = tuple(owner for owner in prior if key >= 0 and key in set(keys[owner].tolist()))
+            if owners:
+                holders.setdefault(owners, []).append(row)
+        for owners, found in holders.items():
+            rows = {task: np.array(found)}
+            for owner in owners:
+                order = np.argsort(keys[owner])
+                rows[owner] = order[np.searchsorted(keys[owner][order], keys[task][rows[task]])]
+            if layers[task].depthwise:
+                self._join_depthwise(traced, layers, owners, task, rows, inputs)
+                continue
+            line = self._line(layers, owners, task, rows)
+            if line is not None:
+                self._join(traced, layers, line, task, inputs)
+
+    def _join(self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str, inputs: Inputs) -> None:
+        a, b = self._sides(traced, layers, line, task)
+        weights = int(line.count - self._joins_bias(layers))
+        one, two = (side[:, :weights] != 0.0 for side in (a, b))
+        if self.options.metric == "random":
+            chosen = torch.from_numpy(self.random.random(len(a)) < 0.5)
+            joint = torch.where(chosen.unsqueeze(1), a, b)
+        else:
+            joint = self._solver(line, task, inputs).update(a, b)
+        fuller = one.sum(1, keepdim=True) >= two.sum(1, keepdim=True)
+        joint[:, :weights] *= torch.where(fuller, one, two)  # section 3.6: the mask with more ones
+        if all(layer.norm is not None for layer in layers.values()):
+            deviation = _deviation(traced, layers[line.owners[0]])[line.rows[line.owners[0]]]
+            joint = joint * deviation.unsqueeze(1)
+            self._rescale(traced, layers[task], line.rows[task], deviation)
+        mine = line.inputs[task]
+        places = {int(place): int(source) for source, place in zip(*mine, strict=True)}
+        for each in (*line.owners, task):
+            source, place = line.inputs[each]
+            common = np.array([int(where) in places for where in place])
+            _write(traced, layers[each], line.rows[each], source[common], joint[:, place[common]])
+
+    def _join_depthwise(
+        self,
+        traced: Traced,
+        layers: Mapping[str, Layer],
+        owners: tuple[str, ...],
+        task: str,
+        rows: dict[str, IntArray],
+        inputs: Inputs,
+    ) -> None:
+        normed = all(layer.norm is not None for layer in layers.values())
+        a, b = (_matrix(traced, layers[each])[rows[each]] for each in (owners[0], task))
+        deviation = torch.ones(len(a), dtype=torch.float64)
+        if normed:
+            deviation = _deviation(traced, layers[owners[0]])[rows[owners[0]]]
+            self._rescale(traced, layers[task], rows[task], deviation)
+            b = _matrix(traced, layers[task])[rows[task]]
+        one, two = sum(self._scale(owner) for owner in owners), self._scale(task)
+        if self.options.metric != "hessian":
+            joint = a + (b - a) * (two / (one + two))
+        else:
+            hessians: dict[str, torch.Tensor] = {}
+            for each in (*owners, task):
+                moments = inputs[each]
+                assert isinstance(moments, ChannelMoments)
+                hessians[each] = moments.hessian(self._scale(each), self.options.damping)[rows[each]]
+            whole = sum(hessians.values(), torch.zeros(()))
+            step = torch.linalg.solve(whole, (hessians[task] @ (b - a).unsqueeze(2)))
+            joint = a + step.squeeze(2)
+        for each in (*owners, task):
+            _write(traced, layers[each], rows[each], np.arange(layers[each].positions), joint)
+
+    def _rescale(self, traced: Traced, layer: Layer, rows: IntArray, deviation: torch.Tensor) -> None:
+        """Let rows before a batch norm have another deviation, which changes nothing behind it."""
+        assert layer.norm is not None
+        assert self.given is not None
+        scale = torch.ones(layer.shape[0], dtype=torch.float64)
+        scale[rows] = deviation / _deviation(traced, layer)[rows]
+        if bool((scale == 1.0).all()):
+            return
+        state = {leaf: _double(traced, leaf) for leaf in (layer.weight, layer.norm.mean, layer.norm.var)}
+        put(traced, layer.weight, state[layer.weight] * scale.reshape(-1, *[1] * (len(layer.shape) - 1)))
+        if layer.bias is not None:
+            put(traced, layer.bias, _double(traced, layer.bias) * scale)
+        put(traced, layer.norm.mean, state[layer.norm.mean] * scale)
+        var = (state[layer.norm.var] + layer.norm.eps) * scale.square() - layer.norm.eps
+        put(traced, layer.norm.var, torch.where(scale == 1.0, state[layer.norm.var], var.clamp(min=0.0)))
+        spread = self.given.get((layer.task, layer.name))
+        if spread is not None:
+            spread.mean, spread.var = spread.mean * scale, spread.var * scale.square()
+
+    def _correct(self, traced: Traced, layer: Layer, inputs: Moments | ChannelMoments) -> None:
+        """Move a batch norm's statistics as far as the layer's outputs moved."""
+        assert self.given is not None
+        before = self.given.get((layer.task, layer.name))
+        if layer.norm is None or before is None:
+            return
+        weight = _matrix(traced, layer)
+        if isinstance(inputs, Moments):
+            weight = torch.cat([weight, torch.zeros(len(weight), 1, dtype=torch.float64)], 1)
+        after = inputs.spread(weight)
+        mean, var = _double(traced, layer.norm.mean), _double(traced, layer.norm.var)
+        put(traced, layer.norm.mean, mean + (after.mean - before.mean))
+        ratio = torch.where(before.var > 0.0, after.var / before.var.clamp(min=1e-300), 1.0)
+        put(traced, layer.norm.var, var * ratio)
+
+
+def _order(options: Zip, names: list[str], where: str) -> tuple[str, ...]:
+    if options.order and sorted(options.order) != sorted(names):
+        raise plan_error([f"{where}.order: {list(options.order)} are not the tasks {names}; name each of them once"])
+    tasks = tuple(options.order) or tuple(names)
+    for task in options.match or {}:
+        if task not in tasks[1:]:
+            raise plan_error([f"{where}.match: no task {task!r} to match; {closest(task, tasks[1:])}"])
+    return tasks
+
+
+def _double(traced: Traced, name: str) -> torch.Tensor:
+    return get_tensor(traced.module, name).detach().to("cpu", torch.float64)
+
+
+def _matrix(traced: Traced, layer: Layer) -> torch.Tensor:
+    """A layer's weight, `(rows, features)`."""
+    return _double(traced, layer.weight).flatten(1)
+
+
+def _augmented(traced: Traced, layer: Layer) -> torch.Tensor:
+    """The weight with the bias as its last column."""
+    weight = _matrix(traced, layer)
+    bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else _double(traced, layer.bias)
+    return torch.cat([weight, bias.unsqueeze(1)], 1)
+
+
+def _deviation(traced: Traced, layer: Layer) -> torch.Tensor:
+    """The deviation that the batch norm behind a layer divides by."""
+    assert layer.norm is not None
+    return (_double(traced, layer.norm.var) + layer.norm.eps).sqrt()
+
+
+def _write(traced: Traced, layer: Layer, rows: IntArray, features: IntArray, value: torch.Tensor) -> None:
+    """Set weights, and the bias where `features` reach beyond them."""
+    whole = _augmented(traced, layer)
+    whole[torch.from_numpy(rows).unsqueeze(1), torch.from_numpy(features)] = value
+    put(traced, layer.weight, whole[:, :-1].reshape(layer.shape))
+    if layer.bias is not None and (features == layer.features).any():
+        put(traced, layer.bias, whole[:, -1])

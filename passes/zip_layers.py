@@ -1,0 +1,279 @@
+"""Which layers and channel groups of several models correspond.
+
+Layers are matched by name, by an explicit mapping, or in order of execution; the channel groups at matched dimensions
+of their weights are matched with them. A group of the first task and its counterparts are one *joint* group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import fx
+
+from graphzip.analysis.channels import Analysis, analyse
+from graphzip.analysis.groups import ChannelGroups, channel_groups_of
+from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.operators import CONVOLUTIONS
+from graphzip.graph.trace import Traced
+from graphzip.labels import IntArray
+from graphzip.ops.site import bind
+from graphzip.plan import plan_error
+from graphzip.tables import closest
+
+__all__ = ["Layer", "Matching", "Norm", "match"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Names of the state of a batch norm that alone reads a layer."""
+
+    mean: str
+    var: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or a convolution of one task, with its parameters' names in the joint model.
+
+    `name` is its name in its own model; `nodes` are the names of its calls. `depthwise` convolutions have a kernel for
+    each channel alone; `grouped` ones are not shared in part.
+    """
+
+    task: str
+    name: str
+    weight: str
+    bias: str | None
+    shape: tuple[int, ...]
+    nodes: tuple[str, ...]
+    groups: int
+    norm: Norm | None
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.shape[1] == 1
+
+    @property
+    def positions(self) -> int:
+        """Positions of the kernel."""
+        return math.prod(self.shape[2:])
+
+    @property
+    def features(self) -> int:
+        """Numbers that one row reads."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        return len(self.shape), self.shape[2:], self.groups == 1, self.depthwise
+
+
+@dataclass
+class Matching:
+    """`layers[name]` gives the layer of each task that corresponds to layer `name` of the first one.
+
+    `slots[param, dim]` says for every slice of a parameter which group, channel and rank it is, `(slices, 3)`, -1 where
+    it has none. `joint[group]` is the group of the first task that a group corresponds to.
+    """
+
+    groups: ChannelGroups
+    layers: dict[str, dict[str, Layer]]
+    slots: dict[tuple[str, int], IntArray]
+    joint: dict[int, int]
+    outputs: frozenset[int]
+    heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def partners(self, group: int) -> dict[str, int]:
+        """The groups that correspond to a group of the first task, by task."""
+        return {
+            self.groups[other].name.partition(".")[0]: other for other, first in self.joint.items() if first == group
+        }
+
+    def free(self, group: int) -> bool:
+        """Whether the channels of a group may be put in another order."""
+        return self.groups[group].mergeable or self.groups[group].size == 1
+
+
+def match(traced: Traced, order: tuple[str, ...], given: Mapping[str, Mapping[str, str]], *, where: str) -> Matching:
+    """Match the models of a joint graph with the first of `order`.
+
+    `given` names for a task the layers of the first one and its own ones. Raises `PlanError` where layers or their
+    channel groups do not correspond.
+    """
+    analysis = analyse(traced.graph)
+    groups = channel_groups_of(traced, analysis)
+    slots = _slots(groups)
+    layers = _layers(traced)
+    first, *others = order
+    matched: dict[str, dict[str, Layer]] = {name: {first: layer} for name, layer in layers[first].items()}
+    for task in others:
+        pairs = _pairs(layers[first], layers[task], given.get(task), task, f"{where}.match")
+        for name, own in pairs.items():
+            matched[name][task] = layers[task][own]
+    matched = {name: found for name, found in matched.items() if len(found) > 1}
+    joint = _joint(matched, slots, groups, where)
+    outputs = _outputs(traced, analysis, groups)
+    return Matching(groups, matched, slots, joint, outputs, _heads(groups))
+
+
+def _slots(groups: ChannelGroups) -> dict[tuple[str, int], IntArray]:
+    sizes: dict[tuple[str, int], int] = {}
+    for group in groups:
+        for param in group.params:
+            key = (param.param, param.dim)
+            sizes[key] = max(sizes.get(key, 0), int(param.indices.max()) + 1)
+    slots = {key: np.full((size, 3), -1, dtype=np.int64) for key, size in sizes.items()}
+    for number, group in enumerate(groups):
+        for param in group.params if not group.whole_blocks else ():
+            channel, rank = np.nonzero(param.indices >= 0)
+            slots[param.param, param.dim][param.indices[channel, rank]] = np.stack(
+                [np.full(channel.size, number), channel, rank], axis=1
+            )
+    return slots
+
+
+def _layers(traced: Traced) -> dict[str, dict[str, Layer]]:
+    found: dict[str, dict[str, Layer]] = {task.name: {} for task in traced.tasks}
+    calls: dict[str, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if node.target in (aten.linear.default, *CONVOLUTIONS):
+            weight = bind(node)["weight"]
+            if weight.op == "get_attr" and all(user.target is node.target for user in weight.users):
+                calls.setdefault(str(weight.target), []).append(node)
+    for weight, nodes in calls.items():
+        task = weight.partition(".")[0]
+        args = [bind(node) for node in nodes]
+        bias = args[0]["bias"]
+        plain = bias is None or (bias.op == "get_attr" and all(each["bias"] is bias for each in args))
+        groups = {each.get("groups", 1) for each in args}
+        if plain and len(groups) == 1 and all(node.meta.get("owner", "").partition(".")[0] == task for node in nodes):
+            name = weight.removeprefix(f"{task}.").removesuffix(".weight")
+            shape = concrete_shape(args[0]["weight"].meta["val"])
+            norm = _norm(nodes[0], task) if len(nodes) == 1 else None
+            found[task][name] = Layer(
+                task,
+                name,
+                weight,
+                None if bias is None else str(bias.target),
+                shape,
+                tuple(node.name for node in nodes),
+                groups.pop(),
+                norm,
+            )
+    return found
+
+
+def _norm(node: fx.Node, task: str) -> Norm | None:
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not aten.batch_norm.default:
+        return None
+    args = bind(users[0])
+    state = [args["running_mean"], args["running_var"]]
+    if args["input"] is not node or args["training"] or any(each is None or each.op != "get_attr" for each in state):
+        return None
+    if any(len(each.users) != 1 for each in state):
+        return None
+    return Norm(str(state[0].target), str(state[1].target), float(args["eps"]))
+
+
+def _pairs(
+    first: Mapping[str, Layer], other: Mapping[str, Layer], given: Mapping[str, str] | None, task: str, where: str
+) -> dict[str, str]:
+    """The layer of a task for each layer of the first one that has a counterpart."""
+    if given is not None:
+        problems = [
+            f"{where}[{task!r}]: no layer {name!r}; {closest(name, first)}" for name in given if name not in first
+        ]
+        problems += [
+            f"{where}[{task!r}][{name!r}]: no layer {own!r}; {closest(own, other)}"
+            for name, own in given.items()
+            if own not in other
+        ]
+        problems += [
+            f"{where}[{task!r}]: {own!r} is given for two layers"
+            for own in set(given.values())
+            if list(given.values()).count(own) > 1
+        ]
+        if problems:
+            raise plan_error(problems)
+        return dict(given)
+    if list(first) == list(other):
+        return {name: name for name in first if first[name].kind == other[name].kind}
+    ones, twos = list(first.values()), list(other.values())
+    if len(ones) != len(twos) or any(one.kind != two.kind for one, two in zip(ones, twos, strict=True)):
+        raise plan_error(
+            [
+                f"{where}: the layers of task {task!r} ({len(twos)}) cannot be matched with those of the first task "
+                f"({len(ones)}) by name or in order; write match={{{task!r}: {{'layer of the first task': 'its own'}}}}"
+            ]
+        )
+    return {one.name: two.name for one, two in zip(ones, twos, strict=True)}
+
+
+def _joint(
+    layers: Mapping[str, Mapping[str, Layer]],
+    slots: Mapping[tuple[str, int], IntArray],
+    groups: ChannelGroups,
+    where: str,
+) -> dict[int, int]:
+    joint: dict[int, int] = {}
+    problems: list[str] = []
+    for name, found in layers.items():
+        first, *others = found.values()
+        for dim in (0, 1):
+            own = _groups_at(slots, first.weight, dim)
+            joint.update({group: group for group in own})
+            for layer in others:
+                theirs = _groups_at(slots, layer.weight, dim)
+                if len(own) != len(theirs):
+                    problems.append(
+                        f"{where}: the {'outputs' if dim == 0 else 'inputs'} of {name!r} are coupled in another way in "
+                        f"task {layer.task!r} ({len(theirs)} channel groups, {len(own)} in the first task); exclude it"
+                    )
+                    continue
+                for one, two in zip(own, theirs, strict=True):
+                    if joint.setdefault(two, one) != one:
+                        problems.append(
+                            f"{where}: group {groups[two].name!r} corresponds to {groups[one].name!r} at {name!r}, but "
+                            f"to {groups[joint[two]].name!r} before; match other layers or exclude it"
+                        )
+    if problems:
+        raise plan_error(list(dict.fromkeys(problems)))
+    return joint
+
+
+def _groups_at(slots: Mapping[tuple[str, int], IntArray], param: str, dim: int) -> list[int]:
+    """The groups of a dimension, in order of their first slice."""
+    found = slots.get((param, dim))
+    return [] if found is None else [number for number in dict.fromkeys(found[:, 0].tolist()) if number >= 0]
+
+
+def _outputs(traced: Traced, analysis: Analysis, groups: ChannelGroups) -> frozenset[int]:
+    """Groups whose channels are outputs of a model."""
+    channels: set[int] = set()
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                for axis in analysis.propagation.axes.get(source, ()):
+                    channels.update(analysis.fine.classes[np.asarray(axis).ravel()].tolist())
+    return frozenset(
+        number
+        for number, group in enumerate(groups)
+        if not group.whole_blocks and channels & set(group.channels.tolist())
+    )
+
+
+def _heads(groups: ChannelGroups) -> dict[int, tuple[int, ...]]:
+    """For each group of whole blocks that may change places, the groups of channels inside the blocks."""
+    names = {group.name: number for number, group in enumerate(groups)}
+    return {
+        number: tuple(names[name] for name in group.overlaps)
+        for number, group in enumerate(groups)
+        if group.whole_blocks and group.mergeable and len(group.blocks) == 1
+    }

@@ -1,0 +1,296 @@
+"""How different two neurons are, which of them to pair, and what weights a pair shares.
+
+With inputs `x` of a layer, the Hessian of its error is `H = E[x x^T]` (MTZ Eq. 7 and 8). Sharing neuron i of A and j of
+B costs `(a_i - b_j)^T P (a_i - b_j) / 2` with the parallel sum `P = H_A (H_A + H_B)^{-1} H_B` (Eq. 12), a squared
+Mahalanobis distance; the weights that cost the least are `a_i + (H_A + H_B)^{-1} H_B (b_j - a_i)` (Eq. 10 and 11).
+So one factorisation of `H_A + H_B` serves all pairs. Where there are fewer samples than inputs, `H = X^T X / n` is kept
+as `X` and the inverse is Woodbury's.
+
+Source: He, Zhou and Thiele, "Multi-Task Zipping via Layer-wise Neuron Sharing" (MTZ), section 3.3.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from graphzip.labels import IntArray
+from graphzip.ops.spec import FloatArray
+
+__all__ = ["ChannelMoments", "Moments", "Pairs", "Solver", "Spread", "pair"]
+
+logger = logging.getLogger(__name__)
+
+Pairs = tuple[IntArray, IntArray]
+"""Positions in A and, pair by pair, positions in B."""
+
+
+class Moments:
+    """Second moments of a layer's inputs, from rows of samples that come in pieces; float64.
+
+    The rows themselves are kept as long as they are fewer than the inputs.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        self.count = 0
+        self.total = torch.zeros(inputs, dtype=torch.float64)
+        self.rows: torch.Tensor | None = torch.zeros(0, inputs, dtype=torch.float64)
+        self.gram: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count rows of shape `(samples, inputs)`."""
+        rows = rows.detach().to("cpu", torch.float64)
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        if self.rows is not None and self.count <= self.inputs:
+            self.rows = torch.cat([self.rows, rows])
+        elif self.rows is not None:
+            self.gram, self.rows = self.rows.T @ self.rows + rows.T @ rows, None
+        else:
+            assert self.gram is not None
+            self.gram.addmm_(rows.T, rows)
+
+    def dense(self) -> torch.Tensor:
+        """`E[x x^T]`, `(inputs, inputs)`."""
+        if self.gram is not None:
+            return self.gram / max(self.count, 1)
+        assert self.rows is not None
+        return self.rows.T @ self.rows / max(self.count, 1)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / max(self.count, 1)
+
+    def spread(self, weight: torch.Tensor) -> Spread:
+        """Mean and variance of `W x` for each row of `W`."""
+        mean = weight @ self.mean
+        if self.rows is not None:
+            square = (self.rows @ weight.T).square().sum(0) / max(self.count, 1)
+        else:
+            square = ((weight @ self.dense()) * weight).sum(1)
+        return Spread.of(mean, square)
+
+    def among(self, columns: IntArray, positions: IntArray, inputs: int) -> Moments:
+        """The same for some of the inputs, `columns`, put to `positions` among `inputs` that are zero otherwise."""
+        made = Moments(inputs)
+        made.count = self.count
+        source, target = torch.from_numpy(columns), torch.from_numpy(positions)
+        made.total[target] = self.total[source]
+        if self.rows is not None and self.count <= inputs:
+            made.rows = torch.zeros(len(self.rows), inputs, dtype=torch.float64)
+            made.rows[:, target] = self.rows[:, source]
+        else:
+            made.rows, made.gram = None, torch.zeros(inputs, inputs, dtype=torch.float64)
+            made.gram[target.unsqueeze(1), target] = self._among(source)
+        return made
+
+    def _among(self, columns: torch.Tensor) -> torch.Tensor:
+        if self.gram is not None:
+            return self.gram[columns.unsqueeze(1), columns]
+        assert self.rows is not None
+        chosen = self.rows[:, columns]
+        return chosen.T @ chosen
+
+
+class ChannelMoments:
+    """Second moments of what each channel of a depthwise convolution reads, `(channels, positions, positions)`."""
+
+    def __init__(self, channels: int, positions: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(channels, positions, dtype=torch.float64)
+        self.gram = torch.zeros(channels, positions, positions, dtype=torch.float64)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count rows of shape `(samples, channels, positions)`."""
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.gram += torch.einsum("ncp,ncq->cpq", rows, rows)
+
+    def spread(self, weight: torch.Tensor) -> Spread:
+        """Mean and variance of each output of kernels `(channels, positions)`."""
+        count = max(self.count, 1)
+        mean = (weight * self.total).sum(1) / count
+        return Spread.of(mean, torch.einsum("cp,cpq,cq->c", weight, self.gram, weight) / count)
+
+    def hessian(self, scale: float, damping: float) -> torch.Tensor:
+        """The Hessian of each channel, damped by the mean of its diagonal."""
+        found = self.gram * (scale / max(self.count, 1))
+        mean = found.diagonal(dim1=1, dim2=2).mean(1)
+        ridge = damping * torch.where(mean > 0.0, mean, 1.0)
+        return found + ridge.reshape(-1, 1, 1) * torch.eye(found.shape[1], dtype=torch.float64)
+
+
+@dataclass
+class Spread:
+    """Mean and variance of outputs."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+    @classmethod
+    def of(cls, mean: torch.Tensor, square: torch.Tensor) -> Spread:
+        return cls(mean, (square - mean.square()).clamp(min=0.0))
+
+
+@dataclass
+class _Hessian:
+    """`sum_k c_k E_k[x x^T] + ridge`, dense or as stacked rows `U` with `U^T U + ridge`."""
+
+    dense: torch.Tensor | None
+    rows: torch.Tensor | None
+    ridge: float
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        """`H V` for `V` of shape `(inputs, n)`."""
+        if self.dense is not None:
+            return self.dense @ columns + self.ridge * columns
+        assert self.rows is not None
+        return self.rows.T @ (self.rows @ columns) + self.ridge * columns
+
+
+def _hessian(moments: Sequence[Moments], scales: Sequence[float], damping: float) -> _Hessian:
+    inputs = moments[0].inputs
+    rows = sum(each.count for each in moments)
+    if all(each.rows is not None for each in moments) and rows <= inputs:
+        parts = [
+            each.rows * (scale / max(each.count, 1)) ** 0.5
+            for each, scale in zip(moments, scales, strict=True)
+            if each.rows is not None
+        ]
+        stacked = torch.cat(parts)
+        return _Hessian(None, stacked, _ridge(float(stacked.square().sum()), inputs, damping))
+    dense = sum((scale * each.dense() for each, scale in zip(moments, scales, strict=True)), torch.zeros(()))
+    return _Hessian(dense, None, _ridge(float(dense.diagonal().sum()), inputs, damping))
+
+
+def _ridge(trace: float, inputs: int, damping: float) -> float:
+    """`damping` times the mean of the diagonal; something where the data say nothing."""
+    return damping * (trace / inputs if trace > 0.0 else 1.0)
+
+
+class Solver:
+    """Differences and updates between the joint network (A) and a newcomer (B) for one layer.
+
+    `moments` are those of the tasks in A and that of B, `scales` their weights (alpha and 1 - alpha of Eq. 5),
+    `damping` is relative to the mean of each Hessian's diagonal. Without moments the metric is Euclidean.
+    """
+
+    def __init__(
+        self,
+        moments: tuple[Sequence[Moments], Moments] | None,
+        scales: tuple[Sequence[float], float],
+        *,
+        damping: float,
+    ) -> None:
+        self.euclidean = (sum(scales[0]), scales[1])
+        self.a: _Hessian | None = None
+        if moments is not None:
+            self.a = _hessian(moments[0], scales[0], damping)
+            self.b = _hessian([moments[1]], [scales[1]], damping)
+            self._factor()
+
+    def _factor(self) -> None:
+        assert self.a is not None
+        one, two = self.a, self.b
+        self.ridge = one.ridge + two.ridge
+        if one.rows is not None and two.rows is not None and len(one.rows) + len(two.rows) < one.rows.shape[1]:
+            self.rows: torch.Tensor | None = torch.cat([one.rows, two.rows])
+            inner = self.rows @ self.rows.T
+            inner.diagonal().add_(self.ridge)
+            self.factor = self._cholesky(inner)
+            return
+        self.rows = None
+        whole = _dense(one) + _dense(two)
+        whole.diagonal().add_(self.ridge)
+        self.factor = self._cholesky(whole)
+
+    def _cholesky(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The factor; where rounding makes that impossible, with as much more on the diagonal as it takes."""
+        added = 0.0
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if not int(failed):
+                break
+            more = max(added * 10.0, 1e-12 * float(matrix.diagonal().abs().mean()))
+            matrix.diagonal().add_(more - added)
+            added = more
+            logger.warning("an ill-conditioned Hessian was damped by %.1e more", added)
+        made: torch.Tensor = factor
+        return made
+
+    def solve(self, columns: torch.Tensor) -> torch.Tensor:
+        """`(H_A + H_B)^{-1} V`."""
+        if self.rows is None:
+            return torch.cholesky_solve(columns, self.factor)
+        inner = torch.cholesky_solve(self.rows @ columns, self.factor)
+        return (columns - self.rows.T @ inner) / self.ridge
+
+    def update(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Eq. 10 and 11 for rows of weights, pair by pair, `(pairs, inputs)`."""
+        if self.a is None:
+            first, second = self.euclidean
+            return a + (b - a) * (second / (first + second))
+        return a + self.solve(self.b.times((b - a).T)).T
+
+    def difference(self, a: torch.Tensor, b: torch.Tensor) -> FloatArray:
+        """Eq. 12 for every row of `a`, `(n, inputs)`, and every row of `b`, `(m, inputs)`: `(n, m)`."""
+        pa, pb = self._parallel(a), self._parallel(b)
+        own = (a * pa).sum(1, keepdim=True) + (b * pb).sum(1)
+        return np.asarray(((own - 2.0 * (a @ pb.T)) / 2.0).clamp(min=0.0).numpy(), dtype=np.float64)
+
+    def _parallel(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows times the parallel sum."""
+        if self.a is None:
+            first, second = self.euclidean
+            return rows * (first * second / (first + second))
+        return self.a.times(self.solve(self.b.times(rows.T))).T
+
+
+def _dense(hessian: _Hessian) -> torch.Tensor:
+    if hessian.dense is not None:
+        return hessian.dense
+    assert hessian.rows is not None
+    return hessian.rows.T @ hessian.rows
+
+
+def pair(cost: FloatArray, count: int, how: str) -> Pairs:
+    """`count` pairs, at most one per row and column: the cheapest first (`"greedy"`), or least in sum (`"optimal"`)."""
+    rows, columns = cost.shape
+    count = min(count, rows, columns)
+    if how == "greedy":
+        return _greedy(cost, count)
+    if count == min(rows, columns):
+        one, two = linear_sum_assignment(cost)
+    else:  # what stays alone is paired with a stand-in at no cost
+        whole = np.zeros((rows + columns - count, rows + columns - count))
+        whole[:rows, :columns] = cost
+        whole[rows:, columns:] = np.abs(cost).sum() + 1.0
+        one, two = linear_sum_assignment(whole)
+        real = (one < rows) & (two < columns)
+        one, two = one[real], two[real]
+    return np.asarray(one, dtype=np.int64), np.asarray(two, dtype=np.int64)
+
+
+def _greedy(cost: FloatArray, count: int) -> Pairs:
+    order = np.argsort(cost, axis=1, kind="stable")
+    best = [(float(cost[row, order[row, 0]]), row, 0) for row in range(len(cost))]
+    heapq.heapify(best)
+    taken = np.zeros(cost.shape[1], dtype=bool)
+    found: list[tuple[int, int]] = []
+    while len(found) < count:
+        _, row, place = heapq.heappop(best)
+        column = int(order[row, place])
+        if not taken[column]:
+            taken[column] = True
+            found.append((row, column))
+        elif place + 1 < cost.shape[1]:
+            heapq.heappush(best, (float(cost[row, order[row, place + 1]]), row, place + 1))
+    pairs = np.array(sorted(found), dtype=np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
