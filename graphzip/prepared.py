@@ -204,8 +204,10 @@ class Prepared(nn.Module):
     def convert(self) -> Compiled:
         """Carry out every pass that is left and give the slimmer model; the prepared one can be thrown away then."""
         unfinished = self._progress.active is not None
-        for _ in self.steps():
-            pass
+        while (active := self._progress.active) is not None:
+            if isinstance(active, Staged):
+                self._enter_rest(active)
+            self._finish()
         original: nn.Module = self._hidden["original"]
         with torch.inference_mode(False):
             traced = self._progress.traced if unfinished else self._adopt()
@@ -243,16 +245,31 @@ class Prepared(nn.Module):
 
     def _entered(self, active: Stepwise) -> Iterator[str]:
         """The stages that are left of a pass, each begun before it is given."""
-        progress, stages = self._progress, active.stages  # type: ignore[attr-defined]
-        while progress.stage < len(stages):
-            stage = stages[progress.stage]
+        progress = self._progress
+        while progress.stage < len(active.stages):
+            stage = active.stages[progress.stage]
             progress.stage += 1
             with torch.inference_mode(False):
                 progress.traced = active.enter(stage, self._adopt(), self._feeds())
-                module = module_of(progress.traced)
-                follow_modes(module, self.model)
-                self.model = module
+                self._rebuild()
             yield stage
+
+    def _enter_rest(self, active: Staged) -> None:
+        """Begin the stages that are left one after the other, with no module to train in between."""
+        progress = self._progress
+        if progress.stage == len(active.stages):
+            return
+        with torch.inference_mode(False):
+            traced = self._adopt()
+            for stage in active.stages[progress.stage :]:
+                traced = active.enter(stage, traced, self._feeds())
+            progress.traced, progress.stage = traced, len(active.stages)
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        module = module_of(self._progress.traced)
+        follow_modes(module, self.model)
+        self.model = module
 
     def _feeds(self) -> Feeds:
         calibration, inputs = self._hidden["calibration"], self._hidden["inputs"]

@@ -132,6 +132,8 @@ class Calibrated(Protocol):
 class Stepwise(Protocol):
     """A pass that changes the model at the beginning of each of its stages, and lets it be trained after each."""
 
+    stages: tuple[str, ...]
+
     def enter(self, stage: str, traced: Traced, feeds: Feeds) -> Traced:
         """The graph after the change, with tensors of its own where they changed; `traced` stays as it is.
 

@@ -32,6 +32,7 @@ from graphzip.ops.site import bind
 from graphzip.ops.spec import FloatArray
 from graphzip.plan import Zip, plan_error
 from graphzip.rewrite.blocks import finish, put, share
+from graphzip.rewrite.shrink import refresh
 from graphzip.tables import closest
 from passes.base import Feeds, FreeTraining
 from passes.zip_channels import Channels
@@ -146,6 +147,7 @@ class ZipPass(FreeTraining):
             if torch.equal(other, tensor) and self.channels.is_shared(name):
                 attach(result.module, name, other)
         finish(result)
+        refresh(result)
         return result
 
     def summary(self) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def test_inputs_that_are_no_shapes(inputs: Any, expected: str) -> None:
         ({"version": 1, "passes": [{}]}, "passes[0]: {} is not a pass"),
         ({"version": 1, "passes": [{"cluster_mrge": {}}]}, "passes[0].cluster_mrge: unknown pass; did you mean 'clust"),
         ({"version": 1, "passes": [{3: {}}]}, "passes[0].3: unknown pass; there are: 'cluster_merge'"),
-        ({"version": 1, "passes": ["quantise!"]}, "passes[0].zip!: unknown pass; there are: 'cluster_merge'"),
+        ({"version": 1, "passes": ["quantise!"]}, "passes[0].quantise!: unknown pass; there are: 'cluster_merge'"),
         ({"version": 1, "passes": [{"cluster_merge": 0.5}]}, "passes[0].cluster_merge: 0.5 is not a mapping of option"),
         ({"version": 1, "passes": [{"cluster_merge": {1: 2}}]}, "passes[0].cluster_merge.1: unknown option"),
         (

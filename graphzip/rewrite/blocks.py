@@ -23,7 +23,6 @@ from graphzip.graph.state import attach, find_aliases, get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.rewrite.factor import Emitter
-from graphzip.rewrite.shrink import refresh
 
 __all__ = ["Keys", "finish", "permute_slices", "put", "share"]
 
@@ -86,10 +85,9 @@ def share(traced: Traced, params: Mapping[str, str], keys: Mapping[str, Keys]) -
 
 
 def finish(traced: Traced) -> None:
-    """Fetch every tensor once and bring shapes up to date."""
+    """Fetch every tensor once. The shapes of the graph are out of date until it is refreshed."""
     traced.aliases = find_aliases(traced.module)
     fetch_once(traced.graph, traced.aliases)
-    refresh(traced)
     traced.module.recompile()
 
 
