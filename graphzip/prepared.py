@@ -205,7 +205,7 @@ class Prepared(nn.Module):
         """Carry out every pass that is left and give the slimmer model; the prepared one can be thrown away then."""
         unfinished = self._progress.active is not None
         while (active := self._progress.active) is not None:
-            if isinstance(active, Staged):
+            if isinstance(active, Stepwise):
                 self._enter_rest(active)
             self._finish()
         original: nn.Module = self._hidden["original"]
@@ -254,7 +254,7 @@ class Prepared(nn.Module):
                 self._rebuild()
             yield stage
 
-    def _enter_rest(self, active: Staged) -> None:
+    def _enter_rest(self, active: Stepwise) -> None:
         """Begin the stages that are left one after the other, with no module to train in between."""
         progress = self._progress
         if progress.stage == len(active.stages):
