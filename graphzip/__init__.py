@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphzip.analysis.explain import Explanation
     from graphzip.analysis.groups import ChannelGroup, ChannelGroups, ParamSlice
     from graphzip.api import Compiled, Prepared, channel_groups, compile, cost, load, prepare
+    from graphzip.budget import Sensitivity, WidthStudy, plan_for
     from graphzip.errors import (
         ArchiveError,
         ExampleInputError,
@@ -80,10 +81,12 @@ __all__ = [
     "Prepared",
     "PruneChannels",
     "RewriteError",
+    "Sensitivity",
     "SliceGenerate",
     "TraceError",
     "VerificationError",
     "WeightsError",
+    "WidthStudy",
     "Zip",
     "__version__",
     "channel_groups",
@@ -94,6 +97,7 @@ __all__ = [
     "draw_sharing",
     "expand",
     "load",
+    "plan_for",
     "prepare",
     "register_clustering",
     "save_generator",
@@ -108,6 +112,7 @@ _HOMES: Final = {
     "graphzip.analysis.explain": ("Explanation",),
     "graphzip.analysis.groups": ("ChannelGroup", "ChannelGroups", "ParamSlice"),
     "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
+    "graphzip.budget": ("Sensitivity", "WidthStudy", "plan_for"),
     "graphzip.export.generator": ("save_generator",),
     "graphzip.export.onnx": ("ExportReport",),
     "graphzip.picture": ("draw_groups", "draw_sharing"),

@@ -12,7 +12,8 @@ Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pru
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,25 +36,47 @@ from passes.segments import Partition, Place, features_of, pull, rows_of, slices
 from passes.variance import correct_variances_
 from passes.widths import Clusters, resolve
 
-__all__ = ["ClusterMergePass"]
+__all__ = ["ClusterMergePass", "Known"]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model already, for one that is merged again and again: `orders` of elimination by group."""
+
+    analysis: Analysis
+    groups: ChannelGroups
+    orders: Mapping[str, tuple[int, ...]]
+
+
 class ClusterMergePass:
-    """`ClusterMerge` bound to a model: which channels of each group share a cluster is decided here."""
+    """`ClusterMerge` bound to a model: which channels of each group share a cluster is decided here.
+
+    `fit_only` names the weights that may be re-fitted, where these are not all.
+    """
 
     stages = ("cluster_merge",)
 
-    def __init__(self, options: ClusterMerge, traced: Traced, *, seed: int, where: str) -> None:
+    def __init__(
+        self,
+        options: ClusterMerge,
+        traced: Traced,
+        *,
+        seed: int,
+        where: str,
+        known: Known | None = None,
+        fit_only: Collection[str] | None = None,
+    ) -> None:
         if options.clustering != RECONSTRUCTION:
             check_clustering(options.clustering, f"{where}.clustering")
         self.options, self.seed = options, seed
         self.where = where
         self.left_plain: list[str] = []
         self.traced = traced
-        self.analysis: Analysis = analyse(traced.graph)
-        self.groups: ChannelGroups = channel_groups_of(traced, self.analysis)
+        self.known, self.fit_only = known, fit_only
+        self.analysis: Analysis = analyse(traced.graph) if known is None else known.analysis
+        self.groups: ChannelGroups = channel_groups_of(traced, self.analysis) if known is None else known.groups
         decided = resolve(options, self.groups, where=where)
         self.clusters: dict[str, Partition] = {}
         self.kept: dict[str, frozenset[int]] = {}
@@ -92,7 +115,11 @@ class ClusterMergePass:
                 f"{self.where}.{key} needs calibration data; pass calibration=, a list of batches, or use {way_out}"
             )
         self._batches = batches
-        orders = elimination_orders(self.traced, self.groups, batches, list(self._to_order))
+        orders = (
+            elimination_orders(self.traced, self.groups, batches, list(self._to_order))
+            if self.known is None
+            else self.known.orders
+        )
         for name, count in self._to_order.items():
             if name in orders:
                 self.clusters[name], kept = partition_of(self.groups[name], orders[name], count, self.traced)
@@ -105,14 +132,14 @@ class ClusterMergePass:
         merges = [self._merge(name) for name in self.clusters]
         plain = self.options.norms == "plain"
         result, self.left_plain = merge_channels(traced, self.analysis, merges, plain_norms=plain)
+        for name, value in named_state(traced.module):
+            value.detach().copy_(original[name])
         if self.options.compensate == "data" and merges:
-            for name, value in named_state(traced.module):
-                value.detach().copy_(original[name])
             layout, means = (
                 Layout.of(self.analysis, found)
                 for found in (merges, [self._merge(name) for name in self.clusters if name not in self.kept])
             )
-            self._refit = refit(traced, result, layout, means, self._batches)
+            self._refit = refit(traced, result, layout, means, self._batches, only=self.fit_only)
         return result
 
     @torch.no_grad()

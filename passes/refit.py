@@ -21,7 +21,7 @@ Sources: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks"
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,17 +77,32 @@ class _Target:
         return next(each for each in self.sum.all_input_nodes if each is not mine)
 
 
-def refit(before: Traced, after: Traced, layout: Layout, means: Layout, batches: Sequence[tuple[Any, ...]]) -> Refit:
+def refit(
+    before: Traced,
+    after: Traced,
+    layout: Layout,
+    means: Layout,
+    batches: Sequence[tuple[Any, ...]],
+    *,
+    only: Collection[str] | None = None,
+) -> Refit:
     """Fit the layers of `after`, in place, to what `before` gives on `batches`.
 
-    `layout` says which channels of `before` are left, `means` which of these stand for the mean of their cluster.
+    `layout` says which channels of `before` are left, `means` which of these stand for the mean of their cluster. With
+    `only`, the weights with these names are fitted and nothing else.
     """
-    return _Walk(before, after, layout, means, batches).run()
+    return _Walk(before, after, layout, means, batches, only).run()
 
 
 class _Walk:
     def __init__(
-        self, before: Traced, after: Traced, layout: Layout, means: Layout, batches: Sequence[tuple[Any, ...]]
+        self,
+        before: Traced,
+        after: Traced,
+        layout: Layout,
+        means: Layout,
+        batches: Sequence[tuple[Any, ...]],
+        only: Collection[str] | None,
     ) -> None:
         self.old, self.new = Values(before, batches), Values(after, batches)
         self.layout, self.means = layout, means
@@ -95,28 +110,31 @@ class _Walk:
         layers = layers_of(after)
         self.targets: dict[fx.Node, _Target] = {}
         self.norms: set[fx.Node] = set()
+        self.estimated: set[fx.Node] = set()
         self.twin: dict[fx.Node, fx.Node] = {}
         for node in self.new.nodes:
-            if node in layers and node.name in twins:
+            if node.name not in twins or (only is not None and (node not in layers or layers[node].name not in only)):
+                continue
+            if node in layers:
                 target = self.targets[node] = _target_of(layers[node], self.new.place)
                 self.twin[target.node] = twins[target.node.name]
                 self.old.hold(self.twin[target.node])
                 self.norms |= {target.norm} if target.norm is not None else set()
-            elif _is_plain_norm(node) and node.name in twins and node not in self.norms:
+            elif _is_plain_norm(node) and node not in self.norms:
+                self.estimated.add(node)
                 self.twin[node] = bind(twins[node.name])["input"]
                 self.old.hold(self.twin[node])
         self.fitted: list[str] = []
 
     @torch.no_grad()
     def run(self) -> Refit:
-        for node in self.new.nodes:
-            if node.op == "output":
-                break
+        last = max((self.new.place[node] for node in (*self.targets, *self.estimated)), default=-1)
+        for node in self.new.nodes[: last + 1]:
             self.new.run(node)
             if node in self.targets:
                 self._fit(self.targets[node])
                 self.new.run(node)
-            elif node in self.twin and _is_plain_norm(node):
+            elif node in self.estimated:
                 self._estimate(node)
                 self.new.run(node)
             self.new.finish(node)

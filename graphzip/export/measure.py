@@ -1,4 +1,4 @@
-"""How long the two ways to run a convolution of atoms and coefficients take in onnxruntime, on this machine.
+"""How long things take in onnxruntime, on this machine: a model, and a convolution of atoms and coefficients.
 
 onnxruntime builds a stored kernel `A D` once, when it loads the file; so that way is measured as a dense convolution.
 """
@@ -6,21 +6,27 @@ onnxruntime builds a stored kernel `A D` once, when it loads the file; so that w
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from graphzip.export.verify import require
+from graphzip.export.onnx import export_onnx
+from graphzip.export.verify import require, tensor_leaves
+from graphzip.graph.modules import to_module
+from graphzip.graph.trace import Traced
 
-__all__ = ["ConvCase", "milliseconds"]
+__all__ = ["ConvCase", "latency_of", "milliseconds"]
 
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 7
 _ENOUGH = 0.02  # seconds of runs in one round
+_RUNS, _LONG = 20, 0.3  # runs of a whole model, and seconds
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,28 @@ def milliseconds(case: ConvCase) -> tuple[float, float]:
             times[number].append((time.perf_counter() - start) / repeats[number])
     one, two = (1e3 * float(np.median(each)) for each in times)
     return one, two
+
+
+def latency_of(traced: Traced) -> float:
+    """Median milliseconds of one run for one sample (for the whole example where no batch is its first dimension)."""
+    module = to_module(traced).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(module, traced.example_inputs, file, example_kwargs=traced.example_kwargs, verify=False)
+        options = require("onnxruntime").SessionOptions()
+        options.log_severity_level = 4
+        session = require("onnxruntime").InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    leaves = tensor_leaves((traced.example_inputs, traced.example_kwargs))
+    one = traced.batch_dynamic and all(leaf.dim() for leaf in leaves)
+    values = [(leaf[:1] if one else leaf).detach().cpu().numpy() for leaf in leaves]
+    feed = {each.name: value for each, value in zip(session.get_inputs(), values, strict=False)}
+    session.run(None, feed)
+    times: list[float] = []
+    while len(times) < _RUNS or sum(times) < _LONG:
+        start = time.perf_counter()
+        session.run(None, feed)
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times))
 
 
 def _repeats(session: Any, image: Any) -> int:

@@ -1,0 +1,135 @@
+"""What a model costs as a function of the widths of its groups, without building the slimmer model.
+
+A parameter, and an operator that multiplies, costs a number times the share of its channels that is left along each of
+its dimensions: `cost = sum over terms t of c_t * product over dimensions d of (1 - sum over groups g of s_tdg r_g)`,
+where `r_g` channels of group `g` are gone and `s_tdg` is the share that one of them has of the dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from graphzip.analysis.channels import Analysis
+from graphzip.analysis.cost import cost_of
+from graphzip.analysis.groups import ChannelGroup
+from graphzip.graph.state import get_tensor
+from graphzip.graph.trace import Traced
+from graphzip.ops import OPS
+from graphzip.ops.site import Site, bind
+
+__all__ = ["Price", "Prices", "prices_of"]
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Price:
+    """One kind of cost: `base` (terms,) and the shares `along[d]` (terms, groups) of the dimensions."""
+
+    base: Vector
+    along: tuple[NDArray[np.float64], ...]
+
+    @property
+    def whole(self) -> float:
+        """What the model costs as it is."""
+        return float(self.base.sum())
+
+    def at(self, gone: Vector) -> float:
+        """The cost with this many channels gone of every group."""
+        left = np.ones_like(self.base)
+        for shares in self.along:
+            left = left * (1.0 - shares @ gone)
+        return float(self.base @ left)
+
+    def varying(self, gone: Vector, group: int, counts: Vector) -> Vector:
+        """The costs with each of `counts` channels gone of one group and `gone` of the others."""
+        left = np.ones((self.base.size, counts.size))
+        for shares in self.along:
+            rest = 1.0 - shares @ gone + shares[:, group] * gone[group]
+            left *= rest[:, None] - shares[:, group : group + 1] * counts[None, :]
+        result: Vector = self.base @ left
+        return result
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Multiply-accumulates for one sample, parameters, and bytes of parameters and buffers."""
+
+    macs: Price
+    params: Price
+    bytes: Price
+
+
+def prices_of(traced: Traced, analysis: Analysis, groups: Sequence[ChannelGroup]) -> Prices:
+    """The prices of a model; the groups of `gone` are `groups`, in their order."""
+    shares = _param_shares(traced, groups)
+    place = np.full(analysis.fine.solution.count, -1, dtype=np.int64)
+    for number, group in enumerate(groups):
+        place[group.channels] = number
+    macs = []
+    for node in traced.graph.nodes:
+        spec = OPS.get(node.target) if node.op == "call_function" else None
+        if spec is not None and spec.macs is not None:
+            args = bind(node)
+            weight = args.get("weight")
+            own = shares.get(str(weight.target)) if isinstance(weight, fx.Node) else None
+            dims = _axis_shares(node, analysis, place, groups) if own is None else own
+            macs.append((float(spec.macs(Site.of(node, args))), dims))
+    parameters = dict(traced.module.named_parameters())
+    tensors = {**parameters, **dict(traced.module.named_buffers())}
+    params = [(float(value.numel()), shares.get(name, {})) for name, value in parameters.items()]
+    stored = [(float(value.numel() * value.element_size()), shares.get(name, {})) for name, value in tensors.items()]
+    return Prices(*(_price(terms, len(groups)) for terms in (_scaled(macs, traced), params, stored)))
+
+
+_Dims = dict[Any, Vector]
+
+
+def _param_shares(traced: Traced, groups: Sequence[ChannelGroup]) -> dict[str, _Dims]:
+    """For every tensor and dimension what share one channel of each group has of it."""
+    found: dict[str, _Dims] = {}
+    prefix = f"{traced.scope}." if traced.scope else ""
+    for number, group in enumerate(groups):
+        for param in group.params:
+            name = param.param.removeprefix(prefix)
+            size = get_tensor(traced.module, name).shape[param.dim] * param.groups
+            along = found.setdefault(name, {}).setdefault(param.dim, np.zeros(len(groups)))
+            along[number] += float((param.indices >= 0).sum()) / group.size / size
+    return found
+
+
+def _axis_shares(node: fx.Node, analysis: Analysis, place: NDArray[np.int64], groups: Sequence[ChannelGroup]) -> _Dims:
+    """The same for the axes of the operands of an operator, each of which counts once."""
+    found: _Dims = {}
+    for operand in node.all_input_nodes:
+        axes = analysis.propagation.axes.get(operand, ())
+        for axis in axes if isinstance(axes, tuple) else ():
+            classes = analysis.fine.classes[axis.ravel()]
+            numbers = place[classes]
+            shares = np.bincount(numbers[numbers >= 0], minlength=len(groups)) / numbers.size
+            found[tuple(np.unique(classes).tolist())] = shares / np.array([group.size for group in groups])
+    return found
+
+
+def _scaled(terms: list[tuple[float, _Dims]], traced: Traced) -> list[tuple[float, _Dims]]:
+    """Per sample: operators are counted on the whole example batch."""
+    total = sum(value for value, _ in terms)
+    factor = cost_of(traced).macs / total if total else 1.0
+    return [(value * factor, dims) for value, dims in terms]
+
+
+def _price(terms: Iterable[tuple[float, _Dims]], groups: int) -> Price:
+    listed = [(value, [*dims.values()]) for value, dims in terms if value]
+    depth = max((len(dims) for _, dims in listed), default=0)
+    none = np.zeros(groups)
+    along = tuple(
+        np.array([dims[level] if level < len(dims) else none for _, dims in listed]).reshape(len(listed), groups)
+        for level in range(depth)
+    )
+    return Price(np.array([value for value, _ in listed], dtype=np.float64), along)

@@ -1,0 +1,447 @@
+"""Plans that meet a budget: measure what narrowing each group does to the outputs, then split the budget over them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphzip.allocation import Curve, allocate
+from graphzip.analysis.channels import analyse
+from graphzip.analysis.groups import ChannelGroup, channel_groups_of
+from graphzip.analysis.price import Price, prices_of
+from graphzip.errors import PlanError
+from graphzip.export.measure import latency_of
+from graphzip.files import write_text
+from graphzip.graph.modules import to_module
+from graphzip.graph.state import named_state
+from graphzip.graph.trace import Traced, share_copy, trace
+from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
+from graphzip.prepared import batch_arguments, check_calibration
+from passes.cluster_merge import ClusterMergePass, Known
+from passes.elimination import elimination_orders
+from passes.widths import resolve
+
+__all__ = ["Sensitivity", "WidthStudy", "plan_for"]
+
+logger = logging.getLogger(__name__)
+
+_SHARES: Final = (0.75, 0.5, 0.25, 0.125)
+"""Widths that a group is measured at, and its smallest one; in between, losses lie on straight lines."""
+
+_SAMPLES: Final = 256  # of the calibration data, for a measurement; a plan is carried out with all of it
+_TRIES: Final = 8  # bisections of a latency
+
+Progress = Callable[[int, int, str], object]
+"""`(done, all, what is next)`."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How far the outputs move when one group alone is narrowed.
+
+    `points` are pairs of a width and a loss: the mean square of the change of the outputs relative to their variance,
+    or what `evaluate` loses.
+    """
+
+    group: str
+    size: int
+    points: tuple[tuple[int, float], ...]
+
+
+def plan_for(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    passes: Sequence[PassOptions] = (),
+    cache: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """A plan that brings the model within a budget and moves its outputs as little as possible.
+
+    One of `macs`, `params`, `bytes` (of parameters and buffers) and `latency` (of one sample in onnxruntime on this
+    machine) is given: a float of at most 1 is a share of the original's, anything else absolute (milliseconds for a
+    latency). `calibration` is as for `compile`; the plan then asks for reconstruction and compensation, so compile it
+    with the same data. Without it, the example inputs take its place and the plan needs no data. `evaluate` takes a
+    module in eval mode and returns a score, the higher the better; with it, widths are judged by the score instead of
+    by the outputs. `passes` are the plan's passes, the first `ClusterMerge` of which gets its `keep` here; its other
+    options hold. `cache` is a file that keeps measurements, so that a stopped run goes on where it was.
+
+    Raises `PlanError` where no budget or several are given, or the budget is out of reach, before anything is measured:
+    the message says what can be reached. Raises `TraceError` and `ExampleInputError` as `compile` does.
+    """
+    study = WidthStudy(
+        model, example_inputs, calibration=calibration, evaluate=evaluate, passes=passes, cache=cache, seed=seed
+    )
+    budget = {"macs": macs, "params": params, "bytes": bytes, "latency": latency}
+    given = {what: amount for what, amount in budget.items() if amount is not None}
+    study.check(**given)
+    study.measure(progress)
+    return study.plan(**given)
+
+
+class WidthStudy:
+    """What `plan_for` does, step by step: `check` a budget, `measure` the sensitivities once, make any number of plans.
+
+    The arguments are those of `plan_for`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Any, ...],
+        *,
+        calibration: Iterable[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        passes: Sequence[PassOptions] = (),
+        cache: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_calibration(calibration, model, len(example_inputs))
+        self.model, self.example_inputs, self.seed = model, example_inputs, seed
+        self.evaluate = evaluate
+        self.has_data = calibration is not None
+        self.passes, self.options = _passes_of(passes, has_data=self.has_data)
+        with torch.inference_mode(False):
+            self.traced = trace(share_copy(model), example_inputs)
+            self.analysis = analyse(self.traced.graph)
+            self.groups = channel_groups_of(self.traced, self.analysis)
+        self.batches = _leaves(calibration if calibration is not None else [example_inputs], len(example_inputs))
+        self.choices = self._choices()
+        self.prices = prices_of(self.traced, self.analysis, [self.groups[name] for name in self.choices])
+        self.cache = None if cache is None else _Cache(Path(cache), self._fingerprint())
+        self.sensitivities: tuple[Sensitivity, ...] = ()
+
+    def check(self, **budget: float) -> None:
+        """Raises `PlanError` unless exactly one budget is given and it can be met."""
+        what, amount = _one(budget)
+        if what == "latency":
+            whole, least = self._latency({}), self._latency(self._narrowest())
+        else:
+            price = self._price(what)
+            gone = np.array([choice[-1] for choice in self.choices.values()], dtype=np.float64)
+            whole, least = price.whole, price.at(gone)
+        if _absolute(amount, whole) < least:
+            raise PlanError(
+                f"{what}: {_shown(amount, what)} is out of reach; with every group at its smallest width the model "
+                f"keeps {_shown(least, what)} of {_shown(whole, what)} ({least / whole:.3g} of the original). Ask for "
+                "that much, or let more groups shrink"
+            )
+
+    @torch.no_grad()
+    def measure(self, progress: Progress | None = None) -> tuple[Sensitivity, ...]:
+        """Narrow every group alone to some widths and see what that does; nothing is measured twice."""
+        wanted = [(name, width) for name in self.choices for width in self._measured_widths(name)]
+        missing = [key for key in wanted if self.cache is None or self.cache.get(*key) is None]
+        lab = _Laboratory(self) if missing else None
+        found: dict[tuple[str, int], float] = {}
+        for number, (name, width) in enumerate(wanted):
+            loss = None if self.cache is None else self.cache.get(name, width)
+            if loss is None:
+                if progress is not None:
+                    progress(number, len(wanted), f"{name}: {width} channels")
+                assert lab is not None
+                loss = lab.loss(name, width)
+                logger.info("%s: %d of %d channels move the outputs by %.3g", name, width, self.groups[name].size, loss)
+                if self.cache is not None:
+                    self.cache.put(name, width, loss)
+            found[name, width] = loss
+        if progress is not None:
+            progress(len(wanted), len(wanted), "")
+        self.sensitivities = tuple(
+            Sensitivity(
+                name,
+                self.groups[name].size,
+                tuple((width, found[name, width]) for width in self._measured_widths(name)),
+            )
+            for name in self.choices
+        )
+        return self.sensitivities
+
+    def plan(self, **budget: float) -> Plan:
+        """The plan for a budget; `measure` comes first."""
+        what, amount = _one(budget)
+        if what == "latency":
+            return self._plan_of(self._for_latency(amount))
+        price = self._price(what)
+        return self._plan_of(self._allocated(price, _absolute(amount, price.whole), what))
+
+    def frontier(self, what: str = "macs", steps: int = 12) -> list[tuple[float, float]]:
+        """Pairs of a cost (a share of the original's) and the sum of losses that is expected there."""
+        price, found = self._price(what), []
+        curves = self._curves()
+        for share in np.linspace(0.1, 1.0, steps):
+            gone = allocate(curves, price, share * price.whole)
+            if gone is not None:
+                loss = sum(
+                    float(np.interp(count, curve.gone, curve.loss)) for count, curve in zip(gone, curves, strict=True)
+                )
+                found.append((price.at(gone.astype(np.float64)) / price.whole, loss))
+        return found
+
+    # ------------------------------------------------------------------------------------------------- widths
+
+    def _choices(self) -> dict[str, tuple[int, ...]]:
+        """How many channels may go of each group that may shrink: 0 first, ascending."""
+        everything = resolve(self.options.model_copy(update={"keep": 1e-9, "round_to": 1}), self.groups)
+        found = {}
+        for name in everything:
+            group = self.groups[name]
+            if group.whole_blocks:
+                continue
+            step = len(group.blocks) * _step(self.options, group)
+            widths = [*range(step, group.size, step)] or [len(group.blocks)]
+            found[name] = (0, *(group.size - width for width in reversed(widths)))
+        if not found:
+            raise PlanError("no group of the model may shrink; look at graphzip.channel_groups(model, example_inputs)")
+        return found
+
+    def _measured_widths(self, name: str) -> list[int]:
+        size = self.groups[name].size
+        widths = np.array([size - gone for gone in self.choices[name][1:]])
+        near = {int(widths[np.abs(widths - share * size).argmin()]) for share in _SHARES}
+        return sorted({*near, int(widths.min())}, reverse=True)
+
+    def _narrowest(self) -> dict[str, int]:
+        return {name: self.groups[name].size - gone[-1] for name, gone in self.choices.items()}
+
+    def _curves(self) -> list[Curve]:
+        if not self.sensitivities:
+            raise PlanError("nothing is measured yet; call measure() before plan() and frontier()")
+        return [
+            Curve.through(self.choices[each.group], [(each.size - width, loss) for width, loss in each.points])
+            for each in self.sensitivities
+        ]
+
+    def _price(self, what: str) -> Price:
+        price: Price = getattr(self.prices, what)
+        return price
+
+    def _allocated(self, price: Price, budget: float, what: str) -> dict[str, int]:
+        gone = allocate(self._curves(), price, budget)
+        if gone is None:
+            raise PlanError(f"{what}: the budget is out of reach; call check() to see what can be reached")
+        return {name: self.groups[name].size - int(count) for name, count in zip(self.choices, gone, strict=True)}
+
+    def _plan_of(self, widths: Mapping[str, int]) -> Plan:
+        shapes = [tuple(value.shape) for value in self.example_inputs if isinstance(value, torch.Tensor)]
+        merge = self._merge(widths)
+        return Plan([merge if options is self.options else options for options in self.passes], inputs=shapes)
+
+    def _merge(self, widths: Mapping[str, int]) -> ClusterMerge:
+        """Every group that may shrink by name, those with a `#n` first, for a name without one matches them too."""
+        keep = {
+            name: widths.get(name, self.groups[name].size) for name in sorted(self.choices, key=lambda n: "#" not in n)
+        }
+        return self.options.model_copy(update={"keep": keep, "round_to": 1})
+
+    # ------------------------------------------------------------------------------------------------- latency
+
+    def _latency(self, widths: Mapping[str, int]) -> float:
+        merge = ClusterMerge(keep=dict(self._merge(widths).keep), clustering="even", norms=self.options.norms)  # type: ignore[arg-type]
+        found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self._known({}))
+        return latency_of(found.convert(self.traced))
+
+    def _for_latency(self, amount: float) -> dict[str, int]:
+        """Bisect the multiply-accumulates, for these are what latency can be steered by, and measure."""
+        whole = self._latency({})
+        wanted = _absolute(amount, whole)
+        if wanted >= whole:
+            return {}
+        low, high, best = 0.0, 1.0, self._narrowest()
+        for _ in range(_TRIES):
+            middle = (low + high) / 2
+            gone = allocate(self._curves(), self.prices.macs, middle * self.prices.macs.whole)
+            if gone is None:
+                low = middle
+                continue
+            widths = {name: self.groups[name].size - int(count) for name, count in zip(self.choices, gone, strict=True)}
+            taken = self._latency(widths)
+            logger.info("%.0f %% of the MACs take %.3f ms", 100 * middle, taken)
+            if taken <= wanted:
+                low, best = middle, widths
+            else:
+                high = middle
+        return best
+
+    # ------------------------------------------------------------------------------------------------- bookkeeping
+
+    def _known(self, orders: Mapping[str, tuple[int, ...]]) -> Known:
+        return Known(self.analysis, self.groups, orders)
+
+    def _fingerprint(self) -> str:
+        """Changes with the weights, the data and all that decides what a measurement gives."""
+        digest = hashlib.sha256()
+        for name, value in named_state(self.traced.module):
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+        for leaf in pytree.tree_leaves(self.batches):
+            if isinstance(leaf, torch.Tensor):
+                digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        options = self.options.model_copy(update={"keep": 1.0}).to_dict()
+        digest.update(json.dumps([options, self.seed, self.evaluate is not None, _SHARES, _SAMPLES]).encode())
+        return digest.hexdigest()
+
+
+class _Laboratory:
+    """Narrows one group at a time and compares."""
+
+    def __init__(self, study: WidthStudy) -> None:
+        self.study = study
+        names = list(study.choices) if study.options.clustering == RECONSTRUCTION else []
+        batches = study.batches
+        orders = elimination_orders(study.traced, study.groups, batches, names)
+        self.known = Known(study.analysis, study.groups, orders)
+        self.batches = batches if study.evaluate is not None else _first(batches, _SAMPLES)
+        self.wanted = _outputs(study.traced, self.batches) if study.evaluate is None else []
+        self.score = study.evaluate(_module(study.traced)) if study.evaluate is not None else 0.0
+
+    def loss(self, name: str, width: int) -> float:
+        """With all but this group as it was; only what reads the group is fitted, unless a score is what counts."""
+        study = self.study
+        group = study.groups[name]
+        prefix = f"{study.traced.scope}." if study.traced.scope else ""
+        readers = {each.param.removeprefix(prefix) for each in group.params if each.role == "consumer"}
+        merge = ClusterMergePass(
+            study.options.model_copy(update={"keep": {name: width}, "round_to": 1}),
+            study.traced,
+            seed=study.seed,
+            where="cluster_merge",
+            known=self.known,
+            fit_only=readers if study.evaluate is None else None,
+        )
+        if merge.wants_data:
+            merge.calibrate(self.batches)
+        slim = merge.convert(study.traced)
+        if study.evaluate is not None:
+            return max(self.score - study.evaluate(_module(slim)), 0.0)
+        return _relative(self.wanted, _outputs(slim, self.batches))
+
+
+def _passes_of(passes: Sequence[PassOptions], *, has_data: bool) -> tuple[list[PassOptions], ClusterMerge]:
+    """The plan's passes and the one of them whose widths are found."""
+    listed = list(passes) or [ClusterMerge()]
+    Plan(listed)
+    number = next((n for n, options in enumerate(listed) if isinstance(options, ClusterMerge)), None)
+    if number is None:
+        raise PlanError("passes: none of them is a ClusterMerge, whose widths could be found; add ClusterMerge()")
+    given = listed[number]
+    assert isinstance(given, ClusterMerge)
+    fixed = {"keep", "clusters"} & given.model_fields_set
+    if fixed:
+        raise PlanError(f"passes[{number}].cluster_merge.{min(fixed)}: widths are found here; leave it out")
+    defaults: dict[str, Any] = (
+        {"compensate": "data", "clustering": RECONSTRUCTION} if has_data else {"compensate": "free"}
+    )
+    options = ClusterMerge(**(defaults | given.to_dict()))
+    listed[number] = options
+    return listed, options
+
+
+def _step(options: ClusterMerge, group: ChannelGroup) -> int:
+    """Widths are multiples of this in a block: what the plan asks for, or a sixteenth of the width, of 8 at most.
+
+    onnxruntime computes convolutions in blocks of 8 or 16 channels, and matrix products likewise.
+    """
+    if "round_to" in options.model_fields_set:
+        return options.round_to
+    width = group.size // len(group.blocks)
+    return min(8, max(1, 1 << max(width // 16, 1).bit_length() - 1))
+
+
+def _one(budget: Mapping[str, float]) -> tuple[str, float]:
+    if len(budget) != 1:
+        given = ", ".join(budget) or "none"
+        raise PlanError(f"give one budget of macs, params, bytes and latency; got {given}")
+    ((what, amount),) = budget.items()
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0:
+        raise PlanError(f"{what}: {amount!r} is not a budget; write a share such as 0.5, or an amount above 1")
+    return what, amount
+
+
+def _absolute(amount: float, whole: float) -> float:
+    return amount * whole if isinstance(amount, float) and amount <= 1.0 else float(amount)
+
+
+def _shown(amount: float, what: str) -> str:
+    if isinstance(amount, float) and amount <= 1.0:
+        return f"{amount:.3g}"
+    return f"{amount:.3f} ms" if what == "latency" else f"{amount:,.0f} {what}"
+
+
+def _leaves(batches: Iterable[Any], inputs: int) -> list[tuple[Any, ...]]:
+    return [tuple(pytree.tree_leaves(batch_arguments(batch, inputs))) for batch in batches]
+
+
+def _first(batches: Sequence[tuple[Any, ...]], samples: int) -> list[tuple[Any, ...]]:
+    """As many batches as hold this many samples, at least one."""
+    found: list[tuple[Any, ...]] = []
+    count = 0
+    for batch in batches:
+        if count >= samples:
+            break
+        found.append(batch)
+        count += next((len(leaf) for leaf in batch if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
+    return found
+
+
+def _outputs(traced: Traced, batches: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+    """Floating-point outputs on every batch, flat."""
+    found = []
+    for batch in batches:
+        leaves = pytree.tree_leaves(torch.fx.Interpreter(traced.module).run(*batch))
+        values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        found += [leaf.detach().double().flatten() for leaf in values]
+    return found
+
+
+def _relative(wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> float:
+    one, other = torch.cat(list(wanted)), torch.cat(list(given))
+    return float((one - other).square().mean() / one.var().clamp(min=torch.finfo(one.dtype).tiny))
+
+
+def _module(traced: Traced) -> nn.Module:
+    return to_module(traced).eval()
+
+
+class _Cache:
+    """Measurements in a JSON file, as long as its fingerprint fits."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self._losses: dict[str, float] = {}
+        if path.exists():
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                fits = data["fingerprint"] == fingerprint
+                self._losses = {str(key): float(value) for key, value in data["losses"].items()} if fits else {}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise PlanError(f"cache: {path} is not a file of measurements ({error}); name another one") from error
+            if not fits:
+                logger.warning("%s was measured with another model, data or options; it is measured anew", path)
+
+    def get(self, group: str, width: int) -> float | None:
+        return self._losses.get(f"{group}={width}")
+
+    def put(self, group: str, width: int, loss: float) -> None:
+        self._losses[f"{group}={width}"] = loss
+        data = {"fingerprint": self.fingerprint, "losses": self._losses}
+        write_text(self.path, json.dumps(data, indent=1), PlanError)
