@@ -88,7 +88,7 @@ def _loss(curves: Sequence[Curve], chosen: NDArray[np.int64]) -> float:
 
 def _settled(curves: Sequence[Curve], cost: Cost, start: NDArray[np.int64], rate: float) -> NDArray[np.int64]:
     """No group alone can do better any more."""
-    chosen = start.copy()
+    chosen: NDArray[np.int64] = start.copy()
     for _ in range(_SWEEPS):
         before = chosen.copy()
         for number, curve in enumerate(curves):

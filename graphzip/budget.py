@@ -20,6 +20,7 @@ from graphzip.allocation import Curve, allocate
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.groups import ChannelGroup, channel_groups_of
 from graphzip.analysis.price import Price, prices_of
+from graphzip.calibration import batch_arguments, check_calibration
 from graphzip.errors import PlanError
 from graphzip.export.measure import latency_of
 from graphzip.files import write_text
@@ -27,7 +28,6 @@ from graphzip.graph.modules import to_module
 from graphzip.graph.state import named_state
 from graphzip.graph.trace import Traced, share_copy, trace
 from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
-from graphzip.prepared import batch_arguments, check_calibration
 from passes.cluster_merge import ClusterMergePass, Known
 from passes.elimination import elimination_orders
 from passes.widths import resolve

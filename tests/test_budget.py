@@ -150,7 +150,7 @@ def test_a_latency_that_is_met_already_changes_nothing() -> None:
 
 @pytest.mark.slow
 def test_a_latency_is_measured() -> None:
-    model, x = net()
+    model, _ = net()
     study = gz.WidthStudy(model, (torch.randn(2, 3, 64, 64),))
     study.measure()
     assert gz.compile(model, study.plan(latency=0.9)).report.changed
