@@ -33,19 +33,17 @@ from graphzip.plan import CrossDomainShare, plan_error
 from graphzip.rewrite.share import SharedWeight, share_weights
 from passes.centripetal import TIED, attach
 from passes.clustering import cluster
-from passes.embedding import Embedding, spectral_embedding
+from passes.embedding import NODES, Learned, spectral_embedding
 from passes.segments import Place, Slices, pull, squared_deviations
 from passes.shared_layers import SharedLayer, shared_layers, weights_before
-from passes.similarity import factor_of, growl, simple_loss, spectral_loss
+from passes.similarity import factor_of, growl, simple_loss
 from passes.trimmed import Trimmed
 
 __all__ = ["CrossDomainSharePass"]
 
 logger = logging.getLogger(__name__)
 
-_NODES: Final = 1024  # channels of a layer, drawn at random, that the regulariser of one step looks at
 _SIZE: Final = 64  # columns of an embedding, at most: k-means needs no more for many clusters
-_RATE: Final = 1e-3  # of the steps that the embedding networks take
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class CrossDomainSharePass:
         tasks = [task.name for task in traced.tasks]
         self._trimmed = Trimmed(tasks, options.pool, options.samples, seed)
         self._random = np.random.default_rng(seed)
-        self._networks: dict[str, tuple[Embedding, torch.optim.Optimizer]] = {}
+        self._learned: dict[str, Learned] = {}
         self._run: Callable[[], None] | None = None
         self._found: tuple[nn.Module, list[Place]] | None = None
 
@@ -128,15 +126,16 @@ class CrossDomainSharePass:
         return traced, model
 
     def end_stage(self, stage: str, model: nn.Module) -> None:
-        """After "regularize": find the clusters and set their weights to the mean."""
-        if stage == "regularize" and not self.clusters:
+        """After "regularize": find the clusters, where none were loaded, and set their weights to the mean."""
+        if stage != "regularize":
+            return
+        if not self.clusters:
             if self._run is not None and self.options.regularizer != "growl":
                 with self._trimmed.collecting():
                     self._run()
             labels = self._agreed([self._labels(layer, model) for layer in self.layers])
             self._set({layer.name: _Clusters.of(layer, each) for layer, each in zip(self.layers, labels, strict=True)})
-            self.collapse_(model)
-            self._networks.clear()
+        self.collapse_(model)
 
     def regularizer(self, model: nn.Module) -> Tensor | None:
         kind = self.options.regularizer
@@ -213,32 +212,18 @@ class CrossDomainSharePass:
         }
 
     def _graph_term(self, layer: SharedLayer, features: Tensor) -> Tensor:
-        """The regulariser of one layer; its embedding network takes a step of its own before."""
+        """The regulariser of one layer."""
         with torch.autocast(features.device.type, enabled=False):
             factor = factor_of(features)
-            chosen = self._sample(layer.channels).to(factor.device)
             if self.options.regularizer == "simple":
-                return simple_loss(factor[chosen])
-            normalized = self.options.regularizer == "normalized"
-            network, optimizer = self._network(layer, factor)
-            network.requires_grad_(True)
-            fixed = factor.detach()
-            optimizer.zero_grad()
-            spectral_loss(fixed[chosen], network(fixed, chosen), normalized=normalized).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            network.requires_grad_(False)
-            return spectral_loss(factor[chosen], network(factor, chosen), normalized=normalized)
-
-    def _sample(self, count: int) -> Tensor:
-        return torch.from_numpy(self._random.permutation(count)[:_NODES])
-
-    def _network(self, layer: SharedLayer, like: Tensor) -> tuple[Embedding, torch.optim.Optimizer]:
-        if layer.name not in self._networks:
-            generator = torch.Generator().manual_seed(self.seed)
-            size = min(layer.count, _SIZE)
-            network = Embedding(layer.channels, size, generator).to(like.device, like.dtype)
-            self._networks[layer.name] = network, torch.optim.Adam(network.parameters(), _RATE)
-        return self._networks[layer.name]
+                return simple_loss(factor[torch.from_numpy(self._random.permutation(layer.channels)[:NODES])])
+            if layer.name not in self._learned:
+                normalized = self.options.regularizer == "normalized"
+                size = min(layer.count, _SIZE)
+                self._learned[layer.name] = Learned(
+                    layer.channels, size, normalized=normalized, seed=self.seed, like=factor
+                )
+            return self._learned[layer.name].term(factor)
 
     @torch.no_grad()
     def _labels(self, layer: SharedLayer, model: nn.Module) -> IntArray:
@@ -255,11 +240,7 @@ class CrossDomainSharePass:
             if not bool(features.isfinite().all()):
                 raise WeightsError(f"{layer.name!r} reads values that are NaN or infinite; train with a smaller step")
             factor = factor_of(features)
-            if layer.name in self._networks:
-                network, _ = self._networks[layer.name]
-                rows = network(factor.to(network.sketch))
-            else:
-                rows = spectral_embedding(factor, min(layer.count, _SIZE), seed=self.seed)
+            rows = spectral_embedding(factor, min(layer.count, _SIZE), seed=self.seed)
         found = np.empty(layer.channels, dtype=np.int64)
         parts = cluster("kmeans", rows.cpu().numpy(), layer.count, seed=self.seed, what=f"layer {layer.name!r}")
         for number, part in enumerate(parts):
@@ -276,6 +257,7 @@ class CrossDomainSharePass:
         self.clusters, self._found = clusters, None
         if clusters:
             self._trimmed.leave()
+            self._learned.clear()
 
     def _places(self, model: nn.Module) -> list[Place]:
         """The weights that are tied; the same list for the same model until the clusters change."""

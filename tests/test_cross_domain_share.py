@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -381,3 +384,21 @@ def test_one_dimension_and_linear_layers_on_positions() -> None:
         ("second", 12, 6),
         ("third", 12, 6),
     ]
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.slow
+def test_data_parallel_training(tmp_path: Path) -> None:
+    """Two processes that see different data agree on clusters, which stay together exactly, and on all parameters."""
+    worker = Path(__file__).with_name("domain_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["clusters"] == second["clusters"]
+    assert first["deviation"] == second["deviation"] == 0.0
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name]), name
