@@ -191,3 +191,13 @@ def test_weights_that_are_not_finite(name: str, bad: float) -> None:
     features[2, 1] = features[4, 0] = bad
     with pytest.raises(WeightsError, match=r"^group 'a': 2 of 5 channels have NaN or infinite weights, the first is"):
         cluster(name, features, 2, what="group 'a'")
+
+
+def test_many_rows_are_divided_without_their_inner_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passes.clustering._MANY", 10)
+    rng = np.random.default_rng(0)
+    owner = np.arange(60) % 4
+    rows = np.eye(4)[owner] + 0.05 * rng.standard_normal((60, 4))
+    found = cluster("kmeans", rows, 4)
+    assert sorted(map(tuple, found)) == sorted(tuple(np.flatnonzero(owner == number).tolist()) for number in range(4))
+    assert len(cluster("kmeans", rows, 50)) == 50

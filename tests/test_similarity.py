@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from passes.clustering import cluster
-from passes.embedding import Embedding, orthogonal, spectral_embedding
+from passes.embedding import NODES, Embedding, Learned, orthogonal, spectral_embedding
 from passes.similarity import degrees, factor_of, growl, simple_loss, spectral_loss
 
 
@@ -156,6 +156,31 @@ def test_a_sample_of_the_channels_is_embedded_as_it_is_among_all() -> None:
     chosen = torch.arange(0, 60, 2)
     z = network(factor, chosen)
     torch.testing.assert_close(z.t() @ z / 30, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_the_term_of_a_network_moves_the_features_and_the_network_moves_itself() -> None:
+    factor = factor_of(planted()[0]).requires_grad_()
+    learned = Learned(60, 3, normalized=False, seed=0, like=factor)
+    before = [each.clone() for each in learned.network.parameters()]
+    found = []
+    for _ in range(30):
+        term = learned.term(factor)
+        found.append(float(term.detach()))
+    assert found[-1] < found[0]
+    term.backward()
+    assert factor.grad is not None
+    assert float(factor.grad.abs().max()) > 0.0
+    assert not any(torch.equal(*each) for each in zip(before, learned.network.parameters(), strict=True))
+    assert not any(each.requires_grad for each in learned.network.parameters())
+
+
+def test_of_many_channels_a_sample_is_looked_at() -> None:
+    factor = factor_of(features(channels=NODES + 500, numbers=4))
+    wide = Learned(NODES + 500, 3, normalized=True, seed=0, like=factor)
+    seen: list[int] = []
+    wide.network.register_forward_hook(lambda _, given, result: seen.append(len(result)))
+    wide.term(factor)
+    assert seen == [NODES, NODES]
 
 
 def test_spectral_clustering_is_that_of_scikit_learn() -> None:
