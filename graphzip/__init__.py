@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graphzip.analysis.groups import ChannelGroup, ChannelGroups, ParamSlice
     from graphzip.api import Compiled, Prepared, channel_groups, compile, cost, load, prepare
     from graphzip.budget import Sensitivity, WidthStudy, plan_for
+    from graphzip.distill import distill
     from graphzip.errors import (
         ArchiveError,
         ExampleInputError,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from graphzip.export.onnx import ExportReport
     from graphzip.grow import expand
     from graphzip.history import History
-    from graphzip.picture import draw_groups, draw_sharing
+    from graphzip.picture import draw_groups, draw_sharing, draw_study
     from graphzip.plan import (
         AtomFactorize,
         ClusterMerge,
@@ -93,8 +94,10 @@ __all__ = [
     "coefficient_rank",
     "compile",
     "cost",
+    "distill",
     "draw_groups",
     "draw_sharing",
+    "draw_study",
     "expand",
     "load",
     "plan_for",
@@ -113,9 +116,10 @@ _HOMES: Final = {
     "graphzip.analysis.groups": ("ChannelGroup", "ChannelGroups", "ParamSlice"),
     "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
     "graphzip.budget": ("Sensitivity", "WidthStudy", "plan_for"),
+    "graphzip.distill": ("distill",),
     "graphzip.export.generator": ("save_generator",),
     "graphzip.export.onnx": ("ExportReport",),
-    "graphzip.picture": ("draw_groups", "draw_sharing"),
+    "graphzip.picture": ("draw_groups", "draw_sharing", "draw_study"),
     "graphzip.history": ("History",),
     "graphzip.grow": ("expand",),
     "graphzip.plan": (

@@ -27,9 +27,12 @@ from graphzip.files import write_text
 from graphzip.graph.modules import to_module
 from graphzip.graph.state import named_state
 from graphzip.graph.trace import Traced, share_copy, trace
+from graphzip.graph.values import Values
 from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
 from passes.cluster_merge import ClusterMergePass, Known
 from passes.elimination import elimination_orders
+from passes.layer_rows import layers_of
+from passes.refit import Effort, refit
 from passes.widths import resolve
 
 __all__ = ["Sensitivity", "WidthStudy", "plan_for"]
@@ -39,7 +42,10 @@ logger = logging.getLogger(__name__)
 _SHARES: Final = (0.75, 0.5, 0.25, 0.125)
 """Widths that a group is measured at, and its smallest one; in between, losses lie on straight lines."""
 
-_SAMPLES: Final = 256  # of the calibration data, for a measurement; a plan is carried out with all of it
+_SAMPLES: Final = 384  # of the calibration data, for a measurement; a plan is carried out with all of it
+_FITTED: Final = 0.7  # of these for fits; outputs are judged on the others
+_FOLLOWING: Final = 8  # layers that are fitted from the first on that reads a group, for a measurement
+_QUICK: Final = Effort(rows=1 << 14, rounds=1)
 _TRIES: Final = 8  # bisections of a latency
 
 Progress = Callable[[int, int, str], object]
@@ -256,7 +262,7 @@ class WidthStudy:
 
     def _latency(self, widths: Mapping[str, int]) -> float:
         merge = ClusterMerge(keep=dict(self._merge(widths).keep), clustering="even", norms=self.options.norms)  # type: ignore[arg-type]
-        found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self._known({}))
+        found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self.known({}))
         return latency_of(found.convert(self.traced))
 
     def _for_latency(self, amount: float) -> dict[str, int]:
@@ -283,7 +289,8 @@ class WidthStudy:
 
     # ------------------------------------------------------------------------------------------------- bookkeeping
 
-    def _known(self, orders: Mapping[str, tuple[int, ...]]) -> Known:
+    def known(self, orders: Mapping[str, tuple[int, ...]]) -> Known:
+        """What passes need not find out again."""
         return Known(self.analysis, self.groups, orders)
 
     def _fingerprint(self) -> str:
@@ -302,38 +309,67 @@ class WidthStudy:
 
 
 class _Laboratory:
-    """Narrows one group at a time and compares."""
+    """Narrows one group at a time and compares. Groups come in the order of `names`."""
 
     def __init__(self, study: WidthStudy) -> None:
-        self.study = study
-        names = list(study.choices) if study.options.clustering == RECONSTRUCTION else []
-        batches = study.batches
-        orders = elimination_orders(study.traced, study.groups, batches, names)
-        self.known = Known(study.analysis, study.groups, orders)
-        self.batches = batches if study.evaluate is not None else _first(batches, _SAMPLES)
-        self.wanted = _outputs(study.traced, self.batches) if study.evaluate is None else []
-        self.score = study.evaluate(_module(study.traced)) if study.evaluate is not None else 0.0
+        self.study, self.traced = study, study.traced
+        wanted = list(study.choices) if study.options.clustering == RECONSTRUCTION else []
+        self.known = study.known(elimination_orders(self.traced, study.groups, study.batches, wanted))
+        self.score = study.evaluate(_module(self.traced)) if study.evaluate is not None else 0.0
+        self.batches, self.fitted_on = _parts(study.batches)
+        self.judged_on = self.fitted_on if self.fitted_on < len(self.batches) else 0
+        self.layers = [layer.name for layer in layers_of(self.traced).values()]
+        if study.evaluate is None:
+            self.wanted = _flat(Values(self.traced, self.batches).outputs()[self.judged_on :])
+        self.original = Values(self.traced, self.batches)
 
     def loss(self, name: str, width: int) -> float:
-        """With all but this group as it was; only what reads the group is fitted, unless a score is what counts."""
+        """With all groups but this one as they are."""
         study = self.study
-        group = study.groups[name]
-        prefix = f"{study.traced.scope}." if study.traced.scope else ""
-        readers = {each.param.removeprefix(prefix) for each in group.params if each.role == "consumer"}
         merge = ClusterMergePass(
             study.options.model_copy(update={"keep": {name: width}, "round_to": 1}),
-            study.traced,
+            self.traced,
             seed=study.seed,
             where="cluster_merge",
             known=self.known,
-            fit_only=readers if study.evaluate is None else None,
         )
         if merge.wants_data:
-            merge.calibrate(self.batches)
-        slim = merge.convert(study.traced)
+            merge.calibrate(study.batches)
         if study.evaluate is not None:
-            return max(self.score - study.evaluate(_module(slim)), 0.0)
-        return _relative(self.wanted, _outputs(slim, self.batches))
+            return max(self.score - study.evaluate(_module(merge.convert(self.traced))), 0.0)
+        start = self._first_node(name)
+        if self.original.place[start] < self.original.done:
+            self.original = Values(self.traced, self.batches)
+        self.original.run_before(start)
+        merged = merge.merged(self.traced)
+        new = self.original.fork(merged.traced)
+        if study.options.compensate == "data":
+            old = self.original.fork(self.traced)
+            only = self._nearby(name)
+            refit(old, new, merged.layout, merged.means, only=only, batches=self.fitted_on, effort=_QUICK)
+        return _relative(self.wanted, _flat(new.outputs()[self.judged_on :]))
+
+    def _params(self, name: str, *roles: str) -> set[str]:
+        prefix = f"{self.traced.scope}." if self.traced.scope else ""
+        return {each.param.removeprefix(prefix) for each in self.study.groups[name].params if each.role in roles}
+
+    def _first_node(self, name: str) -> torch.fx.Node:
+        """The first operator that a change of the group can touch."""
+        params = self._params(name, "producer", "pointwise", "consumer")
+        users = [
+            user
+            for node in self.traced.graph.nodes
+            if node.op == "get_attr" and str(node.target) in params
+            for user in node.users
+        ]
+        first: torch.fx.Node = min(users, key=self.original.place.__getitem__)
+        return first
+
+    def _nearby(self, name: str) -> set[str]:
+        """The layers that read the group, those that make it after that, and the first ones that follow."""
+        readers = self._params(name, "consumer")
+        first = min((number for number, layer in enumerate(self.layers) if layer in readers), default=0)
+        return {*self.layers[first : first + _FOLLOWING], *readers, *self._params(name, "producer")}
 
 
 def _passes_of(passes: Sequence[PassOptions], *, has_data: bool) -> tuple[list[PassOptions], ClusterMerge]:
@@ -391,31 +427,27 @@ def _leaves(batches: Iterable[Any], inputs: int) -> list[tuple[Any, ...]]:
     return [tuple(pytree.tree_leaves(batch_arguments(batch, inputs))) for batch in batches]
 
 
-def _first(batches: Sequence[tuple[Any, ...]], samples: int) -> list[tuple[Any, ...]]:
-    """As many batches as hold this many samples, at least one."""
+def _parts(batches: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], int]:
+    """Batches for a measurement, and how many of them layers are fitted on; outputs are judged on the others."""
     found: list[tuple[Any, ...]] = []
-    count = 0
+    count, fitted = 0, 0
     for batch in batches:
-        if count >= samples:
+        if count >= _SAMPLES:
             break
         found.append(batch)
         count += next((len(leaf) for leaf in batch if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
-    return found
+        fitted = len(found) if count <= _FITTED * _SAMPLES else fitted
+    return found, min(fitted or 1, max(len(found) - 1, 1))
 
 
-def _outputs(traced: Traced, batches: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
-    """Floating-point outputs on every batch, flat."""
-    found = []
-    for batch in batches:
-        leaves = pytree.tree_leaves(torch.fx.Interpreter(traced.module).run(*batch))
-        values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-        found += [leaf.detach().double().flatten() for leaf in values]
-    return found
+def _flat(outputs: Any) -> torch.Tensor:
+    """All floating-point outputs on all batches."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return torch.cat([leaf.detach().double().flatten() for leaf in leaves if leaf.is_floating_point()])
 
 
-def _relative(wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> float:
-    one, other = torch.cat(list(wanted)), torch.cat(list(given))
-    return float((one - other).square().mean() / one.var().clamp(min=torch.finfo(one.dtype).tiny))
+def _relative(wanted: torch.Tensor, given: torch.Tensor) -> float:
+    return float((wanted - given).square().mean() / wanted.var().clamp(min=torch.finfo(wanted.dtype).tiny))
 
 
 def _module(traced: Traced) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The command line: `graphzip inspect`, `graphzip compile`, `graphzip demo`.
+"""The command line: `graphzip inspect`, `graphzip plan`, `graphzip compile`, `graphzip demo`.
 
 stdout carries data, stderr carries progress, logs and errors. Exit codes: 0 done, 1 failure, 2 wrong usage or plan,
 3 the exported file failed its verification, 4 the plan changed nothing, 130 interrupted.
@@ -51,6 +51,9 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+_BAR = 30  # characters
+
+
 class UsageError(GraphZipError):
     """A command line that asks for what does not exist."""
 
@@ -77,6 +80,21 @@ WeightsOption = Annotated[Path | None, typer.Option("--weights", help="state dic
 ScopeOption = Annotated[str | None, typer.Option("--scope", help="name of the submodule to look at, the rest stays")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 SeedOption = Annotated[int, typer.Option("--seed", help="seed of everything random")]
+MacsOption = Annotated[
+    float | None, typer.Option("--macs", help="budget of multiply-accumulates: up to 1 a share, above it a number")
+]
+ParamsOption = Annotated[float | None, typer.Option("--params", help="budget of parameters, likewise")]
+BytesOption = Annotated[float | None, typer.Option("--bytes", help="budget of bytes of parameters and buffers")]
+LatencyOption = Annotated[
+    float | None,
+    typer.Option("--latency", help="budget of onnxruntime's time for one sample here: share or milliseconds"),
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help=".npz file with one array of samples per input; no labels needed")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="file that keeps measurements, so that a stopped run goes on")
+]
 VerboseOption = Annotated[
     int, typer.Option("--verbose", "-v", count=True, help="logs on stderr, and where an error came from; -vv: more")
 ]
@@ -135,11 +153,61 @@ def inspect(
     typer.echo(text)
 
 
+@app.command(name="plan")
+def plan_(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="plan file to write (YAML)")],
+    macs: MacsOption = None,
+    params: ParamsOption = None,
+    bytes_: BytesOption = None,
+    latency: LatencyOption = None,
+    calibration: CalibrationOption = None,
+    cache: CacheOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="also draw sensitivities and frontier: .svg, .png, .pdf"),
+    ] = None,
+    inputs: InputOption = None,
+    weights: WeightsOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Find the widths that meet a budget and move the outputs least, and write them as a plan."""
+    with _at_work(verbose) as tell:
+        import graphzip as gz
+
+        budget = _budget(macs, params, bytes_, latency)
+        check_target(output, PlanError)
+        spec = _find(model)
+        shapes = _shapes(inputs)
+        tell(f"building {model}")
+        module = _build(spec, weights, seed)
+        example = _example_inputs(spec, module, shapes, seed)
+        tell(f"tracing {model}")
+        study = gz.WidthStudy(module, example, calibration=_calibration(calibration), cache=cache, seed=seed)
+        study.check(**budget)
+        study.measure(tell.bar)
+        tell("splitting the budget")
+        plan = study.plan(**budget)
+        plan.save(output)
+        if plot is not None:
+            gz.draw_study(study, plot)
+        text = _json(plan.to_dict()) if as_json else output.read_text(encoding="utf-8").rstrip()
+    typer.echo(text)
+
+
 @app.command(name="compile")
 def compile_(
     model: ModelArgument,
-    plan_file: Annotated[Path, typer.Option("--plan", help="plan file (YAML)")],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write")],
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="plan file (YAML), or give a budget")] = None,
+    macs: MacsOption = None,
+    params: ParamsOption = None,
+    bytes_: BytesOption = None,
+    latency: LatencyOption = None,
+    calibration: CalibrationOption = None,
+    cache: CacheOption = None,
     save: Annotated[Path | None, typer.Option("--save", help="also save the trainable module to this file")] = None,
     inputs: InputOption = None,
     weights: WeightsOption = None,
@@ -149,12 +217,15 @@ def compile_(
     seed: SeedOption = 0,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Carry out a plan and export the slim model as verified ONNX."""
+    """Carry out a plan, or the best one for a budget, and export the slim model as verified ONNX."""
     with _at_work(verbose) as tell:
         import graphzip as gz
         from graphzip.report import compile_dict, compile_text
 
-        plan = gz.Plan.load(plan_file)
+        budget = {} if plan_file else _budget(macs, params, bytes_, latency)
+        if plan_file is not None and any(each is not None for each in (macs, params, bytes_, latency)):
+            raise UsageError("--plan and a budget are both given; a plan has its widths already, so leave one out")
+        plan = gz.Plan.load(plan_file) if plan_file is not None else gz.Plan([])
         _check_targets(output, save)
         spec = _find(model)
         shapes = _shapes(inputs)
@@ -162,8 +233,17 @@ def compile_(
         module = _build(spec, weights, seed)
         example = None if plan.inputs and not shapes else _example_inputs(spec, module, shapes, seed)
         _check_scope(model, module, scope)
+        data = _calibration(calibration)
+        if budget:
+            if scope is not None:
+                raise UsageError("--scope goes with --plan; a budget is split over the whole model")
+            assert example is not None
+            study = gz.WidthStudy(module, example, calibration=data, cache=cache, seed=seed)
+            study.check(**budget)
+            study.measure(tell.bar)
+            plan = study.plan(**budget)
         tell(f"compiling {model}")
-        compiled = gz.compile(module, plan, example, seed=seed, scope=scope)
+        compiled = gz.compile(module, plan, example, calibration=data, seed=seed, scope=scope)
         exported = saved = None
         if compiled.report.changed:
             tell(f"exporting {output} and verifying it")
@@ -223,6 +303,11 @@ class _Progress:
     def __call__(self, text: str) -> None:
         logging.getLogger(__name__).info(text)
         self._status.update(text)
+
+    def bar(self, done: int, total: int, text: str) -> None:
+        """How much of many alike things is done, and what comes next."""
+        full = _BAR * done // max(total, 1)
+        self(f"{'━' * full}{'╌' * (_BAR - full)} {done}/{total} {text}")
 
 
 @contextlib.contextmanager
@@ -322,6 +407,21 @@ def _example_inputs(
             f"what {spec.name} takes is not known; give the shape of every input: --input 1x3x224x224"
         )
     return make_inputs(module, known, seed=seed)
+
+
+def _budget(macs: float | None, params: float | None, bytes_: float | None, latency: float | None) -> dict[str, float]:
+    amounts = {"macs": macs, "params": params, "bytes": bytes_, "latency": latency}
+    given = {what: amount for what, amount in amounts.items() if amount is not None}
+    if len(given) != 1:
+        named = " and ".join(f"--{what}" for what in given) or "none"
+        raise UsageError(f"give one budget, --macs, --params, --bytes or --latency; got {named}")
+    return given
+
+
+def _calibration(path: Path | None) -> list[tuple[Tensor, ...]] | None:
+    from graphzip.models import load_calibration
+
+    return None if path is None else load_calibration(path)
 
 
 def _check_scope(model: str, module: nn.Module, scope: str | None) -> None:

@@ -19,13 +19,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError, WeightsError
 from graphzip.tables import closest
 
-__all__ = ["InputShape", "ModelSpec", "find_model", "load_model", "load_weights", "make_inputs", "parse_shape"]
+__all__ = [
+    "InputShape",
+    "ModelSpec",
+    "find_model",
+    "load_calibration",
+    "load_model",
+    "load_weights",
+    "make_inputs",
+    "parse_shape",
+]
 
 _LISTED = 5
 _FUNCTIONS = 20
@@ -302,3 +312,27 @@ def _random(sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     if dtype.is_floating_point:
         return torch.randn(sizes, generator=generator, dtype=torch.float32).to(dtype)
     return (torch.rand(math.prod(sizes), generator=generator) < 0.5).reshape(sizes).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------- calibration data
+
+
+def load_calibration(path: str | Path, batch: int = 64) -> list[tuple[Tensor, ...]]:
+    """Batches of the arrays in an `.npz` file: one array per positional input, in their order, samples first.
+
+    Raises `ExampleInputError` where the file cannot be read, is empty, or its arrays hold different numbers of samples.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = [torch.from_numpy(data[name]) for name in data.files]
+    except (OSError, ValueError, TypeError) as error:
+        raise ExampleInputError(
+            f"{path} cannot be read as calibration data ({error}); write it with numpy.savez(path, x=images)"
+        ) from error
+    counts = {len(array) if array.dim() else 0 for array in arrays}
+    if len(counts) != 1 or 0 in counts:
+        raise ExampleInputError(
+            f"{path} holds arrays of {sorted(counts)} samples; give one array per input, all with the same samples"
+        )
+    return list(zip(*(torch.split(array, batch) for array in arrays), strict=True))

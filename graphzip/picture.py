@@ -1,4 +1,4 @@
-"""Pictures: the channel groups of a model, and the clusters of weights that two models share.
+"""Pictures: the channel groups of a model, what narrowing them does, and the clusters that two models share.
 
 Of channel groups every layer is a row, and every group a line along the layers that it couples.
 """
@@ -17,13 +17,14 @@ from graphzip.errors import GraphZipError, MissingDependencyError
 from graphzip.files import check_target, staged
 from graphzip.results import Report
 
-__all__ = ["draw_groups", "draw_sharing"]
+__all__ = ["draw_groups", "draw_sharing", "draw_study"]
 
 _FORMATS = (".svg", ".png", ".pdf")
 _ROW, _LANE = 0.24, 0.3
 """Height of a row and width of a lane, in inches."""
 
 _GREY = "0.6"
+_LEGEND = 20  # groups that a legend can name
 
 
 class Group(tables.Group, Protocol):
@@ -39,6 +40,25 @@ class Groups(Protocol):
     @property
     def order(self) -> Sequence[str]: ...
     def __iter__(self) -> Iterator[Group]: ...
+
+
+class Sensitivity(Protocol):
+    """What is drawn of a group's sensitivity."""
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def points(self) -> tuple[tuple[int, float], ...]: ...
+
+
+class Study(Protocol):
+    """Sensitivities of all groups, and what the best splits lose."""
+
+    @property
+    def sensitivities(self) -> Sequence[Sensitivity]: ...
+    def frontier(self) -> list[tuple[float, float]]: ...
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,30 @@ def draw_sharing(report: Report, path: str | os.PathLike[str], *, largest: int =
             if number == 1:
                 axes.set_ylabel("channels of a cluster", fontsize=7)
                 axes.legend(fontsize=7)
+    return picture.target
+
+
+def draw_study(study: Study, path: str | os.PathLike[str]) -> Path:
+    """Write a picture of a measured `gz.WidthStudy` to `path` (.svg, .png or .pdf) and give the path.
+
+    Left, how far the outputs move as each group alone is narrowed; right, the loss that is expected of the best split
+    at each share of the multiply-accumulates. Raises as `draw_groups` does.
+    """
+    with _picture(path, 11, 4.5) as picture:
+        import matplotlib as mpl
+
+        left, right = picture.figure.subplots(1, 2)
+        for number, each in enumerate(study.sensitivities):
+            widths, losses = zip((each.size, 0.0), *each.points, strict=True)
+            shares = [width / each.size for width in widths]
+            left.plot(shares, losses, marker=".", label=each.group, color=mpl.colormaps["tab20"](number % 20))
+        left.set(xlabel="width of one group, share", ylabel="loss")
+        left.set_yscale("symlog", linthresh=1e-3)
+        if len(study.sensitivities) <= _LEGEND:
+            left.legend(fontsize=6)
+        points = study.frontier()
+        right.plot([cost for cost, _ in points], [loss for _, loss in points], marker="o")
+        right.set(xlabel="multiply-accumulates, share", ylabel="expected loss")
     return picture.target
 
 

@@ -12,7 +12,7 @@ Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pru
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups
 from graphzip.errors import PlanError, WeightsError
 from graphzip.graph.state import named_state
 from graphzip.graph.trace import Traced
+from graphzip.graph.values import Values
 from graphzip.plan import RECONSTRUCTION, ClusterMerge
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.shrink import merge_channels
@@ -36,7 +37,7 @@ from passes.segments import Partition, Place, features_of, pull, rows_of, slices
 from passes.variance import correct_variances_
 from passes.widths import Clusters, resolve
 
-__all__ = ["ClusterMergePass", "Known"]
+__all__ = ["ClusterMergePass", "Known", "Merged"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,17 @@ class Known:
     orders: Mapping[str, tuple[int, ...]]
 
 
-class ClusterMergePass:
-    """`ClusterMerge` bound to a model: which channels of each group share a cluster is decided here.
+@dataclass(frozen=True)
+class Merged:
+    """A slimmer model, and which channels are left: those of `means` stand for the mean of their cluster."""
 
-    `fit_only` names the weights that may be re-fitted, where these are not all.
-    """
+    traced: Traced
+    layout: Layout
+    means: Layout
+
+
+class ClusterMergePass:
+    """`ClusterMerge` bound to a model: which channels of each group share a cluster is decided here."""
 
     stages = ("cluster_merge",)
 
@@ -66,7 +73,6 @@ class ClusterMergePass:
         seed: int,
         where: str,
         known: Known | None = None,
-        fit_only: Collection[str] | None = None,
     ) -> None:
         if options.clustering != RECONSTRUCTION:
             check_clustering(options.clustering, f"{where}.clustering")
@@ -74,7 +80,7 @@ class ClusterMergePass:
         self.where = where
         self.left_plain: list[str] = []
         self.traced = traced
-        self.known, self.fit_only = known, fit_only
+        self.known = known
         self.analysis: Analysis = analyse(traced.graph) if known is None else known.analysis
         self.groups: ChannelGroups = channel_groups_of(traced, self.analysis) if known is None else known.groups
         decided = resolve(options, self.groups, where=where)
@@ -127,6 +133,15 @@ class ClusterMergePass:
         self._decide()
 
     def convert(self, traced: Traced) -> Traced:
+        merged = self.merged(traced)
+        if self.options.compensate == "data" and self.clusters:
+            old, new = (Values(each, self._batches) for each in (traced, merged.traced))
+            self._refit = refit(old, new, merged.layout, merged.means)
+        return merged.traced
+
+    @torch.no_grad()
+    def merged(self, traced: Traced) -> Merged:
+        """The slimmer model before it is compensated with data; `traced` stays as it is."""
         original = {name: value.detach().clone() for name, value in named_state(traced.module)}
         self._centre(traced)
         merges = [self._merge(name) for name in self.clusters]
@@ -134,15 +149,9 @@ class ClusterMergePass:
         result, self.left_plain = merge_channels(traced, self.analysis, merges, plain_norms=plain)
         for name, value in named_state(traced.module):
             value.detach().copy_(original[name])
-        if self.options.compensate == "data" and merges:
-            layout, means = (
-                Layout.of(self.analysis, found)
-                for found in (merges, [self._merge(name) for name in self.clusters if name not in self.kept])
-            )
-            self._refit = refit(traced, result, layout, means, self._batches, only=self.fit_only)
-        return result
+        means = [self._merge(name) for name in self.clusters if name not in self.kept]
+        return Merged(result, Layout.of(self.analysis, merges), Layout.of(self.analysis, means))
 
-    @torch.no_grad()
     def _centre(self, traced: Traced) -> None:
         """Set the channels of a cluster to the one that was chosen to stay; where none was, to their mean."""
         chosen = slices_of(self.groups, {name: self._keepers_first(name) for name in self.kept}, traced)

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _DAMPING = 1e-2  # lambda, in mean variances of what a layer reads
 _AT_ONCE = 1024  # unknowns above which several channels go in one step
 _STEPS = 64
+_ROWS = 1 << 16  # that covariances are taken over
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,9 @@ def _moments(traced: Traced, layers: Sequence[Layer], batches: Sequence[tuple[An
     values = Values(traced, batches)
     covariance = {}
     with torch.no_grad():
-        for node in values.nodes:
-            if node.op == "output":
-                break
-            values.run(node)
+        for node in values.steps(len(values.nodes)):
             if node in by_node:
                 covariance[node] = _covariance(by_node[node], values)
-            values.finish(node)
     sensitivity = _sensitivities(traced, by_node, batches)
     return {node: Moments(covariance[node], sensitivity[node]) for node in by_node}
 
@@ -147,7 +144,7 @@ def _covariance(layer: Layer, values: Values) -> torch.Tensor:
     outputs, inputs = values[layer.node], values[layer.input]
     product = mean = torch.zeros((), dtype=torch.float64)
     count = 0
-    for x, output, rows in zip(inputs, outputs, sampled_rows(layer, outputs), strict=True):
+    for x, output, rows in zip(inputs, outputs, sampled_rows(layer, outputs, _ROWS), strict=True):
         read = layer.read(x, output, rows)
         product = product + (read.transpose(1, 2) @ read).double()
         mean = mean + read.sum(1).double()

@@ -23,29 +23,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
 from graphzip.rewrite.layout import Layout
 from passes.layer_rows import Layer, layers_of, left_alone
 
-__all__ = ["Refit", "norm_behind", "refit", "sampled_rows"]
+__all__ = ["Effort", "Refit", "norm_behind", "refit", "sampled_rows"]
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-_ROWS = 1 << 16  # rows that one layer is fitted on
-_NUMBERS = 1 << 27  # and numbers in them
+_NUMBERS = 1 << 27  # in the rows that one layer is fitted on, at most
 _DAMPING = 1e-4  # lambda, in mean squares of what a layer reads
 _FEW = 1e-2  # where rows are not many more than unknowns
-_ROUNDS = 3  # repetitions behind a ReLU
 
 
 @dataclass(frozen=True)
@@ -77,37 +73,47 @@ class _Target:
         return next(each for each in self.sum.all_input_nodes if each is not mine)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How many rows a layer is fitted on, and how often the fit is repeated behind a ReLU."""
+
+    rows: int = 1 << 16
+    rounds: int = 3
+
+
 def refit(
-    before: Traced,
-    after: Traced,
+    old: Values,
+    new: Values,
     layout: Layout,
     means: Layout,
-    batches: Sequence[tuple[Any, ...]],
     *,
     only: Collection[str] | None = None,
+    batches: int | None = None,
+    effort: Effort | None = None,
 ) -> Refit:
-    """Fit the layers of `after`, in place, to what `before` gives on `batches`.
+    """Fit the layers of the graph of `new`, in place, to what `old` gives; both run as far as they have to.
 
-    `layout` says which channels of `before` are left, `means` which of these stand for the mean of their cluster. With
-    `only`, the weights with these names are fitted and nothing else.
+    `layout` says which channels of the original are left, `means` which of these stand for the mean of their cluster.
+    With `only`, the weights with these names are fitted and nothing else; with `batches`, on the first ones alone.
     """
-    return _Walk(before, after, layout, means, batches, only).run()
+    return _Walk(old, new, layout, means, only, batches or len(new.batches), effort or Effort()).run()
 
 
 class _Walk:
     def __init__(
         self,
-        before: Traced,
-        after: Traced,
+        old: Values,
+        new: Values,
         layout: Layout,
         means: Layout,
-        batches: Sequence[tuple[Any, ...]],
         only: Collection[str] | None,
+        batches: int,
+        effort: Effort,
     ) -> None:
-        self.old, self.new = Values(before, batches), Values(after, batches)
+        self.old, self.new, self.batches, self.effort = old, new, batches, effort
         self.layout, self.means = layout, means
         twins = {node.name: node for node in self.old.nodes}
-        layers = layers_of(after)
+        layers = layers_of(new.traced)
         self.targets: dict[fx.Node, _Target] = {}
         self.norms: set[fx.Node] = set()
         self.estimated: set[fx.Node] = set()
@@ -129,15 +135,13 @@ class _Walk:
     @torch.no_grad()
     def run(self) -> Refit:
         last = max((self.new.place[node] for node in (*self.targets, *self.estimated)), default=-1)
-        for node in self.new.nodes[: last + 1]:
-            self.new.run(node)
+        for node in self.new.steps(last):
             if node in self.targets:
                 self._fit(self.targets[node])
                 self.new.run(node)
             elif node in self.estimated:
                 self._estimate(node)
                 self.new.run(node)
-            self.new.finish(node)
         left = left_alone(self.new.traced)
         for name, reason in left.items():
             logger.info("%s is not fitted: it %s", name, reason)
@@ -170,17 +174,18 @@ class _Walk:
             given = [one + other for one, other in zip(given, new[target.other], strict=True)]
         if all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)):
             return
-        rows = sampled_rows(layer, new[layer.node])
-        inputs = zip(new[layer.input], new[layer.node], rows, strict=True)
+        outputs = new[layer.node][: self.batches]
+        rows = sampled_rows(layer, outputs, self.effort.rows)
+        inputs = zip(new[layer.input], outputs, rows, strict=False)
         x = torch.cat([layer.read(value, output, chosen) for value, output, chosen in inputs], 1)
         t, p = (
-            torch.cat([layer.given(value, chosen) for value, chosen in zip(values, rows, strict=True)], 1)
+            torch.cat([layer.given(value, chosen) for value, chosen in zip(values, rows, strict=False)], 1)
             for values in (wanted, given)
         )
         intercept = layer.bias is not None or target.norm is not None
         scale = torch.ones(1, dtype=t.dtype, device=t.device) if target.norm is None else self._scale(target.norm)
         scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)
-        change = _solved(x, t, p, scale, intercept=intercept, rounds=_ROUNDS if target.rectified else 0)
+        change = _solved(x, t, p, scale, intercept=intercept, rounds=self.effort.rounds if target.rectified else 0)
         self._apply(target, change, intercept=intercept)
         self.fitted.append(layer.name)
 
@@ -268,10 +273,10 @@ def _statistics(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     return rows.mean(1), rows.var(1, correction=0)
 
 
-def sampled_rows(layer: Layer, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The numbers of the rows that a layer is looked at on, per batch: all of them, or an even random share."""
+def sampled_rows(layer: Layer, outputs: Sequence[torch.Tensor], most: int) -> list[torch.Tensor]:
+    """The numbers of the rows that a layer is looked at on, per batch: all, or an even random share of `most`."""
     total = sum(layer.places(output) for output in outputs)
-    limit = min(_ROWS, max(_NUMBERS // (layer.groups * torch.Size(layer.shape[1:]).numel()), 1))
+    limit = min(most, max(_NUMBERS // (layer.groups * torch.Size(layer.shape[1:]).numel()), 1))
     generator = torch.Generator().manual_seed(0)
     found = []
     for output in outputs:

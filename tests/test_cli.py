@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -276,13 +277,71 @@ def test_compile_fails_and_writes_nothing(
     assert folder_of(model) == before
 
 
-@pytest.mark.parametrize("argument", ["--plan", "-o"])
-def test_missing_option_is_wrong_usage(run: Run, model: str, argument: str) -> None:
-    given = {"--plan": "plan.yaml", "-o": "slim.onnx"}
-    del given[argument]
-    result = run("compile", model, *[word for pair in given.items() for word in pair])
+@pytest.mark.parametrize("command", ["plan", "compile"])
+def test_missing_option_is_wrong_usage(run: Run, model: str, command: str) -> None:
+    result = run(command, model, "--macs", 0.5)
     assert result.exit_code == 2
     assert "Missing option" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "give one budget, --macs, --params, --bytes or --latency; got none"),
+        (["compile"], "give one budget, --macs, --params, --bytes or --latency; got none"),
+        (
+            ["plan", "--macs", 0.5, "--params", 9],
+            "give one budget, --macs, --params, --bytes or --latency; got --macs and --params",
+        ),
+        (["compile", "--plan", "p.yaml", "--macs", 0.5], "--plan and a budget are both given; a plan has its widths"),
+        (["plan", "--macs", 1e-9, "--input", "2x3x8x8"], "macs: 1e-09 is out of reach"),
+        (
+            ["plan", "--macs", 0.5, "--input", "2x3x8x8", "--calibration", "no.npz"],
+            "cannot be read as calibration data",
+        ),
+    ],
+)
+def test_a_budget_that_makes_no_sense(
+    run: Run, model: str, tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    command, *rest = arguments
+    result = run(command, model, "-o", tmp_path / "out", *rest)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_becomes_a_plan_and_a_model(run: Run, model: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((96, 3, 8, 8), np.float32))
+    budget = ["--macs", 0.6, "--input", "2x3x8x8", "--calibration", tmp_path / "data.npz"]
+    result = run("plan", model, *budget, "-o", tmp_path / "plan.yaml", "--plot", tmp_path / "plan.svg")
+    assert result.exit_code == 0, result.stderr
+    plan = gz.Plan.load(tmp_path / "plan.yaml")
+    assert result.stdout.strip() == (tmp_path / "plan.yaml").read_text().strip()
+    assert plan.to_dict()["passes"][0]["cluster_merge"]["compensate"] == "data"
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
+    result = run("compile", model, *budget, "-o", tmp_path / "slim.onnx", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)["report"]
+    assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
+
+
+def test_calibration_data_needs_the_same_samples_for_every_input(run: Run, model: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 3, 8, 8)), y=np.zeros(3))
+    result = run(
+        "plan",
+        model,
+        "--macs",
+        0.5,
+        "--calibration",
+        tmp_path / "data.npz",
+        "-o",
+        tmp_path / "p.yaml",
+        "--input",
+        "2x3x8x8",
+    )
+    assert result.exit_code == 2
+    assert "holds arrays of [3, 4] samples; give one array per input, all with the same samples" in result.stderr
 
 
 def test_missing_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,43 @@ class Values:
         """Compute a node, again where it has run before."""
         self._values[node] = self.computed(node)
 
+    def fork(self, traced: Traced) -> Values:
+        """Values of another graph, or of this one, that stand where these stand.
+
+        All that has run here must compute the same there; nodes correspond by name.
+        """
+        other = Values(traced, self.batches)
+        start = self.nodes[self._done].name
+        other._done = next(place for place, node in enumerate(other.nodes) if node.name == start)
+        here = {node.name: values for node, values in self._values.items()}
+        for node in other.nodes[: other._done]:
+            left = sum(other.place[user] >= other._done for user in node.users)
+            other._readers[node] = left
+            if left and node.op == "get_attr":
+                other.run(node)
+            elif left:
+                other._values[node] = here[node.name]
+        return other
+
+    def steps(self, last: int) -> Iterator[fx.Node]:
+        """The nodes that have not run, up to the one at place `last`: each has run when it comes, and is finished."""
+        while self._done <= last and (node := self.nodes[self._done]).op != "output":
+            self.run(node)
+            yield node
+            self.finish(node)
+            self._done += 1
+
+    @torch.no_grad()
+    def outputs(self) -> list[Any]:
+        """Run what is left: what the graph gives on every batch."""
+        for _ in self.steps(len(self.nodes)):
+            pass
+        result = self.nodes[self._done].args[0]
+        return [fx.node.map_arg(result, partial(self._of, number)) for number in range(len(self.batches))]
+
+    def _of(self, number: int, node: fx.Node) -> Any:
+        return self._values[node][number]
+
     def finish(self, node: fx.Node) -> None:
         """The node has run for the last time: what nobody reads any more is dropped."""
         for each in node.all_input_nodes:
@@ -64,12 +102,18 @@ class Values:
 
     def up_to(self, node: fx.Node) -> None:
         """Run and finish every node up to this one that has not been."""
-        while self._done <= self.place[node]:
-            following = self.nodes[self._done]
-            if following.op != "output":
-                self.run(following)
-            self.finish(following)
-            self._done += 1
+        for _ in self.steps(self.place[node]):
+            pass
+
+    def run_before(self, node: fx.Node) -> None:
+        """Run and finish every node before this one."""
+        for _ in self.steps(self.place[node] - 1):
+            pass
+
+    @property
+    def done(self) -> int:
+        """How many nodes have run and are finished."""
+        return self._done
 
     def hold(self, node: fx.Node) -> None:
         """Keep the values of a node until they are released."""
