@@ -207,6 +207,9 @@ class Prepared(nn.Module):
         while (active := self._progress.active) is not None:
             if isinstance(active, Stepwise):
                 self._enter_rest(active)
+            else:
+                for stage in active.stages:
+                    self._end(stage)
             self._finish()
         original: nn.Module = self._hidden["original"]
         with torch.inference_mode(False):
