@@ -373,7 +373,7 @@ class Zip(PassOptions):
     alpha: Annotated[float, BeforeValidator(check_balance)] = 0.5
     pairing: Annotated[str, BeforeValidator(one_of("optimal", "greedy"))] = "optimal"
     metric: Annotated[str, BeforeValidator(one_of("hessian", "euclidean", "random"))] = "hessian"
-    damping: Annotated[float, BeforeValidator(check_damping)] = 1.0
+    damping: Annotated[float, BeforeValidator(check_damping)] = 0.03
     exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
     order: Annotated[Sequence[str], BeforeValidator(check_names)] = ()
     match: Annotated[Mapping[str, Mapping[str, str]] | None, BeforeValidator(check_match)] = None

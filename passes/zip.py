@@ -19,11 +19,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from graphzip.graph.state import attach, get_tensor, named_state
 from graphzip.graph.trace import Traced
@@ -36,7 +38,7 @@ from graphzip.rewrite.shrink import refresh
 from graphzip.tables import closest
 from passes.base import Feeds, FreeTraining
 from passes.zip_channels import Channels
-from passes.zip_inputs import rows_of, values_of
+from passes.zip_inputs import Feed, rows_of, values_of
 from passes.zip_layers import Layer, match
 from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
 
@@ -62,6 +64,14 @@ class _Line:
     count: int
 
 
+@dataclass
+class _Given:
+    """A layer's outputs on the calibration data, `(samples, outputs)`, in the models as they were given."""
+
+    spread: Spread
+    outputs: torch.Tensor
+
+
 class ZipPass(FreeTraining):
     """`Zip` bound to several models: which layers correspond is decided here, who is paired stage by stage."""
 
@@ -75,7 +85,10 @@ class ZipPass(FreeTraining):
         self.stages = tuple(f"zip/{name}" for name in self.layers)
         self.widths_shared: dict[str, dict[str, int]] = {}
         self.stored: dict[str, tuple[int, int]] = {}
-        self.given: dict[tuple[str, str], Spread] | None = None
+        self.given: dict[str, _Given] | None = None
+        self.residuals: dict[str, torch.Tensor] = {}
+        self.batches: dict[str, list[float]] = {}
+        self.batches_given: dict[str, list[float]] = {}
         self.random = np.random.default_rng(seed)
 
     # ------------------------------------------------------------------------------------------- what takes part
@@ -119,7 +132,7 @@ class ZipPass(FreeTraining):
         joined = [task for task in self.tasks if task in layers]
         result = traced.copy()
         if self.given is None:
-            self.given = self._given_spreads(traced, feeds)
+            self.given = self._as_given(traced, feeds)
         inputs = {task: self._inputs(result, layers[task], feeds) for task in joined} if feeds else {}
         for number, task in enumerate(joined[1:], start=1):
             self._decide(result, name, joined[:number], task, inputs)
@@ -170,38 +183,55 @@ class ZipPass(FreeTraining):
         calls = [(layer, node) for layer in layers for node in traced.graph.nodes if node.name in layer.nodes]
         sources = [bind(node)["input"] for _, node in calls]
         draws = {layer.name: torch.Generator().manual_seed(self.seed) for layer in layers}
-        for values in values_of(traced, sources, layers[0].task, feeds[layers[0].task]):
+        task = layers[0].task
+        self.batches[task] = []
+        for values in values_of(traced, sources, task, partial(_watched, feeds[task], self.batches[task])):
             for (layer, node), value in zip(calls, values, strict=True):
                 rows = rows_of(node, value, layer.shape, self.options.places, draws[layer.name])
                 yield layer, rows.detach().to("cpu", torch.float64)
 
     def _inputs(self, traced: Traced, layer: Layer, feeds: Feeds) -> Moments | ChannelMoments:
         """Moments of a layer's inputs, with a one for the bias, in the models as they are now."""
+        assert self.given is not None
         if layer.depthwise:
             apart = ChannelMoments(layer.shape[0], layer.positions)
             for _, rows in self._read(traced, [layer], feeds):
                 apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
             return apart
-        found = Moments(layer.features + 1)
+        found, given = Moments(layer.features + 1), self.given.get(layer.weight)
+        weight, missed = _augmented(traced, layer), torch.zeros(())
         for _, rows in self._read(traced, [layer], feeds):
-            found.add(torch.cat([rows.flatten(1), rows.new_ones(len(rows), 1)], 1))
+            flat = _with_one(rows)
+            if given is not None and found.count + len(flat) <= len(given.outputs):
+                wanted = given.outputs[found.count : found.count + len(flat)]
+                missed = missed + (wanted - flat @ weight.T).T @ flat
+            found.add(flat)
+        self.residuals[layer.task] = missed / max(found.count, 1)
+        if self.batches[layer.task] != self.batches_given[layer.task]:
+            self.residuals[layer.task] = torch.zeros(())
+            logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
         return found
 
-    def _given_spreads(self, traced: Traced, feeds: Feeds) -> dict[tuple[str, str], Spread]:
-        """Of the outputs of every layer before a batch norm, in the models as they were given; one pass for each."""
-        sums: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, int]] = {}
+    def _as_given(self, traced: Traced, feeds: Feeds) -> dict[str, _Given]:
+        """The outputs of every layer that takes part, by its weight, in the models as they were given."""
+        pieces: dict[str, list[torch.Tensor]] = {}
         for task in self.tasks if feeds else ():
             found = [self.matching.layers[name].get(task) for name in self.layers]
-            layers = [layer for layer in found if layer is not None and layer.norm is not None]
+            layers = [layer for layer in found if layer is not None]
+            weights = {layer.name: _augmented(traced, layer) for layer in layers}
             for layer, rows in self._read(traced, layers, feeds) if layers else ():
-                weight = _matrix(traced, layer)
                 if layer.depthwise:
-                    out = (rows.repeat_interleave(layer.shape[0] // layer.groups, 1) * weight).sum(2)
+                    wide = rows.repeat_interleave(layer.shape[0] // layer.groups, 1)
+                    out = (wide * weights[layer.name][:, :-1]).sum(2)
                 else:
-                    out = rows.flatten(1) @ weight.T
-                total, square, count = sums.get((task, layer.name), (torch.zeros(()), torch.zeros(()), 0))
-                sums[task, layer.name] = total + out.sum(0), square + out.square().sum(0), count + len(out)
-        return {key: Spread.of(total / count, square / count) for key, (total, square, count) in sums.items()}
+                    out = _with_one(rows) @ weights[layer.name].T
+                pieces.setdefault(layer.weight, []).append(out)
+            self.batches_given[task] = list(self.batches.get(task, []))
+        made = {}
+        for key, outs in pieces.items():
+            out = torch.cat(outs)
+            made[key] = _Given(Spread.of(out.mean(0), out.square().mean(0)), out)
+        return made
 
     # ------------------------------------------------------------------------------------------- pairing
 
@@ -229,7 +259,7 @@ class ZipPass(FreeTraining):
             part = {group: cost[group] for group in unit}
             moved = self.channels.settle(traced, unit, prior, task, part, self._pick(amount), count)
             for group, (shared, order) in moved.items():
-                self._follow(task, group, order)
+                self._follow(name, task, group, order)
                 title = self.matching.groups[group].name.partition(".")[2]
                 self.widths_shared.setdefault(name, {})[f"{task}.{title}"] = shared
 
@@ -247,19 +277,23 @@ class ZipPass(FreeTraining):
 
         return pick
 
-    def _follow(self, task: str, group: int, order: IntArray) -> None:
+    def _follow(self, current: str, task: str, group: int, order: IntArray) -> None:
         """Let what is known of a task's layers follow its channels."""
         assert self.given is not None
-        for (owner, name), spread in self.given.items():
-            if owner != task:
+        for name, layers in self.matching.layers.items():
+            given = self.given.get(layers[task].weight) if task in layers else None
+            if given is None:
                 continue
-            slots = self.channels.slots(self.matching.layers[name][task], 0)
+            slots = self.channels.slots(layers[task], 0)
             at = np.flatnonzero(slots[:, 0] == group)
             place = {(int(channel), int(rank)): row for row, (_, channel, rank) in zip(at, slots[at], strict=True)}
             source = np.arange(len(slots))
             for row in at.tolist():
                 source[row] = place[int(order[slots[row, 1]]), int(slots[row, 2])]
-            spread.mean, spread.var = (each[torch.from_numpy(source)] for each in (spread.mean, spread.var))
+            given.spread = Spread(given.spread.mean[source], given.spread.var[source])
+            given.outputs = given.outputs[:, source]
+            if name == current and task in self.residuals:
+                self.residuals[task] = self.residuals[task][source]
 
     def _cost(
         self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs, waiting: Sequence[int]
@@ -400,7 +434,7 @@ class ZipPass(FreeTraining):
             chosen = torch.from_numpy(self.random.random(len(a)) < 0.5)
             joint = torch.where(chosen.unsqueeze(1), a, b)
         else:
-            joint = self._solver(line, task, inputs).update(a, b)
+            joint = self._solver(line, task, inputs).update(a, b, self._missed(traced, layers, line, task))
         fuller = one.sum(1, keepdim=True) >= two.sum(1, keepdim=True)
         joint[:, :weights] *= torch.where(fuller, one, two)  # section 3.6: the mask with more ones
         if all(layer.norm is not None for layer in layers.values()):
@@ -413,6 +447,19 @@ class ZipPass(FreeTraining):
             source, place = line.inputs[each]
             common = np.array([int(where) in places for where in place])
             _write(traced, layers[each], line.rows[each], source[common], joint[:, place[common]])
+
+    def _missed(self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str) -> torch.Tensor:
+        """What the outputs of the rows lack since the inputs were zipped, times the inputs: `(rows, inputs)`."""
+        total = torch.zeros(len(line.rows[task]), line.count, dtype=torch.float64)
+        for each in (*line.owners, task):
+            residual = self.residuals.get(each)
+            if residual is not None and residual.dim():
+                source, place = line.inputs[each]
+                part = self._scale(each) * residual[line.rows[each]][:, source]
+                if all(layer.norm is not None for layer in layers.values()):
+                    part = part / _deviation(traced, layers[each])[line.rows[each]].unsqueeze(1)
+                total[:, place] += part
+        return total
 
     def _join_depthwise(
         self,
@@ -460,20 +507,19 @@ class ZipPass(FreeTraining):
         put(traced, layer.norm.mean, state[layer.norm.mean] * scale)
         var = (state[layer.norm.var] + layer.norm.eps) * scale.square() - layer.norm.eps
         put(traced, layer.norm.var, torch.where(scale == 1.0, state[layer.norm.var], var.clamp(min=0.0)))
-        spread = self.given.get((layer.task, layer.name))
-        if spread is not None:
-            spread.mean, spread.var = spread.mean * scale, spread.var * scale.square()
+        given = self.given.get(layer.weight)
+        if given is not None:
+            given.spread = Spread(given.spread.mean * scale, given.spread.var * scale.square())
+            given.outputs = given.outputs * scale
 
     def _correct(self, traced: Traced, layer: Layer, inputs: Moments | ChannelMoments) -> None:
         """Move a batch norm's statistics as far as the layer's outputs moved."""
         assert self.given is not None
-        before = self.given.get((layer.task, layer.name))
-        if layer.norm is None or before is None:
+        given = self.given.get(layer.weight)
+        if layer.norm is None or given is None:
             return
-        weight = _matrix(traced, layer)
-        if isinstance(inputs, Moments):
-            weight = torch.cat([weight, torch.zeros(len(weight), 1, dtype=torch.float64)], 1)
-        after = inputs.spread(weight)
+        before = given.spread
+        after = inputs.spread(_augmented(traced, layer) if isinstance(inputs, Moments) else _matrix(traced, layer))
         mean, var = _double(traced, layer.norm.mean), _double(traced, layer.norm.var)
         put(traced, layer.norm.mean, mean + (after.mean - before.mean))
         ratio = torch.where(before.var > 0.0, after.var / before.var.clamp(min=1e-300), 1.0)
@@ -488,6 +534,19 @@ def _order(options: Zip, names: list[str], where: str) -> tuple[str, ...]:
         if task not in tasks[1:]:
             raise plan_error([f"{where}.match: no task {task!r} to match; {closest(task, tasks[1:])}"])
     return tasks
+
+
+def _watched(feed: Feed, sums: list[float]) -> Iterator[tuple[Any, ...]]:
+    """The batches, with a number of each noted that tells it from others."""
+    for batch in feed():
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        sums.append(sum(float(tensor.double().sum()) for tensor in tensors))
+        yield batch
+
+
+def _with_one(rows: torch.Tensor) -> torch.Tensor:
+    """Rows laid out flat, with a one for the bias at the end."""
+    return torch.cat([rows.flatten(1), rows.new_ones(len(rows), 1)], 1)
 
 
 def _double(traced: Traced, name: str) -> torch.Tensor:

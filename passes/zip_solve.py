@@ -232,12 +232,16 @@ class Solver:
         inner = torch.cholesky_solve(self.rows @ columns, self.factor)
         return (columns - self.rows.T @ inner) / self.ridge
 
-    def update(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Eq. 10 and 11 for rows of weights, pair by pair, `(pairs, inputs)`."""
+    def update(self, a: torch.Tensor, b: torch.Tensor, missed: torch.Tensor) -> torch.Tensor:
+        """Eq. 10 and 11 for rows of weights, pair by pair, `(pairs, inputs)`.
+
+        `missed` is what the weighted outputs lack, times the inputs, because the inputs have moved since: the joint
+        weights make up for it.
+        """
         if self.a is None:
             first, second = self.euclidean
             return a + (b - a) * (second / (first + second))
-        return a + self.solve(self.b.times((b - a).T)).T
+        return a + self.solve(self.b.times((b - a).T) + missed.T).T
 
     def difference(self, a: torch.Tensor, b: torch.Tensor) -> FloatArray:
         """Eq. 12 for every row of `a`, `(n, inputs)`, and every row of `b`, `(m, inputs)`: `(n, m)`."""

@@ -235,7 +235,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10_500, help="training iterations of each network")
     parser.add_argument("--images", type=int, default=2_000, help="calibration images")
     parser.add_argument("--retrain", type=int, default=550, help="iterations of retraining, 0 for none")
-    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of retraining")
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate of retraining")
     parser.add_argument("--metric", choices=["hessian", "euclidean", "random"])
     parser.add_argument("--pairing", choices=["optimal", "greedy"])
     parser.add_argument("--damping", type=float)
