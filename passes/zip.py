@@ -164,17 +164,18 @@ class ZipPass(FreeTraining):
         return result
 
     def summary(self) -> dict[str, Any]:
+        """For every layer what is shared: channels, and its weights as a share of all (Table 3's count)."""
         layers = {
-            name: {
-                "shared_channels": self.widths_shared.get(name, {}),
-                "parameters_before": before,
-                "parameters_after": after,
-            }
-            for name, (before, after) in self.stored.items()
+            name: {"channels": self.widths_shared.get(name, {}), "weights": list(sizes), "shared": self._share(sizes)}
+            for name, sizes in self.stored.items()
         }
-        total, left = (sum(sizes[side] for sizes in self.stored.values()) for side in (0, 1))
-        saved = total - left
-        return {"layers": layers, "shared_parameters": saved, "zipped_parameters": total}
+        total = [sum(sizes[side] for sizes in self.stored.values()) for side in (0, 1)]
+        return {"layers": layers, "weights": total, "shared": self._share(total)}
+
+    def _share(self, sizes: Sequence[int]) -> float:
+        """The share of each network's weights that all have, from their numbers before and after."""
+        before, after = sizes
+        return (before - after) / (before * (1.0 - 1.0 / len(self.tasks))) if before else 0.0
 
     # ------------------------------------------------------------------------------------------- calibration
 
@@ -311,7 +312,7 @@ class ZipPass(FreeTraining):
             for number in joint.tolist():
                 own = tuple(owner for owner in prior if number in self.channels.ids[owner, group])
                 holders.setdefault(own, []).append(number)
-            for owners, numbers in holders.items():
+            for owners, numbers in holders.items() if self.options.metric != "random" else ():
                 rows, place = self._rows_of_numbers(layers, owners, group, numbers, joint)
                 line = self._line(layers, owners, task, {**rows, task: columns})
                 if line is None:
