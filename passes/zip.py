@@ -38,7 +38,7 @@ from graphzip.rewrite.shrink import refresh
 from graphzip.tables import closest
 from passes.base import Feeds, FreeTraining
 from passes.zip_channels import Channels
-from passes.zip_inputs import Feed, rows_of, values_of
+from passes.zip_inputs import Feed, Kept, rows_of, values_of
 from passes.zip_layers import Layer, match
 from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
 
@@ -87,6 +87,8 @@ class ZipPass(FreeTraining):
         self.stored: dict[str, tuple[int, int]] = {}
         self.given: dict[str, _Given] | None = None
         self.residuals: dict[str, torch.Tensor] = {}
+        self.kept = {task: Kept() for task in self.tasks}
+        self.left: dict[str, torch.Tensor] = {}
         self.batches: dict[str, list[float]] = {}
         self.batches_given: dict[str, list[float]] = {}
         self.random = np.random.default_rng(seed)
@@ -131,6 +133,9 @@ class ZipPass(FreeTraining):
         layers = self.matching.layers[name]
         joined = [task for task in self.tasks if task in layers]
         result = traced.copy()
+        state = dict(named_state(traced.module))
+        if any(state.get(key) is not tensor for key, tensor in self.left.items()):
+            self._forget()  # it was trained since
         if self.given is None:
             self.given = self._as_given(traced, feeds)
         inputs = {task: self._inputs(result, layers[task], feeds) for task in joined} if feeds else {}
@@ -145,7 +150,14 @@ class ZipPass(FreeTraining):
             biases = {task: str(layers[task].bias) for task in joined}
             share(result, biases, {task: (rows, None) for task, (rows, _) in keys.items()})
         finish(result)
+        self.left = dict(named_state(result.module))
+        if any(len(layer.nodes) > 1 for layer in layers.values()):
+            self._forget()  # a layer that reads what it made itself
         return result
+
+    def _forget(self) -> None:
+        for kept in self.kept.values():
+            kept.clear()
 
     def convert(self, traced: Traced) -> Traced:
         """Other parameters of shared channels that are equal in several tasks are one from here on."""
@@ -179,29 +191,32 @@ class ZipPass(FreeTraining):
 
     # ------------------------------------------------------------------------------------------- calibration
 
-    def _read(self, traced: Traced, layers: Sequence[Layer], feeds: Feeds) -> Iterator[tuple[Layer, torch.Tensor]]:
+    def _read(
+        self, traced: Traced, layers: Sequence[Layer], feeds: Feeds, kept: Kept
+    ) -> Iterator[tuple[Layer, torch.Tensor]]:
         """What layers of one task read, in pieces of rows `(samples, channels, positions)`, in one pass."""
         calls = [(layer, node) for layer in layers for node in traced.graph.nodes if node.name in layer.nodes]
         sources = [bind(node)["input"] for _, node in calls]
         draws = {layer.name: torch.Generator().manual_seed(self.seed) for layer in layers}
         task = layers[0].task
-        self.batches[task] = []
-        for values in values_of(traced, sources, task, partial(_watched, feeds[task], self.batches[task])):
+        sums: list[float] = []
+        for values in values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept):
             for (layer, node), value in zip(calls, values, strict=True):
                 rows = rows_of(node, value, layer.shape, self.options.places, draws[layer.name])
                 yield layer, rows.detach().to("cpu", torch.float64)
+        self.batches[task] = sums or self.batches.get(task, sums)
 
     def _inputs(self, traced: Traced, layer: Layer, feeds: Feeds) -> Moments | ChannelMoments:
         """Moments of a layer's inputs, with a one for the bias, in the models as they are now."""
         assert self.given is not None
         if layer.depthwise:
             apart = ChannelMoments(layer.shape[0], layer.positions)
-            for _, rows in self._read(traced, [layer], feeds):
+            for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
                 apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
             return apart
         found, given = Moments(layer.features + 1), self.given.get(layer.weight)
         weight, missed = _augmented(traced, layer), torch.zeros(())
-        for _, rows in self._read(traced, [layer], feeds):
+        for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
             flat = _with_one(rows)
             if given is not None and found.count + len(flat) <= len(given.outputs):
                 wanted = given.outputs[found.count : found.count + len(flat)]
@@ -220,7 +235,7 @@ class ZipPass(FreeTraining):
             found = [self.matching.layers[name].get(task) for name in self.layers]
             layers = [layer for layer in found if layer is not None]
             weights = {layer.name: _augmented(traced, layer) for layer in layers}
-            for layer, rows in self._read(traced, layers, feeds) if layers else ():
+            for layer, rows in self._read(traced, layers, feeds, Kept()) if layers else ():
                 if layer.depthwise:
                     wide = rows.repeat_interleave(layer.shape[0] // layer.groups, 1)
                     out = (wide * weights[layer.name][:, :-1]).sum(2)
@@ -262,6 +277,8 @@ class ZipPass(FreeTraining):
             for group, (shared, order) in moved.items():
                 self._follow(name, task, group, order)
                 title = self.matching.groups[group].name.partition(".")[2]
+                if title.partition("#")[0] != layers[task].name:
+                    self.kept[task].clear()  # channels that were computed before
                 self.widths_shared.setdefault(name, {})[f"{task}.{title}"] = shared
 
     def _pick(self, amount: float | int) -> Any:

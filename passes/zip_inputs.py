@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,51 +23,93 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 
-__all__ = ["Feed", "rows_of", "values_of"]
+__all__ = ["Feed", "Kept", "rows_of", "values_of"]
 
 Feed = Callable[[], Iterable[tuple[Any, ...]]]
 """Gives the calibration batches of a task, as positional inputs, from the start."""
 
+_KEPT_BYTES = 2 << 30
 _CHUNK = 8  # samples whose patches are gathered at once
 
 
+@dataclass
+class Kept:
+    """Values from which the next layers of a task continue, for each batch by the names of nodes, and what is done."""
+
+    batches: list[dict[str, Any]] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
+
+    def clear(self) -> None:
+        self.batches, self.done = [], set()
+
+
 @torch.no_grad()
-def values_of(traced: Traced, nodes: Sequence[fx.Node], task: str, feed: Feed) -> Iterator[list[torch.Tensor]]:
-    """The values of `nodes` of a joint graph for each batch of a task; nothing else of the graph is computed."""
-    wanted = set(nodes)
+def values_of(
+    traced: Traced, nodes: Sequence[fx.Node], task: str, feed: Feed, kept: Kept
+) -> Iterator[list[torch.Tensor]]:
+    """The values of `nodes` of a joint graph for each batch of a task; nothing else of the graph is computed.
+
+    Goes on from `kept` where it has values, without reading batches anew, and leaves there what later nodes need, up
+    to two gigabytes.
+    """
+    order = _missing(traced, nodes, kept.done)
+    done = kept.done | {node.name for node in order if node.op != "get_attr"}
+    live = {node.name for node in nodes}
+    for node in traced.graph.nodes:
+        if node.name in done and any(user.name not in done for user in node.users):
+            live.add(node.name)
+    fresh: list[dict[str, Any]] = []
+    held = 0
+    for known in list(kept.batches) if kept.done else (_inputs(traced, task, batch) for batch in feed()):
+        values = _run(traced, order, known, live, task)
+        yield [values[node.name] for node in nodes]
+        held += sum(value.nbytes for value in values.values() if isinstance(value, torch.Tensor))
+        if held <= _KEPT_BYTES:
+            fresh.append(values)
+    kept.clear()
+    if held <= _KEPT_BYTES:
+        kept.batches, kept.done = fresh, done
+
+
+def _missing(traced: Traced, nodes: Sequence[fx.Node], done: set[str]) -> list[fx.Node]:
+    """What has to be computed for `nodes`, in order; parameters are fetched anew."""
+    wanted = {node for node in nodes if node.name not in done}
     for node in reversed(list(traced.graph.nodes)):
         if node in wanted:
-            wanted.update(node.all_input_nodes)
-    order = [node for node in traced.graph.nodes if node in wanted]
-    last = {source: node for node in order for source in node.all_input_nodes}
-    spent: dict[fx.Node, list[fx.Node]] = {}
-    for source, node in last.items():
-        if source not in nodes:
-            spent.setdefault(node, []).append(source)
+            wanted.update(source for source in node.all_input_nodes if source.name not in done)
+    return [node for node in traced.graph.nodes if node in wanted]
+
+
+def _inputs(traced: Traced, task: str, batch: tuple[Any, ...]) -> dict[str, Any]:
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    start = 0
-    for each in traced.tasks:
-        if each.name == task:
-            break
-        start += each.in_spec.num_leaves
-    for batch in feed():
-        leaves = pytree.tree_leaves(batch)
-        values: dict[fx.Node, Any] = dict(zip(placeholders[start : start + len(leaves)], leaves, strict=True))
-        for node in order:
-            if node.op == "get_attr":
-                values[node] = get_tensor(traced.module, str(node.target)).detach()
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                try:
-                    values[node] = node.target(*args, **kwargs)
-                except Exception as error:
-                    raise ExampleInputError(
-                        f"calibration: task {task!r} fails on a batch at {node.name} ({error}); make it yield batches "
-                        "of the shape of the example inputs"
-                    ) from error
-            for source in spent.get(node, ()):
-                values.pop(source, None)
-        yield [values[node] for node in nodes]
+    names = [each.name for each in traced.tasks]
+    start = sum(each.in_spec.num_leaves for each in traced.tasks[: names.index(task)])
+    leaves = pytree.tree_leaves(batch)
+    return {node.name: leaf for node, leaf in zip(placeholders[start : start + len(leaves)], leaves, strict=True)}
+
+
+def _run(traced: Traced, order: Sequence[fx.Node], known: dict[str, Any], live: set[str], task: str) -> dict[str, Any]:
+    """Values by the names of nodes: `known` ones and those of `order`, as far as they are `live` in the end."""
+    values = dict(known)
+    last = {source.name: node for node in order for source in node.all_input_nodes if source.name not in live}
+    spent: dict[fx.Node, list[str]] = {}
+    for name, node in last.items():
+        spent.setdefault(node, []).append(name)
+    for node in order:
+        if node.op == "get_attr":
+            values[node.name] = get_tensor(traced.module, str(node.target)).detach()
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: values[source.name])
+            try:
+                values[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+            except Exception as error:
+                raise ExampleInputError(
+                    f"calibration: task {task!r} fails on a batch at {node.name} ({error}); make it yield batches of "
+                    "the shape of the example inputs"
+                ) from error
+        for name in spent.get(node, ()):
+            values.pop(name, None)
+    return {name: value for name, value in values.items() if name in live}
 
 
 def rows_of(
