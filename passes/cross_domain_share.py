@@ -2,7 +2,7 @@
 
 The input channels of a layer, those of both models together, are nodes of a graph whose weights are the similarities
 of their features. A spectral embedding of that graph regularises the training, which makes its clusters distinct;
-k-means on the embedding then divides the channels into clusters, the weights of a cluster become their mean and stay
+k-means on the embedding then divides the channels into clusters, the weights of a cluster become their centre and stay
 equal, for their gradients are averaged (Eq. 12):
 
     dL/dg_c = 1/n_c sum over i in cluster c of dL/dW_i.
@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graphzip.errors import GraphZipError, WeightsError
@@ -43,6 +44,9 @@ __all__ = ["CrossDomainSharePass"]
 
 logger = logging.getLogger(__name__)
 
+FloatArray = NDArray[np.floating[Any]]
+
+_LEAST: Final = 1e-6  # of the largest amplitude: what a channel that is always zero counts
 _SIZE: Final = 64  # columns of an embedding, at most: k-means needs no more for many clusters
 
 
@@ -126,15 +130,17 @@ class CrossDomainSharePass:
         return traced, model
 
     def end_stage(self, stage: str, model: nn.Module) -> None:
-        """After "regularize": find the clusters, where none were loaded, and set their weights to the mean."""
+        """After "regularize": find the clusters, where none were loaded, and make their weights equal."""
         if stage != "regularize":
             return
         if not self.clusters:
             if self._run is not None and self.options.regularizer != "growl":
                 with self._trimmed.collecting():
                     self._run()
-            labels = self._agreed([self._labels(layer, model) for layer in self.layers])
-            self._set({layer.name: _Clusters.of(layer, each) for layer, each in zip(self.layers, labels, strict=True)})
+            found = self._agreed([self._clustered(layer, model) for layer in self.layers])
+            self._set({clusters.layer.name: clusters for clusters, _ in found})
+            for clusters, amplitude in found:
+                _tie(clusters, amplitude, model)
         self.collapse_(model)
 
     def regularizer(self, model: nn.Module) -> Tensor | None:
@@ -226,10 +232,11 @@ class CrossDomainSharePass:
             return self._learned[layer.name].term(factor)
 
     @torch.no_grad()
-    def _labels(self, layer: SharedLayer, model: nn.Module) -> IntArray:
-        """The cluster of every channel, from the embedding of what is remembered."""
+    def _clustered(self, layer: SharedLayer, model: nn.Module) -> tuple[_Clusters, FloatArray]:
+        """The clusters of a layer, from what is remembered of its channels, and how large their features are."""
         if self.options.regularizer == "growl":
             rows = _channels(layer, model)
+            amplitude = rows.new_ones(len(rows))
         else:
             features = self._trimmed.remembered(layer.name)
             if features is None:
@@ -239,19 +246,19 @@ class CrossDomainSharePass:
                 )
             if not bool(features.isfinite().all()):
                 raise WeightsError(f"{layer.name!r} reads values that are NaN or infinite; train with a smaller step")
-            factor = factor_of(features)
-            rows = spectral_embedding(factor, min(layer.count, _SIZE), seed=self.seed)
-        found = np.empty(layer.channels, dtype=np.int64)
+            amplitude = features.norm(dim=1)
+            rows = spectral_embedding(factor_of(features), min(layer.count, _SIZE), seed=self.seed)
+        labels = np.empty(layer.channels, dtype=np.int64)
         parts = cluster("kmeans", rows.cpu().numpy(), layer.count, seed=self.seed, what=f"layer {layer.name!r}")
         for number, part in enumerate(parts):
-            found[part] = number
-        return found
+            labels[part] = number
+        return _Clusters.of(layer, labels), amplitude.cpu().numpy()
 
-    def _agreed(self, labels: list[IntArray]) -> list[IntArray]:
+    def _agreed(self, found: list[tuple[_Clusters, FloatArray]]) -> list[tuple[_Clusters, FloatArray]]:
         """What the first process found, in all processes of a distributed training."""
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast_object_list(labels, src=0)
-        return labels
+            dist.broadcast_object_list(found, src=0)
+        return found
 
     def _set(self, clusters: dict[str, _Clusters]) -> None:
         self.clusters, self._found = clusters, None
@@ -265,6 +272,23 @@ class CrossDomainSharePass:
             parts = [each for owner, found in enumerate(self.clusters.values()) for each in found.slices(owner)]
             self._found = model, [Place.of(model, slices) for slices in parts]
         return self._found[1]
+
+
+@torch.no_grad()
+def _tie(clusters: _Clusters, amplitude: FloatArray, model: nn.Module) -> None:
+    """Set the weights of every cluster to their centre `g = sum_i a_i W_i / sum_i a_i`, `a_i` being the amplitudes.
+
+    Where the features of a cluster differ in their amplitudes alone, `x_i = a_i s`, this keeps the layer's output.
+    """
+    layer = clusters.layer
+    rows = _channels(layer, model)
+    number = torch.from_numpy(clusters.number).to(rows.device)
+    share = torch.from_numpy(amplitude).to(rows)
+    share = share.clamp_min(_LEAST * float(share.max()) or 1.0)
+    total = share.new_zeros(layer.count).index_add(0, number, share)
+    centres = torch.zeros_like(rows[: layer.count]).index_add(0, number, rows * (share / total[number])[:, None])
+    for name, part in zip(layer.weights, torch.split(centres[number], list(layer.sizes)), strict=True):
+        get_tensor(model, name).copy_(part.reshape(-1, layer.outs, *layer.kernel).transpose(0, 1))
 
 
 def _channels(layer: SharedLayer, model: nn.Module) -> Tensor:

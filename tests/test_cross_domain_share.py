@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import graphzip as gz
 from passes.cross_domain_share import CrossDomainSharePass
+from passes.trimmed import rows_of_input
 
 
 @functools.cache
@@ -91,15 +92,37 @@ def test_every_layer_has_exactly_the_clusters_that_were_asked_for() -> None:
     assert sorted(linear.unique().tolist()) == list(range(16))
 
 
-def test_tying_sets_every_cluster_to_its_mean() -> None:
-    ready = prepared()
+def test_tying_sets_every_cluster_to_its_centre() -> None:
+    """The mean of its weights, each counting as much as the features that it reads."""
+    ready = prepared(samples=10_000)
     before = weights(ready, "conv2")
     for stage in ready.steps():
         if stage == "finetune":
-            number = ready.clusters[:12]
-            for cluster in number.unique():
-                mean = before[number == cluster].mean(0)
-                torch.testing.assert_close(weights(ready, "conv2")[number == cluster][0], mean)
+            break
+    read = [
+        torch.cat([rows_of_input(model[:3](each), 2, (4, 4)) for each in DATA[name]], dim=1)
+        for name, model in ((name, model.eval()) for name, model in models().items())
+    ]
+    amplitude = torch.cat(read).norm(dim=1)
+    number = ready.clusters[:12]
+    for cluster in number.unique():
+        own = amplitude[number == cluster]
+        centre = (own[:, None] * before[number == cluster]).sum(0) / own.sum()
+        torch.testing.assert_close(weights(ready, "conv2")[number == cluster][0], centre)
+
+
+def test_clusters_set_by_hand_are_tied_by_their_mean() -> None:
+    ready = prepared()
+    before = weights(ready, "conv2")
+    by_hand = torch.cat([torch.arange(12) % 5, torch.arange(64) % 16])
+    for stage in ready.steps():
+        if stage == "regularize":
+            ready.clusters.copy_(by_hand)
+        else:
+            tied_rows = weights(ready, "conv2")
+    for cluster in range(5):
+        own = by_hand[:12] == cluster
+        torch.testing.assert_close(tied_rows[own], before[own].mean(0).expand(int(own.sum()), -1))
 
 
 @pytest.mark.parametrize("regularizer", ["normalized", "plain", "simple", "growl"])
