@@ -154,6 +154,7 @@ class CrossDomainSharePass:
         return self.options.strength * torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     def convert(self, traced: Traced) -> Traced:
+        assert self.clusters, "the stage 'regularize' has not ended"
         self.collapse_(traced.module)
         shared = []
         for name, clusters in self.clusters.items():
