@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphzip.graph.state import attach, get_tensor, named_state
+from graphzip.graph.state import attach, named_state
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
@@ -41,6 +41,7 @@ from passes.zip_channels import Channels
 from passes.zip_inputs import Feed, Kept, rows_of, values_of
 from passes.zip_layers import Layer, match
 from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
+from passes.zip_weights import augmented, deviations, double, matrix, with_one, write
 
 __all__ = ["ZipPass"]
 
@@ -215,17 +216,18 @@ class ZipPass(FreeTraining):
                 apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
             return apart
         found, given = Moments(layer.features + 1), self.given.get(layer.weight)
-        weight, missed = _augmented(traced, layer), torch.zeros(())
+        weight, missed = augmented(traced, layer), torch.zeros(())
         for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
-            flat = _with_one(rows)
+            flat = with_one(rows)
             if given is not None and found.count + len(flat) <= len(given.outputs):
                 wanted = given.outputs[found.count : found.count + len(flat)]
                 missed = missed + (wanted - flat @ weight.T).T @ flat
             found.add(flat)
-        self.residuals[layer.task] = missed / max(found.count, 1)
+        self.residuals.pop(layer.task, None)
         if self.batches[layer.task] != self.batches_given[layer.task]:
-            self.residuals[layer.task] = torch.zeros(())
             logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
+        elif missed.dim():
+            self.residuals[layer.task] = missed / found.count
         return found
 
     def _as_given(self, traced: Traced, feeds: Feeds) -> dict[str, _Given]:
@@ -234,13 +236,13 @@ class ZipPass(FreeTraining):
         for task in self.tasks if feeds else ():
             found = [self.matching.layers[name].get(task) for name in self.layers]
             layers = [layer for layer in found if layer is not None]
-            weights = {layer.name: _augmented(traced, layer) for layer in layers}
+            weights = {layer.name: augmented(traced, layer) for layer in layers}
             for layer, rows in self._read(traced, layers, feeds, Kept()) if layers else ():
                 if layer.depthwise:
                     wide = rows.repeat_interleave(layer.shape[0] // layer.groups, 1)
                     out = (wide * weights[layer.name][:, :-1]).sum(2)
                 else:
-                    out = _with_one(rows) @ weights[layer.name].T
+                    out = with_one(rows) @ weights[layer.name].T
                 pieces.setdefault(layer.weight, []).append(out)
             self.batches_given[task] = list(self.batches.get(task, []))
         made = {}
@@ -399,13 +401,13 @@ class ZipPass(FreeTraining):
         joint = torch.zeros(len(line.rows[line.owners[0]]), line.count, dtype=torch.float64)
         for owner in reversed(line.owners):
             source, place = line.inputs[owner]
-            joint[:, place] = _augmented(traced, layers[owner])[line.rows[owner]][:, source]
+            joint[:, place] = augmented(traced, layers[owner])[line.rows[owner]][:, source]
         source, place = line.inputs[task]
         own = torch.zeros(len(line.rows[task]), line.count, dtype=torch.float64)
-        own[:, place] = _augmented(traced, layers[task])[line.rows[task]][:, source]
+        own[:, place] = augmented(traced, layers[task])[line.rows[task]][:, source]
         if all(layer.norm is not None for layer in layers.values()):
-            joint = joint / _deviation(traced, layers[line.owners[0]])[line.rows[line.owners[0]]].unsqueeze(1)
-            own = own / _deviation(traced, layers[task])[line.rows[task]].unsqueeze(1)
+            joint = joint / deviations(traced, layers[line.owners[0]])[line.rows[line.owners[0]]].unsqueeze(1)
+            own = own / deviations(traced, layers[task])[line.rows[task]].unsqueeze(1)
         return joint, own
 
     def _solver(self, line: _Line, task: str, inputs: Inputs) -> Solver:
@@ -456,7 +458,7 @@ class ZipPass(FreeTraining):
         fuller = one.sum(1, keepdim=True) >= two.sum(1, keepdim=True)
         joint[:, :weights] *= torch.where(fuller, one, two)  # section 3.6: the mask with more ones
         if all(layer.norm is not None for layer in layers.values()):
-            deviation = _deviation(traced, layers[line.owners[0]])[line.rows[line.owners[0]]]
+            deviation = deviations(traced, layers[line.owners[0]])[line.rows[line.owners[0]]]
             joint = joint * deviation.unsqueeze(1)
             self._rescale(traced, layers[task], line.rows[task], deviation)
         mine = line.inputs[task]
@@ -464,18 +466,18 @@ class ZipPass(FreeTraining):
         for each in (*line.owners, task):
             source, place = line.inputs[each]
             common = np.array([int(where) in places for where in place])
-            _write(traced, layers[each], line.rows[each], source[common], joint[:, place[common]])
+            write(traced, layers[each], line.rows[each], source[common], joint[:, place[common]])
 
     def _missed(self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str) -> torch.Tensor:
         """What the outputs of the rows lack since the inputs were zipped, times the inputs: `(rows, inputs)`."""
         total = torch.zeros(len(line.rows[task]), line.count, dtype=torch.float64)
         for each in (*line.owners, task):
             residual = self.residuals.get(each)
-            if residual is not None and residual.dim():
+            if residual is not None:
                 source, place = line.inputs[each]
                 part = self._scale(each) * residual[line.rows[each]][:, source]
                 if all(layer.norm is not None for layer in layers.values()):
-                    part = part / _deviation(traced, layers[each])[line.rows[each]].unsqueeze(1)
+                    part = part / deviations(traced, layers[each])[line.rows[each]].unsqueeze(1)
                 total[:, place] += part
         return total
 
@@ -489,12 +491,12 @@ class ZipPass(FreeTraining):
         inputs: Inputs,
     ) -> None:
         normed = all(layer.norm is not None for layer in layers.values())
-        a, b = (_matrix(traced, layers[each])[rows[each]] for each in (owners[0], task))
+        a, b = (matrix(traced, layers[each])[rows[each]] for each in (owners[0], task))
         deviation = torch.ones(len(a), dtype=torch.float64)
         if normed:
-            deviation = _deviation(traced, layers[owners[0]])[rows[owners[0]]]
+            deviation = deviations(traced, layers[owners[0]])[rows[owners[0]]]
             self._rescale(traced, layers[task], rows[task], deviation)
-            b = _matrix(traced, layers[task])[rows[task]]
+            b = matrix(traced, layers[task])[rows[task]]
         one, two = sum(self._scale(owner) for owner in owners), self._scale(task)
         if self.options.metric != "hessian":
             joint = a + (b - a) * (two / (one + two))
@@ -508,20 +510,20 @@ class ZipPass(FreeTraining):
             step = torch.linalg.solve(whole, (hessians[task] @ (b - a).unsqueeze(2)))
             joint = a + step.squeeze(2)
         for each in (*owners, task):
-            _write(traced, layers[each], rows[each], np.arange(layers[each].positions), joint)
+            write(traced, layers[each], rows[each], np.arange(layers[each].positions), joint)
 
     def _rescale(self, traced: Traced, layer: Layer, rows: IntArray, deviation: torch.Tensor) -> None:
         """Let rows before a batch norm have another deviation, which changes nothing behind it."""
         assert layer.norm is not None
         assert self.given is not None
         scale = torch.ones(layer.shape[0], dtype=torch.float64)
-        scale[rows] = deviation / _deviation(traced, layer)[rows]
+        scale[rows] = deviation / deviations(traced, layer)[rows]
         if bool((scale == 1.0).all()):
             return
-        state = {leaf: _double(traced, leaf) for leaf in (layer.weight, layer.norm.mean, layer.norm.var)}
+        state = {leaf: double(traced, leaf) for leaf in (layer.weight, layer.norm.mean, layer.norm.var)}
         put(traced, layer.weight, state[layer.weight] * scale.reshape(-1, *[1] * (len(layer.shape) - 1)))
         if layer.bias is not None:
-            put(traced, layer.bias, _double(traced, layer.bias) * scale)
+            put(traced, layer.bias, double(traced, layer.bias) * scale)
         put(traced, layer.norm.mean, state[layer.norm.mean] * scale)
         var = (state[layer.norm.var] + layer.norm.eps) * scale.square() - layer.norm.eps
         put(traced, layer.norm.var, torch.where(scale == 1.0, state[layer.norm.var], var.clamp(min=0.0)))
@@ -537,8 +539,8 @@ class ZipPass(FreeTraining):
         if layer.norm is None or given is None:
             return
         before = given.spread
-        after = inputs.spread(_augmented(traced, layer) if isinstance(inputs, Moments) else _matrix(traced, layer))
-        mean, var = _double(traced, layer.norm.mean), _double(traced, layer.norm.var)
+        after = inputs.spread(augmented(traced, layer) if isinstance(inputs, Moments) else matrix(traced, layer))
+        mean, var = double(traced, layer.norm.mean), double(traced, layer.norm.var)
         put(traced, layer.norm.mean, mean + (after.mean - before.mean))
         ratio = torch.where(before.var > 0.0, after.var / before.var.clamp(min=1e-300), 1.0)
         put(traced, layer.norm.var, var * ratio)
@@ -560,39 +562,3 @@ def _watched(feed: Feed, sums: list[float]) -> Iterator[tuple[Any, ...]]:
         tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         sums.append(sum(float(tensor.double().sum()) for tensor in tensors))
         yield batch
-
-
-def _with_one(rows: torch.Tensor) -> torch.Tensor:
-    """Rows laid out flat, with a one for the bias at the end."""
-    return torch.cat([rows.flatten(1), rows.new_ones(len(rows), 1)], 1)
-
-
-def _double(traced: Traced, name: str) -> torch.Tensor:
-    return get_tensor(traced.module, name).detach().to("cpu", torch.float64)
-
-
-def _matrix(traced: Traced, layer: Layer) -> torch.Tensor:
-    """A layer's weight, `(rows, features)`."""
-    return _double(traced, layer.weight).flatten(1)
-
-
-def _augmented(traced: Traced, layer: Layer) -> torch.Tensor:
-    """The weight with the bias as its last column."""
-    weight = _matrix(traced, layer)
-    bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else _double(traced, layer.bias)
-    return torch.cat([weight, bias.unsqueeze(1)], 1)
-
-
-def _deviation(traced: Traced, layer: Layer) -> torch.Tensor:
-    """The deviation that the batch norm behind a layer divides by."""
-    assert layer.norm is not None
-    return (_double(traced, layer.norm.var) + layer.norm.eps).sqrt()
-
-
-def _write(traced: Traced, layer: Layer, rows: IntArray, features: IntArray, value: torch.Tensor) -> None:
-    """Set weights, and the bias where `features` reach beyond them."""
-    whole = _augmented(traced, layer)
-    whole[torch.from_numpy(rows).unsqueeze(1), torch.from_numpy(features)] = value
-    put(traced, layer.weight, whole[:, :-1].reshape(layer.shape))
-    if layer.bias is not None and (features == layer.features).any():
-        put(traced, layer.bias, whole[:, -1])

@@ -64,6 +64,7 @@ SHARED_BY_PASSES = (
     "passes.zip_inputs",
     "passes.zip_layers",
     "passes.zip_solve",
+    "passes.zip_weights",
 )
 TABLE_OF_PASSES = "passes.table"
 

@@ -396,3 +396,23 @@ def test_networks_that_do_not_correspond() -> None:
         gz.PlanError, match=r"the layers of task 'b' \(2\) cannot be matched with those of the first task"
     ):
         gz.prepare({"a": mlp(), "b": other}, gz.Plan([gz.Zip()]), {"a": (x,), "b": (x,)})
+
+
+class Shuffled:
+    """Batches in another order every time."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        return iter(self.batches[self.passes % 2 :] + self.batches[: self.passes % 2])
+
+
+def test_calibration_that_is_shuffled_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(3, 12)
+    data = {name: Shuffled([torch.randn(8, 12), torch.randn(8, 12)]) for name in "ab"}
+    nets = {"a": mlp().eval(), "b": mlp().eval()}
+    with caplog.at_level("WARNING"):
+        gz.compile(nets, gz.Plan([gz.Zip()]), dict.fromkeys(nets, (x,)), calibration=data)
+    assert "task 'a': its calibration batches differ from pass to pass; do not shuffle them" in caplog.text
