@@ -40,7 +40,7 @@ from passes.base import Feeds, FreeTraining
 from passes.zip_channels import Channels
 from passes.zip_inputs import Feed, Kept, rows_of, values_of
 from passes.zip_layers import Layer, match
-from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
+from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, gathered, pair
 from passes.zip_weights import augmented, deviations, double, matrix, with_one, write
 
 __all__ = ["ZipPass"]
@@ -139,6 +139,7 @@ class ZipPass(FreeTraining):
             self._forget()  # it was trained since
         if self.given is None:
             self.given = self._as_given(traced, feeds)
+        self.residuals = {}
         inputs = {task: self._inputs(result, layers[task], feeds) for task in joined} if feeds else {}
         for number, task in enumerate(joined[1:], start=1):
             self._decide(result, name, joined[:number], task, inputs)
@@ -214,20 +215,22 @@ class ZipPass(FreeTraining):
             apart = ChannelMoments(layer.shape[0], layer.positions)
             for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
                 apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
+            apart.add_up()
             return apart
         found, given = Moments(layer.features + 1), self.given.get(layer.weight)
-        weight, missed = augmented(traced, layer), torch.zeros(())
+        weight = augmented(traced, layer)
+        missed = torch.zeros_like(weight)
         for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
             flat = with_one(rows)
             if given is not None and found.count + len(flat) <= len(given.outputs):
                 wanted = given.outputs[found.count : found.count + len(flat)]
                 missed = missed + (wanted - flat @ weight.T).T @ flat
             found.add(flat)
-        self.residuals.pop(layer.task, None)
-        if self.batches[layer.task] != self.batches_given[layer.task]:
+        found.add_up()
+        if not all(gathered(self.batches[layer.task] == self.batches_given[layer.task])):
             logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
-        elif missed.dim():
-            self.residuals[layer.task] = missed / found.count
+        else:
+            self.residuals[layer.task] = sum(gathered(missed), torch.zeros(())) / max(found.count, 1)
         return found
 
     def _as_given(self, traced: Traced, feeds: Feeds) -> dict[str, _Given]:
@@ -248,7 +251,9 @@ class ZipPass(FreeTraining):
         made = {}
         for key, outs in pieces.items():
             out = torch.cat(outs)
-            made[key] = _Given(Spread.of(out.mean(0), out.square().mean(0)), out)
+            parts = gathered((out.sum(0), out.square().sum(0), len(out)))
+            total, square, count = (sum((part[place] for part in parts), torch.zeros(())) for place in range(3))
+            made[key] = _Given(Spread.of(total / count, square / count), out)
         return made
 
     # ------------------------------------------------------------------------------------------- pairing

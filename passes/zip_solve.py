@@ -15,20 +15,31 @@ import heapq
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 
 from graphzip.labels import IntArray
 from graphzip.ops.spec import FloatArray
 
-__all__ = ["ChannelMoments", "Moments", "Pairs", "Solver", "Spread", "pair"]
+__all__ = ["ChannelMoments", "Moments", "Pairs", "Solver", "Spread", "gathered", "pair"]
 
 logger = logging.getLogger(__name__)
 
 Pairs = tuple[IntArray, IntArray]
 """Positions in A and, pair by pair, positions in B."""
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process of `torch.distributed` has, in order of rank; `value` alone where there is one process."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 class Moments:
@@ -56,6 +67,20 @@ class Moments:
         else:
             assert self.gram is not None
             self.gram.addmm_(rows.T, rows)
+
+    def add_up(self) -> None:
+        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
+        parts = gathered((self.count, self.total, self.rows, self.gram))
+        if len(parts) == 1:
+            return
+        self.count = sum(part[0] for part in parts)
+        self.total = sum((part[1] for part in parts), torch.zeros(()))
+        kept = [part[2] for part in parts if part[2] is not None]
+        if len(kept) == len(parts) and self.count <= self.inputs:
+            self.rows = torch.cat(kept)
+            return
+        grams = (part[3] if part[2] is None else part[2].T @ part[2] for part in parts)
+        self.rows, self.gram = None, sum(grams, torch.zeros(()))
 
     def dense(self) -> torch.Tensor:
         """`E[x x^T]`, `(inputs, inputs)`."""
@@ -112,6 +137,12 @@ class ChannelMoments:
         self.count += len(rows)
         self.total += rows.sum(0)
         self.gram += torch.einsum("ncp,ncq->cpq", rows, rows)
+
+    def add_up(self) -> None:
+        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
+        parts = gathered((self.count, self.total, self.gram))
+        self.count = sum(part[0] for part in parts)
+        self.total, self.gram = (sum((part[place] for part in parts), torch.zeros(())) for place in (1, 2))
 
     def spread(self, weight: torch.Tensor) -> Spread:
         """Mean and variance of each output of kernels `(channels, positions)`."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import zip_worker
 from nets import Net
 from torch import Tensor, nn
 
@@ -416,3 +420,17 @@ def test_calibration_that_is_shuffled_is_noticed(caplog: pytest.LogCaptureFixtur
     with caplog.at_level("WARNING"):
         gz.compile(nets, gz.Plan([gz.Zip()]), dict.fromkeys(nets, (x,)), calibration=data)
     assert "task 'a': its calibration batches differ from pass to pass; do not shuffle them" in caplog.text
+
+
+@pytest.mark.slow
+def test_processes_that_calibrate_on_parts(tmp_path: Path) -> None:
+    """Two processes with half of the data each give what one gives with all of it."""
+    worker = Path(__file__).with_name("zip_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, value in zip_worker.zipped().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9, msg=name)
