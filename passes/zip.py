@@ -150,7 +150,8 @@ class ZipPass(FreeTraining):
         self.stored[name] = share(result, {task: layers[task].weight for task in joined}, keys)
         if self._joins_bias(layers):
             biases = {task: str(layers[task].bias) for task in joined}
-            share(result, biases, {task: (rows, None) for task, (rows, _) in keys.items()})
+            sizes = share(result, biases, {task: (rows, None) for task, (rows, _) in keys.items()})
+            self.stored[name] = self.stored[name][0] + sizes[0], self.stored[name][1] + sizes[1]
         finish(result)
         self.left = dict(named_state(result.module))
         if any(len(layer.nodes) > 1 for layer in layers.values()):
@@ -178,16 +179,20 @@ class ZipPass(FreeTraining):
         return result
 
     def summary(self) -> dict[str, Any]:
-        """For every layer what is shared: channels, and its weights as a share of all (Table 3's count)."""
+        """For every layer what is shared: channels, and its parameters as a share of all (Table 3's count)."""
         layers = {
-            name: {"channels": self.widths_shared.get(name, {}), "weights": list(sizes), "shared": self._share(sizes)}
+            name: {
+                "channels": self.widths_shared.get(name, {}),
+                "parameters": list(sizes),
+                "shared": self._share(sizes),
+            }
             for name, sizes in self.stored.items()
         }
         total = [sum(sizes[side] for sizes in self.stored.values()) for side in (0, 1)]
-        return {"layers": layers, "weights": total, "shared": self._share(total)}
+        return {"layers": layers, "parameters": total, "shared": self._share(total)}
 
     def _share(self, sizes: Sequence[int]) -> float:
-        """The share of each network's weights that all have, from their numbers before and after."""
+        """The share of each network's parameters that all have, from their numbers before and after."""
         before, after = sizes
         return (before - after) / (before * (1.0 - 1.0 / len(self.tasks))) if before else 0.0
 
