@@ -209,11 +209,13 @@ class _Reader:
 
     def costs(self, channels: torch.Tensor) -> torch.Tensor:
         """What taking out each one of these channels alone costs."""
-        columns = self.columns[channels]
+        costs = torch.zeros(len(channels), dtype=self.weight.dtype)
+        read = self.read[channels]
+        columns = self.columns[channels[read]]
         weight = self.weight[:, columns].permute(1, 2, 0)
         block = self.inverse[columns[:, :, None], columns[:, None, :]]
-        costs = (weight * torch.linalg.solve(block, weight)).sum((1, 2))
-        return torch.where(self.read[channels], costs, 0.0)
+        costs[read] = (weight * torch.linalg.solve(block, weight)).sum((1, 2))
+        return costs
 
     def remove(self, channels: torch.Tensor) -> None:
         """Take channels out and re-fit the rest."""

@@ -90,6 +90,18 @@ def plant(model: nn.Module, group: gz.ChannelGroup) -> None:
 # --- what is lossy gets better ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["resnext_block", "channel_shuffle_module", "grouped_conv"])
+def test_groups_of_a_convolution_keep_the_same_number(name: str) -> None:
+    model, x = NETS[name]()
+    model.eval()
+    randomize_(model, 0)
+    calibration = [torch.randn(16, *x[0].shape[1:]) for _ in range(2)]
+    how = {"keep": 0.5, "clustering": "reconstruction"}
+    plain = merged(model, x, calibration, **how)
+    fitted = merged(model, x, calibration, compensate="data", **how)
+    assert distance(model, fitted, calibration[0]) < distance(model, plain, calibration[0])
+
+
 @pytest.mark.parametrize("clustering", ["kmeans", "reconstruction"])
 def test_a_fit_brings_outputs_closer(clustering: str) -> None:
     model, x = net()
