@@ -308,21 +308,18 @@ class PruneChannels(PassOptions):
 
 
 class CrossDomainShare(PassOptions):
-    """Let two models of one architecture share weights (Gao, Deng and Huang, "Cross Domain Model Compression by
-    Structurally Weight Sharing"): those that read input channels of one cluster, of whichever model, are the same.
-
-    Sample i of a batch of one model belongs to sample i of the other's, in training and in calibration data.
+    """Let two models of one architecture share the weights that read channels of one cluster (Gao, Deng and Huang,
+    "Cross Domain Model Compression by Structurally Weight Sharing"). Sample i of a batch of one model belongs to sample
+    i of the other's, in training and in calibration data.
 
     - `clusters`: how many a layer has, over both models. A float in (0, 1] is a share of the input channels of both,
-      `max(1, floor(channels * clusters))`; an int of at least 1 is a count. Either is for all layers but the first and
-      the last. A mapping from globs on layer names to either: the first match wins, layers that no key matches keep
-      all. After a flatten every input feature is a channel of its own.
-    - `regularizer`: the term of the loss in the stage "regularize": `"normalized"` (graph embedding with balanced
-      clusters, Eq. 10), `"plain"` (Eq. 7), `"simple"` (Eq. 13), `"growl"` (Eq. 2, to compare with), or `None`; times
-      `strength`, at least 0.
-    - `pool`: height and width that feature maps are pooled down to before channels are compared; a map of one dimension
-      to `height * width`. `samples`: how many numbers of each channel, drawn at random, are compared in a batch.
-    - `exclude`: globs of layers that keep all their channels.
+      `max(1, floor(channels * clusters))`; an int is a count. Either is for all layers but the first and the last. A
+      mapping from globs on layer names to either: the first match wins, layers that no key matches keep all. After a
+      flatten every input feature is a channel of its own. `exclude`: globs of layers that keep all their channels.
+    - `regularizer`: the term of the loss in the stage "regularize": `"normalized"` (balanced clusters, Eq. 10),
+      `"plain"` (Eq. 7), `"simple"` (Eq. 13), `"growl"` (Eq. 2, to compare with), or `None`; times `strength`.
+    - `pool`: height and width that feature maps are pooled to before channels are compared; maps of one dimension to
+      `height * width`. `samples`: how many numbers of each channel, drawn at random, are compared in a batch.
 
     Raises `PlanError` when a value is out of range or of the wrong type.
     """
