@@ -29,7 +29,7 @@ def run(bench: Any) -> Any:
     digits = generator.integers(0, 255, (24, 28, 28)).astype(np.uint8)
     data = bench.part(digits, np.arange(24) % 10, None)
     options = argparse.Namespace(
-        batch=8, epochs=1, finetune=1, lr=0.01, finetune_lr=0.01, regularizer="normalized", strength=1.0
+        batch=8, epochs=1, finetune=1, lr=0.01, finetune_lr=0.01, regularizer="normalized", strength=1.0, growl=1e-3
     )
     torch.manual_seed(0)
     models = {name: bench.lenet() for name in bench.TASKS}
@@ -73,3 +73,11 @@ def test_correlations_have_the_channels_of_both_domains(bench: Any) -> None:
     assert weights.shape == features.shape == (40, 40)
     torch.testing.assert_close(weights.diagonal(), torch.ones(40))
     assert 0.0 <= bench.across(features) <= 1.0
+
+
+def test_pictures(bench: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = bench.pictures(run(bench), run(bench).train, tmp_path / "figures")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"conv2.png", "fc1.png", "clusters.svg"}
+    assert list(found) == ["before", "normalized", "growl"]
+    assert all(0.0 <= each <= 1.0 for layers in found.values() for row in layers.values() for each in row.values())

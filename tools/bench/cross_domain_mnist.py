@@ -325,7 +325,7 @@ def pictures(run: Run, data: Data, folder: Path) -> dict[str, Any]:
         for column, (kind, found) in enumerate(shown.items(), start=1):
             for row, (what, matrix) in enumerate(zip(("weights", "features"), found[layer], strict=True)):
                 axes = figure.add_subplot(2, len(shown), row * len(shown) + column)
-                image = axes.imshow(matrix.abs(), vmin=0, vmax=1)
+                image = axes.imshow(matrix.abs().numpy(), vmin=0, vmax=1)
                 axes.set_title(f"{what}, {kind}", fontsize=8)
         figure.colorbar(image, ax=figure.axes, shrink=0.5)
         figure.savefig(folder / f"{layer}.png", dpi=110)
