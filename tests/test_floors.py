@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.analysis",),
     (
         "graphzip.allocation",
+        "graphzip.distill",
         "graphzip.history",
         "graphzip.picture",
         "graphzip.plan",
