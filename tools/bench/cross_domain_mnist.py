@@ -378,7 +378,7 @@ def table(found: dict[str, Any], options: argparse.Namespace) -> Table:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=6_000, help="how many pictures to train on")
+    parser.add_argument("--images", type=int, default=4_000, help="how many pictures to train on")
     parser.add_argument("--start", type=int, default=4, help="epochs of the networks that are cut")
     parser.add_argument("--epochs", type=int, default=2, help="epochs with the regulariser, or of plain training")
     parser.add_argument("--finetune", type=int, default=2, help="epochs after the cut")
@@ -389,7 +389,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--regularizer", choices=("normalized", "plain", "simple", "growl"), default="normalized")
-    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--strength", type=float, default=100.0)
     parser.add_argument("--growl", type=float, default=1e-3, help="strength of GrOWL in the pictures")
     parser.add_argument("--pictures", type=Path, help="draw the correlations into this folder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
