@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graphzip.errors import PlanError
@@ -54,6 +52,7 @@ from graphzip.plan_checks import (
     show,
     slice_shape,
 )
+from graphzip.plan_yaml import read_yaml, to_yaml
 from graphzip.tables import closest
 
 if TYPE_CHECKING:
@@ -450,15 +449,9 @@ class Plan:
         """
         source = os.fspath(path)
         try:
-            data = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), Loader=_Loader)
-        except OSError as error:
-            raise PlanError(f"{source}: cannot be read: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise PlanError(f"{source}: not UTF-8 text (byte {error.start}); save the plan as UTF-8") from None
-        except yaml.YAMLError as error:
-            raise PlanError(f"{source}: not valid YAML: {_yaml_problem(error)}") from None
-        except (ValueError, LookupError, AttributeError, RecursionError) as error:  # PyYAML, on hostile scalars
-            raise PlanError(f"{source}: not valid YAML: {error}") from None
+            data = read_yaml(Path(path))
+        except ValueError as error:
+            raise PlanError(f"{source}: {error}") from None
         return _read(data, source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -466,8 +459,7 @@ class Plan:
 
         Raises `PlanError`, naming the file, when it cannot be written.
         """
-        text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
-        write_text(path, text, PlanError)
+        write_text(path, to_yaml(self.to_dict()), PlanError)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -563,41 +555,3 @@ def _read_pass(item: Any, where: str, problems: list[str]) -> list[PassOptions]:
     found = _fill(options, {str(key): value for key, value in given.items()}, where)
     problems += found
     return [] if found else [options]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, where a key given twice is an error and `3e-3` is a number (YAML 1.2), not text."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if (key.tag, key.value) in seen:
-                text = f"the key {key.value!r} is given twice"
-                raise yaml.composer.ComposerError(None, None, text, key.start_mark)
-            seen.add((key.tag, key.value))
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML's safe dumper, with the items of a list indented below its key and nothing written by reference."""
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    text = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark is not None else text

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "graphzip.picture",
         "graphzip.plan",
         "graphzip.plan_checks",
+        "graphzip.plan_yaml",
         "graphzip.results",
     ),
     ("graphzip.rewrite",),
