@@ -55,24 +55,35 @@ class Compiled:
         dynamic_batch: bool = True,
         verify: bool = True,
         per_task: bool = False,
+        same_input: bool = False,
     ) -> ExportReport:
         """Write an ONNX file and check it against `module` in onnxruntime.
 
         Of several models it is one graph that stores what they share once; inputs and outputs are named after the
         tasks, `a_x` and `a_output`. With `per_task` the path is a directory, made if its parent exists, with
-        `<task>.onnx` for each and one `weights.data` that all of them point into.
+        `<task>.onnx` for each and one `weights.data` that all of them point into. With `same_input` the joint graph has
+        one input for all tasks, and what they compute alike, from the input on, is computed once.
 
         Raises `ExportError` where it cannot be written and `VerificationError` where it computes something else; then
         no file is left.
         """
+        for name, given in (("per_task", per_task), ("same_input", same_input)):
+            if given and not self.tasks:
+                raise GraphZipError(f"{name} is for joint models; a single model was compiled: export to a file")
+        if per_task and same_input:
+            raise GraphZipError("per_task and same_input exclude each other: one input for all needs one file")
         if per_task:
-            if not self.tasks:
-                raise GraphZipError("per_task is for joint models; a single model was compiled: export to a file")
             tasks = {name: (self.task(name), self.example_inputs[name]) for name in self.tasks}
             return export_tasks(tasks, path, opset=opset, dynamic_batch=dynamic_batch, verify=verify)
         if self.tasks:
             return export_joint(
-                self.module, self.example_inputs, path, opset=opset, dynamic_batch=dynamic_batch, verify=verify
+                self.module,
+                self.example_inputs,
+                path,
+                opset=opset,
+                dynamic_batch=dynamic_batch,
+                verify=verify,
+                same_input=same_input,
             )
         return export_onnx(
             self.module,

@@ -16,11 +16,11 @@ from nets import Net
 from torch import Tensor, nn
 
 import graphzip as gz
+from graphzip.graph.clean import fetch_once
 from graphzip.graph.state import attach, find_aliases, named_state
 from graphzip.graph.trace import Traced, trace
 from graphzip.plan import PassOptions
 from graphzip.results import Report
-from graphzip.rewrite.factor import fetch_once
 from graphzip.rewrite.join import join, module_of, task_of
 from passes.base import FreeTraining
 from passes.table import PASSES
@@ -219,6 +219,31 @@ def wide() -> nn.Module:
         return net.head(net.conv(x).relu().mean((2, 3)))
 
     return Net(run, conv=nn.Conv2d(3, 64, 3), head=nn.Linear(64, 4)).eval()
+
+
+def test_one_input_for_all_is_computed_once(tmp_path: Path) -> None:
+    result = gz.compile({"a": wide(), "b": wide()}, PLAN, {name: (torch.randn(2, 3, 8, 8),) for name in "ab"})
+    assert result.export(tmp_path / "one.onnx", same_input=True).verified
+    graph = onnx.load(tmp_path / "one.onnx").graph
+    assert [value.name for value in graph.input] == ["inputs_0"]
+    assert [value.name for value in graph.output] == ["a_output", "b_output"]
+    assert [node.op_type for node in graph.node].count("Conv") == 1
+    x = torch.randn(3, 3, 8, 8)
+    session = onnxruntime.InferenceSession(tmp_path / "one.onnx", providers=["CPUExecutionProvider"])
+    for name, found in zip("ab", session.run(None, {"inputs_0": x.numpy()}), strict=True):
+        np.testing.assert_allclose(found, result.task(name)(x).detach().numpy(), atol=1e-5)
+
+
+def test_one_input_for_models_of_other_inputs(tmp_path: Path) -> None:
+    message = r"same_input: task 'b' takes Nx3x10x10, task 'a' takes Nx3x8x8; export them with inputs of their own"
+    with pytest.raises(gz.ExportError, match=message):
+        compiled().export(tmp_path / "one.onnx", same_input=True)
+    with pytest.raises(gz.GraphZipError, match="per_task and same_input exclude each other"):
+        compiled().export(tmp_path / "out", per_task=True, same_input=True)
+    alone = gz.compile(wide(), gz.Plan([]), (torch.randn(2, 3, 8, 8),))
+    with pytest.raises(gz.GraphZipError, match="same_input is for joint models; a single model was compiled"):
+        alone.export(tmp_path / "one.onnx", same_input=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

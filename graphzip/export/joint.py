@@ -21,6 +21,7 @@ from graphzip.errors import ExportError
 from graphzip.export.onnx import Built, ExportReport, build, export_mode, export_onnx
 from graphzip.export.verify import Example, require
 from graphzip.files import check_target, staged
+from graphzip.graph.tasks import common_module
 
 __all__ = ["export_joint", "export_tasks"]
 
@@ -40,11 +41,16 @@ def export_joint(
     opset: int | None,
     dynamic_batch: bool,
     verify: bool,
+    same_input: bool,
 ) -> ExportReport:
     """One graph of all tasks, whose inputs and outputs begin with the names of the tasks.
 
-    Every task has a batch of its own, free with `dynamic_batch`. Errors are those of `export_onnx`.
+    Every task has a batch of its own, free with `dynamic_batch`. With `same_input` there is one input for all, under
+    the name that the first task has for it, and what the tasks compute alike is computed once. Errors are those of
+    `export_onnx`; `ExportError` too where the tasks' inputs differ in shape or type.
     """
+    if same_input:
+        return _export_common(module, inputs, path, opset=opset, dynamic_batch=dynamic_batch, verify=verify)
     rows = max(2, *(_rows(given) for given in inputs.values()))
     given = tuple(_with_rows(each, rows) for each in inputs.values())
     return export_onnx(
@@ -56,6 +62,33 @@ def export_joint(
         verify=verify,
         by_task=True,
     )
+
+
+def _export_common(
+    module: nn.Module, inputs: Mapping[str, tuple[Any, ...]], path: str | os.PathLike[str], **options: Any
+) -> ExportReport:
+    kinds = {task: _kinds(given) for task, given in inputs.items()}
+    first = next(iter(inputs))
+    for task, kind in kinds.items():
+        if kind != kinds[first]:
+            raise ExportError(
+                f"same_input: task {task!r} takes {_described(kind)}, task {first!r} takes {_described(kinds[first])}; "
+                "export them with inputs of their own"
+            )
+    common = common_module({task: module.get_submodule(task) for task in inputs}, len(inputs[first]))
+    return export_onnx(common, inputs[first], path, by_task=True, same_input=True, **options)
+
+
+def _kinds(inputs: tuple[Any, ...]) -> list[Any]:
+    """Shape without the batch, and type, of every input."""
+    return [
+        (tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in pytree.tree_leaves(inputs)
+    ]
+
+
+def _described(kinds: list[Any]) -> str:
+    return ", ".join("x".join(["N", *map(str, each[0])]) if isinstance(each, tuple) else repr(each) for each in kinds)
 
 
 def export_tasks(

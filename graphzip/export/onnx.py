@@ -98,6 +98,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     verify: bool = True,
     by_task: bool = False,
+    same_input: bool = False,
 ) -> ExportReport:
     """Export `module` in eval form; the module itself stays as it is, its mode included.
 
@@ -122,6 +123,7 @@ def export_onnx(
             opset=opset,
             dynamic_batch=dynamic_batch,
             by_task=by_task,
+            same_input=same_input,
         )
         external = _weight_bytes(built.model) > SINGLE_FILE_LIMIT
         found: Verification | None = None
@@ -166,16 +168,21 @@ def build(
     opset: int | None,
     dynamic_batch: bool,
     by_task: bool = False,
+    same_input: bool = False,
     shared: Collection[str] = (),
 ) -> Built:
-    """Convert `module` inside `export_mode`. Tensors with the names `shared` stay as they are, for others read them."""
+    """Convert `module` inside `export_mode`. Tensors with the names `shared` stay as they are, for others read them.
+
+    A module of several tasks gives a dictionary `by_task`; each has inputs of its own unless it is the `same_input`.
+    """
     skeleton = share_copy(module).eval()
     outputs = _output_names(skeleton, example, by_task=by_task)
     dynamic = dynamic_batch and example.batch is not None
-    program = _capture(skeleton, example, dynamic=dynamic, by_task=by_task)
+    apart = by_task and not same_input
+    program = _capture(skeleton, example, dynamic=dynamic, by_task=apart)
     model = _convert(program, opset, shared)
     inputs, batches = _input_names(program), [_BATCH] * len(_input_names(program))
-    if by_task:
+    if apart:
         joint = _joint_inputs(skeleton, example)
         inputs, batches = [f"{task}_{name}" for task, name in joint], [_batch_name(task) for task, _ in joint]
     _tidy(model, inputs, outputs, _batch_symbols(program, batches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import operator
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from graphzip.errors import GraphZipError
 
-__all__ = ["Task", "check_task_names", "joined_module"]
+__all__ = ["Task", "check_task_names", "common_module", "joined_module"]
 
 _TAKEN = {*dir(fx.GraphModule), "meta"}
 
@@ -60,3 +61,15 @@ def joined_module(models: Mapping[str, nn.Module], arity: Mapping[str, int]) -> 
     module = fx.GraphModule(dict(models), graph, class_name="Tasks")
     module.training = any(model.training for model in models.values())
     return module
+
+
+def common_module(models: Mapping[str, nn.Module], arity: int) -> fx.GraphModule:
+    """A module that gives every one of the models the same `arity` inputs, and their outputs by task.
+
+    The inputs have the names of the first model's arguments.
+    """
+    graph = fx.Graph()
+    names = list(inspect.signature(next(iter(models.values())).forward).parameters)[:arity]
+    inputs = tuple(graph.placeholder(name) for name in names)
+    graph.output({name: graph.call_module(name, inputs) for name in models})
+    return fx.GraphModule(dict(models), graph, class_name="Tasks")
