@@ -41,6 +41,11 @@ def test_stacks_of_two_directions_shrink_layer_by_layer(kind: type[nn.Module]) -
     }
 
 
+@pytest.mark.filterwarnings("error")
+def test_tracing_says_nothing() -> None:
+    gz.channel_groups(tagger(nn.LSTM(8, 6, batch_first=True), 6).eval(), (words(),))
+
+
 def test_layers_may_differ_in_width_and_the_file_is_verified(tmp_path: Path) -> None:
     model = tagger(nn.GRU(8, 6, num_layers=2, batch_first=True), 6).eval()
     plan = gz.Plan([gz.ClusterMerge(keep={"cell.weight_hh_l0": 2, "cell.weight_hh_l1": 4})])

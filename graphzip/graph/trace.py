@@ -12,6 +12,7 @@ import io
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
@@ -179,6 +180,8 @@ _CHATTY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shap
 def _quiet() -> Iterator[None]:
     """Keep off the terminal what torch prints where an export fails: half a graph, and the traceback of an operator.
 
+    And what it says of every recurrent layer, which looks after its list of weights by itself.
+
     The error that is raised says what matters. What a model itself prints comes out after a successful export.
     """
     loggers = [logging.getLogger(name) for name in _CHATTY]
@@ -187,7 +190,8 @@ def _quiet() -> Iterator[None]:
     try:
         for chatty in loggers:
             chatty.disabled = True
-        with redirect_stderr(spill):
+        with redirect_stderr(spill), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*_flat_weights.* were assigned during export")
             yield
         sys.stderr.write(spill.getvalue())
     except Exception:
