@@ -76,7 +76,7 @@ def examine(name: str) -> dict[str, Any]:
     import torchvision
 
     torch.manual_seed(0)
-    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
+    options = {"init_weights": False, "aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
     model = torchvision.models.get_model(name, weights=None, **options).eval()
     size = max(((start, size) for start, size in SIZES.items() if name.startswith(start)), default=("", 64))[1]
     x = torch.randn(2, 3, size, size)
