@@ -12,7 +12,7 @@ Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pru
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from passes.centripetal import attach
 from passes.clustering import check_clustering, cluster
 from passes.elimination import elimination_orders, partition_of
 from passes.refit import Refit, refit
-from passes.segments import Partition, Place, features_of, pull, rows_of, slices_of, squared_deviations
+from passes.segments import Partition, Place, Slices, Tying, features_of, rows_of, slices_of
 from passes.variance import correct_variances_
 from passes.widths import Clusters, resolve
 
@@ -60,7 +60,7 @@ class Merged:
     means: Layout
 
 
-class ClusterMergePass:
+class ClusterMergePass(Tying):
     """`ClusterMerge` bound to a model: which channels of each group share a cluster is decided here."""
 
     stages = ("cluster_merge",)
@@ -102,7 +102,7 @@ class ClusterMergePass:
 
     def _decide(self) -> None:
         self._slices = slices_of(self.groups, self.clusters, self.traced)
-        self._found: tuple[nn.Module, list[Place]] | None = None
+        self._found = None
 
     @property
     def wants_data(self) -> bool:
@@ -174,18 +174,6 @@ class ClusterMergePass:
             tuple(sorted(part, key=lambda channel: (channel not in kept, channel))) for part in self.clusters[name]
         )
 
-    def collapse_(self, model: nn.Module) -> None:
-        self.pull_(model, 1.0)
-
-    def pull_(self, model: nn.Module, fraction: float) -> None:
-        pull(self._places(model), fraction)
-
-    def deviation(self, model: nn.Module) -> float:
-        return sum(self.deviations(model).values())
-
-    def deviations(self, model: nn.Module) -> dict[str, float]:
-        return squared_deviations(self._places(model), list(self.clusters))
-
     @torch.no_grad()
     def residual(self, model: nn.Module) -> float:
         total = 0.0
@@ -255,11 +243,8 @@ class ClusterMergePass:
             found["variances_corrected"] = self._corrected
         return found
 
-    def _places(self, model: nn.Module) -> list[Place]:
-        """Every slice that the clusters tie together; the same list for the same model until the clusters change."""
-        if self._found is None or self._found[0] is not model:
-            self._found = model, [Place.of(model, slices) for slices in self._slices]
-        return self._found[1]
+    def _tied(self) -> Iterable[Slices]:
+        return self._slices
 
 
 def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Traced) -> Partition:

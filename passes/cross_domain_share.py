@@ -16,7 +16,7 @@ section 3.3, sharing and Eq. 12 in section 3.4, the result in section 3.5.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from graphzip.rewrite.share import SharedWeight, share_weights
 from passes.centripetal import TIED, attach
 from passes.clustering import cluster
 from passes.embedding import NODES, Learned, spectral_embedding
-from passes.segments import Place, Slices, pull, squared_deviations
+from passes.segments import Slices, Tying
 from passes.shared_layers import SharedLayer, shared_layers, weights_before
 from passes.similarity import factor_of, growl, simple_loss
 from passes.trimmed import Trimmed
@@ -98,7 +98,7 @@ class _Clusters:
         }
 
 
-class CrossDomainSharePass:
+class CrossDomainSharePass(Tying):
     """`CrossDomainShare` bound to two models."""
 
     def __init__(self, options: CrossDomainShare, traced: Traced, *, seed: int, where: str) -> None:
@@ -114,7 +114,6 @@ class CrossDomainSharePass:
         self._random = np.random.default_rng(seed)
         self._learned: dict[str, Learned] = {}
         self._run: Callable[[], None] | None = None
-        self._found: tuple[nn.Module, list[Place]] | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -165,18 +164,6 @@ class CrossDomainSharePass:
             logger.info("%s: %d channels of both models in %d clusters", name, layer.channels, layer.count)
             shared.append(SharedWeight(nn.Parameter(weight, old.requires_grad), layer.weights, clusters.columns))
         return share_weights(traced, shared)
-
-    def collapse_(self, model: nn.Module) -> None:
-        self.pull_(model, 1.0)
-
-    def pull_(self, model: nn.Module, fraction: float) -> None:
-        pull(self._places(model), fraction)
-
-    def deviation(self, model: nn.Module) -> float:
-        return sum(self.deviations(model).values())
-
-    def deviations(self, model: nn.Module) -> dict[str, float]:
-        return squared_deviations(self._places(model), list(self.clusters))
 
     def residual(self, model: nn.Module) -> float:
         return 0.0
@@ -267,12 +254,8 @@ class CrossDomainSharePass:
             self._trimmed.leave()
             self._learned.clear()
 
-    def _places(self, model: nn.Module) -> list[Place]:
-        """The weights that are tied; the same list for the same model until the clusters change."""
-        if self._found is None or self._found[0] is not model:
-            parts = [each for owner, found in enumerate(self.clusters.values()) for each in found.slices(owner)]
-            self._found = model, [Place.of(model, slices) for slices in parts]
-        return self._found[1]
+    def _tied(self) -> Iterable[Slices]:
+        return [each for owner, found in enumerate(self.clusters.values()) for each in found.slices(owner)]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 
-__all__ = ["Layer", "layers_of", "left_alone"]
+__all__ = ["Layer", "layers_of", "left_alone", "sliding"]
 
 aten = torch.ops.aten
 
@@ -61,10 +62,10 @@ class Layer:
         """What stands under the weight for those rows of the output, (G, R, I * K)."""
         if self.node.target is _LINEAR:
             return x.reshape(-1, x.shape[-1])[rows].unsqueeze(0)
-        args, kernel = bind(self.node), self.shape[2:]
+        kernel = self.shape[2:]
         dims = len(kernel)
-        stride, dilation = (_spread(args[key], dims) for key in ("stride", "dilation"))
-        x = functional.pad(x, _padding(args["padding"], kernel, dilation))
+        pads, stride, dilation = sliding(self.node, kernel)
+        x = functional.pad(x, pads)
         channels, sizes, outs = x.shape[-dims - 1], x.shape[-dims:], output.shape[-dims:]
         offset = torch.zeros(1, 1, dtype=torch.int64)
         for size, out, step, reach, spread in zip(sizes, outs, stride, kernel, dilation, strict=True):
@@ -107,12 +108,19 @@ def left_alone(traced: Traced) -> dict[str, str]:
     return found
 
 
+def sliding(call: fx.Node, kernel: Sequence[int]) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
+    """How a convolution slides a kernel of that size: padding as `functional.pad` takes it, stride and dilation."""
+    args, dims = bind(call), len(kernel)
+    stride, dilation = (_spread(args[key], dims) for key in ("stride", "dilation"))
+    return _padding(args["padding"], kernel, dilation), stride, dilation
+
+
 def _spread(value: Any, dims: int) -> tuple[int, ...]:
     numbers = tuple(value)
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+def _padding(padding: Any, kernel: Sequence[int], dilation: tuple[int, ...]) -> list[int]:
     """As `functional.pad` takes it, the last dimension first."""
     sides = []
     for number, (reach, spread) in enumerate(zip(kernel, dilation, strict=True)):

@@ -29,6 +29,7 @@ __all__ = [
     "Place",
     "Rows",
     "Slices",
+    "Tying",
     "features_of",
     "pull",
     "rows_of",
@@ -263,3 +264,32 @@ def features_of(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype
     values = (tensor_rows if tensor_rows.dtype == torch.float64 else tensor_rows.float()).numpy()
     rows: np.ndarray[Any, np.dtype[np.floating[Any]]] = values[lead.indices].reshape(group.size, -1)
     return rows
+
+
+class Tying:
+    """What a pass is like whose clusters tie slices of parameters together until they are one."""
+
+    clusters: Mapping[str, Any]
+    _found: tuple[nn.Module, list[Place]] | None = None
+
+    def collapse_(self, model: nn.Module) -> None:
+        self.pull_(model, 1.0)
+
+    def pull_(self, model: nn.Module, fraction: float) -> None:
+        pull(self._places(model), fraction)
+
+    def deviation(self, model: nn.Module) -> float:
+        return sum(self.deviations(model).values())
+
+    def deviations(self, model: nn.Module) -> dict[str, float]:
+        return squared_deviations(self._places(model), list(self.clusters))
+
+    def _tied(self) -> Iterable[Slices]:
+        """The slices, each group of clusters with a number of its own."""
+        raise NotImplementedError
+
+    def _places(self, model: nn.Module) -> list[Place]:
+        """Where the slices are; the same list for the same model until `_found` is forgotten."""
+        if self._found is None or self._found[0] is not model:
+            self._found = model, [Place.of(model, slices) for slices in self._tied()]
+        return self._found[1]

@@ -21,7 +21,7 @@ from graphzip.errors import ExampleInputError
 from graphzip.graph.operators import CONVOLUTIONS
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
-from graphzip.ops.site import bind
+from passes.layer_rows import sliding
 
 __all__ = ["Feed", "Kept", "rows_of", "values_of"]
 
@@ -128,16 +128,8 @@ def rows_of(
 def _patches(
     call: fx.Node, x: torch.Tensor, kernel: Sequence[int], places: int, generator: torch.Generator
 ) -> torch.Tensor:
-    args = bind(call)
+    pads, stride, dilation = sliding(call, kernel[2:])
     dims = len(kernel) - 2
-    stride, dilation = (_spread(args[key], dims) for key in ("stride", "dilation"))
-    if args["padding"] == "same":
-        total = [step * (size - 1) for step, size in zip(dilation, kernel[2:], strict=True)]
-        pads = [side for whole in reversed(total) for side in (whole // 2, whole - whole // 2)]
-    elif args["padding"] == "valid":
-        pads = [0] * (2 * dims)
-    else:
-        pads = [size for size in reversed(_spread(args["padding"], dims)) for _ in range(2)]
     x = F.pad(x, pads)
     for dim, (size, step, gap) in enumerate(zip(kernel[2:], stride, dilation, strict=True)):
         x = x.unfold(2 + dim, (size - 1) * gap + 1, step)
@@ -149,8 +141,3 @@ def _patches(
     index: Any = (slice(None), slice(None), *(part.to(x.device) for part in torch.unravel_index(chosen, tuple(grid))))
     picked = view[index]
     return picked.transpose(1, 2).reshape(-1, x.shape[1], math.prod(kernel[2:]))
-
-
-def _spread(value: Any, dims: int) -> tuple[int, ...]:
-    numbers = tuple(value)
-    return numbers * dims if len(numbers) == 1 else numbers
