@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from side_by_side import side_by_side
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -80,15 +80,14 @@ def main() -> None:
     regularized = stepper(ready, list(ready.parameters()), ready.regularizer, batch, options.device)
     for step in (plain, regularized):  # the first steps allocate
         step()
-    pairs = [(plain(), regularized()) if turn % 2 else (regularized(), plain())[::-1] for turn in range(options.steps)]
-    times = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    before, after, ratio = side_by_side(plain, regularized, options.steps)
     found = {
         "device": options.device,
         "batch": options.batch,
         "size": options.size,
-        "plain_ms": 1e3 * times[0],
-        "regularized_ms": 1e3 * times[1],
-        "ratio": statistics.median(after / before for before, after in pairs),
+        "plain_ms": before,
+        "regularized_ms": after,
+        "ratio": ratio,
     }
     print(json.dumps(found, indent=2))
 

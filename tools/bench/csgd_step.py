@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from cifar import CifarResNet
+from side_by_side import side_by_side
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -57,14 +57,13 @@ def main() -> None:
     pulled = stepper(ready, ready.optimizer(SGD, **settings), options.batch, options.device)
     for step in (plain, pulled) * 2:  # the first steps allocate
         step()
-    pairs = [(plain(), pulled()) if turn % 2 else (pulled(), plain())[::-1] for turn in range(options.steps)]
-    times = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    before, after, ratio = side_by_side(plain, pulled, options.steps)
     found = {
         "device": options.device,
         "batch": options.batch,
-        "plain_ms": 1e3 * times[0],
-        "csgd_ms": 1e3 * times[1],
-        "ratio": statistics.median(after / before for before, after in pairs),
+        "plain_ms": before,
+        "csgd_ms": after,
+        "ratio": ratio,
     }
     print(json.dumps(found, indent=2))
 
