@@ -263,7 +263,7 @@ class WidthStudy:
     def _latency(self, widths: Mapping[str, int]) -> float:
         merge = ClusterMerge(keep=dict(self._merge(widths).keep), clustering="even", norms=self.options.norms)  # type: ignore[arg-type]
         found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self.known({}))
-        return latency_of(found.convert(self.traced))
+        return latency_of(found.merged(self.traced).traced)
 
     def _for_latency(self, amount: float) -> dict[str, int]:
         """Bisect the multiply-accumulates, for these are what latency can be steered by, and measure."""
@@ -336,7 +336,9 @@ class _Laboratory:
         if merge.wants_data:
             merge.calibrate(study.batches)
         if study.evaluate is not None:
-            return max(self.score - study.evaluate(_module(merge.convert(self.traced))), 0.0)
+            fitted = merge.options.compensate == "data"
+            slim = merge.convert(self.traced) if fitted else merge.merged(self.traced).traced
+            return max(self.score - study.evaluate(_module(slim)), 0.0)
         start = self._first_node(name)
         if self.original.place[start] < self.original.done:
             self.original = Values(self.traced, self.batches)

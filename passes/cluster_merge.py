@@ -133,22 +133,30 @@ class ClusterMergePass(Tying):
         self._decide()
 
     def convert(self, traced: Traced) -> Traced:
+        if self.options.compensate != "data" or not self.clusters:
+            return self._slim(traced)
         merged = self.merged(traced)
-        if self.options.compensate == "data" and self.clusters:
-            old, new = (Values(each, self._batches) for each in (traced, merged.traced))
-            self._refit = refit(old, new, merged.layout, merged.means)
+        old, new = (Values(each, self._batches) for each in (traced, merged.traced))
+        self._refit = refit(old, new, merged.layout, merged.means)
         return merged.traced
+
+    @torch.no_grad()
+    def _slim(self, traced: Traced) -> Traced:
+        """The slimmer model; `traced` is left with every channel at its centre."""
+        self._centre(traced)
+        merges = [self._merge(name) for name in self.clusters]
+        plain = self.options.norms == "plain"
+        result, self.left_plain = merge_channels(traced, self.analysis, merges, plain_norms=plain)
+        return result
 
     @torch.no_grad()
     def merged(self, traced: Traced) -> Merged:
         """The slimmer model before it is compensated with data; `traced` stays as it is."""
         original = {name: value.detach().clone() for name, value in named_state(traced.module)}
-        self._centre(traced)
-        merges = [self._merge(name) for name in self.clusters]
-        plain = self.options.norms == "plain"
-        result, self.left_plain = merge_channels(traced, self.analysis, merges, plain_norms=plain)
+        result = self._slim(traced)
         for name, value in named_state(traced.module):
             value.detach().copy_(original[name])
+        merges = [self._merge(name) for name in self.clusters]
         means = [self._merge(name) for name in self.clusters if name not in self.kept]
         return Merged(result, Layout.of(self.analysis, merges), Layout.of(self.analysis, means))
 

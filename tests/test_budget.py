@@ -21,6 +21,7 @@ from graphzip.analysis.channels import analyse
 from graphzip.analysis.cost import cost_of
 from graphzip.analysis.groups import channel_groups_of
 from graphzip.analysis.price import Price, prices_of
+from graphzip.graph.state import named_state
 from graphzip.graph.trace import trace
 
 
@@ -256,3 +257,11 @@ def test_a_plan_before_any_measurement_is_refused() -> None:
         gz.PlanError, match=r"nothing is measured yet; call measure\(\) before plan\(\) and frontier\(\)"
     ):
         gz.WidthStudy(model, x).plan(macs=0.5)
+
+
+def test_measuring_leaves_the_traced_weights_as_they_are() -> None:
+    model, x = net()
+    study = gz.WidthStudy(model, x, evaluate=lambda module: float(module(*x).abs().sum()))
+    study.measure()
+    for name, value in named_state(study.traced.module):
+        assert torch.equal(value, dict(named_state(model))[name]), name
