@@ -94,6 +94,7 @@ class LabelSpace:
     _shared: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _pins: list[tuple[IntArray, str]] = field(default_factory=list)
     _contain: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _lined_up: list[tuple[IntArray, IntArray]] = field(default_factory=list)
 
     def fresh(self, count: int) -> IntArray:
         labels = np.arange(self.size, self.size + count, dtype=np.int64)
@@ -114,6 +115,11 @@ class LabelSpace:
         one, every = np.broadcast_arrays(one, every)
         self._shared.append((one.ravel(), every.ravel()))
 
+    def line_up(self, rows: IntArray) -> None:
+        """The labels at one place of every row are the same, unless whole rows are the channels."""
+        first, others = np.broadcast_arrays(rows[:1], rows[1:])
+        self._lined_up.append((first.ravel(), others.ravel()))
+
     def pin(self, labels: IntArray, reason: str) -> None:
         self._pins.append((labels.ravel(), reason))
 
@@ -127,7 +133,7 @@ class LabelSpace:
 
         With `coarse`, every container and all that it holds are one channel: whole heads, whole groups.
         """
-        edges = list(self._equal) + (list(self._contain) if coarse else list(self._shared))
+        edges = list(self._equal) + (self._contain if coarse else self._shared + self._lined_up)
         while True:
             classes = self._components(edges)
             joined = [_single(classes, outer, inner) for outer, inner in self._contain]

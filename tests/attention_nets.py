@@ -178,6 +178,26 @@ def packed_chunk() -> Example:
 
 
 @net
+def heads_innermost() -> Example:
+    """NesT's: after attention the heads stand inside the widths, so that all of them keep the same places."""
+
+    def attend(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).view(x.shape[0], x.shape[1], 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).permute(0, 2, 3, 1).reshape(*x.shape[:2], -1)
+
+    return block(attend, qkv=packed())
+
+
+@net
+def packed_d_h() -> Example:
+    def attend(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).view(x.shape[0], x.shape[1], 3, WIDTH, HEADS).permute(2, 0, 4, 1, 3)
+        return joined(F.scaled_dot_product_attention(q, k, v))
+
+    return block(attend, qkv=packed())
+
+
+@net
 def packed_split_unequal() -> Example:
     """q and k narrower than v."""
 

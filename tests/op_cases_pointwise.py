@@ -35,6 +35,8 @@ CASES.together("copies", plain("alias clone contiguous detach _to_copy") | {
     "to.dtype": (torch.float64,),
     "to.device": (torch.device("cpu"), torch.float64),
     "to.dtype_layout": lambda m, x: aten.to.dtype_layout(x, dtype=torch.float64),
+    "to.other": lambda m, x: aten.to.other(x, x.double().sum(2)),
+    "type_as": lambda m, x: aten.type_as.default(x, x.double().sum(2)),
 })  # fmt: skip
 CASES.together("dropouts", {
     "dropout": lambda m, x: m.drop(x),

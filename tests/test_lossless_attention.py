@@ -38,7 +38,7 @@ NO_ONE_IS_PINNED = [
     "stream_instance_norm", "stream_normalize", "stream_normalize_last", "rotary_halves", "rotary_pairs",
     "multihead_attention_with_weights", "grouped_query_expand", "grouped_query_five_dims", "multi_query_broadcast",
     "multi_query_expand", "multi_query_repeat", "rotary_of_a_part", "channel_attention", "channel_attention_groups",
-    "linear_attention",
+    "linear_attention", "heads_innermost",
 ]  # fmt: skip
 """Networks in which only what the output or the vocabulary fixes is pinned."""
 
@@ -81,6 +81,7 @@ def _has_whole_blocks(name: str) -> bool:
 WHOLE_HEADS = [
     *PLAIN, "grouped_query_interleave", "grouped_query_sdpa", "grouped_query_expand", "encoder_stack", "rotary_halves",
     "rotary_pairs", "rotary_of_a_part", "query_key_norm", "query_key_rms_norm", "channel_attention", "linear_attention",
+    "heads_innermost", "packed_d_h",
 ]  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from graphzip.analysis.propagate import Propagation
 from graphzip.labels import Hashes, IntArray, Solution, mix, support
 from graphzip.ops.site import Move
 
-__all__ = ["find_blocks"]
+__all__ = ["Rectangles", "find_blocks"]
 
 
-def find_blocks(propagation: Propagation, solution: Solution, signature: Hashes) -> tuple[IntArray, dict[int, str]]:
+def find_blocks(solution: Solution, rectangles: Rectangles, signature: Hashes) -> tuple[IntArray, dict[int, str]]:
     """A block number per channel, and why channels cannot be merged where no blocks would do."""
     block = np.zeros(solution.count, dtype=np.int64)
     conflicts: dict[int, str] = {}
@@ -24,11 +24,10 @@ def find_blocks(propagation: Propagation, solution: Solution, signature: Hashes)
         for channel in np.unique(outer).tolist():
             conflicts.setdefault(channel, "holds whole blocks of channels")
         block = _refine(block, _sets(inner, place, solution.count))  # containers of one channel stay apart
-    rectangles = _Rectangles(propagation, solution)
     for _, classes, lines in rectangles.found:
         block = _refine(block, _sets(classes.ravel(), lines.ravel(), solution.count))
-    for name, classes in rectangles.torn:
-        for channel in np.unique(classes).tolist():
+    for name, labels, _ in rectangles.torn:
+        for channel in np.unique(rectangles.classes(labels)).tolist():
             conflicts.setdefault(channel, f"{name} lays parts of different blocks side by side")
     for name, classes, lines in rectangles.found:
         if not _even(classes, lines, signature, block):
@@ -37,13 +36,13 @@ def find_blocks(propagation: Propagation, solution: Solution, signature: Hashes)
     return block, conflicts
 
 
-class _Rectangles:
+class Rectangles:
     """Every rectangle of channels with its lines, and what does not keep lines together."""
 
     def __init__(self, propagation: Propagation, solution: Solution) -> None:
         self.solution = solution
         self.found: list[tuple[str, IntArray, IntArray]] = []
-        self.torn: list[tuple[str, IntArray]] = []
+        self.torn: list[tuple[str, IntArray, IntArray]] = []
         self.lines: dict[int, IntArray] = {}
         self.next_line = 0
         self._seen: set[bytes] = set()
@@ -61,6 +60,14 @@ class _Rectangles:
 
     def classes(self, axis: IntArray) -> IntArray:
         return self.solution.classes[axis]
+
+    def interleaved(self) -> list[IntArray]:
+        """Labels of what lays lines into each other, a row for each line.
+
+        What stays of such lines is in order only where the same places stay in all of them.
+        """
+        rows = [_in_rows(labels, lines) for _, labels, lines in self.torn if len(support(labels)) <= 1]
+        return [each for each in rows if each is not None and np.ptp(self.classes(each), axis=0).any()]
 
     def _fresh(self, count: int) -> IntArray:
         numbers = np.arange(self.next_line, self.next_line + count, dtype=np.int64)
@@ -124,7 +131,7 @@ class _Rectangles:
         elif (dim := self._joined_along(move, lines, flat)) is not None:
             self._lines_along(move.result, dim)
         else:
-            self.torn.append((name, self.classes(move.result)))
+            self.torn.append((name, move.result, lines))
 
     def _innermost(self, move: Move) -> int:
         """The dimension along which neighbours stood next to each other in the source."""
@@ -167,7 +174,8 @@ class _Rectangles:
             found, counts = np.unique(rows, return_counts=True)
             apart = sum(np.unique(row).size for row in rows) == found.size
             whole = all(sizes.get(line) == count for line, count in zip(found, counts, strict=True))
-            if apart and whole and (kinds == kinds[0]).all():
+            runs = sum(1 + int((np.diff(row) != 0).sum()) for row in rows)
+            if apart and whole and runs == found.size and (kinds == kinds[0]).all():
                 return dim
         return None
 
@@ -176,6 +184,16 @@ class _Rectangles:
         if key not in self._seen:
             self._seen.add(key)
             self.found.append((name, classes, lines))
+
+
+def _in_rows(labels: IntArray, lines: IntArray) -> IntArray | None:
+    """The labels of each line in a row of its own; none where the lines differ in length, or some belong to none."""
+    numbers, counts = np.unique(lines, return_counts=True)
+    if numbers[0] < 0 or (counts != counts[0]).any():
+        return None
+    order = np.argsort(lines.ravel(), kind="stable")
+    rows: IntArray = labels.ravel()[order].reshape(numbers.size, -1)
+    return rows
 
 
 def _sets(members: IntArray, keys: IntArray, count: int) -> Hashes:

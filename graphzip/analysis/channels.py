@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from graphzip.analysis.blocks import find_blocks
+from graphzip.analysis.blocks import Rectangles, find_blocks
 from graphzip.analysis.propagate import Propagation, propagate
 from graphzip.labels import Hashes, IntArray, LabelSpace, Solution, mix, ranks, support
 
@@ -67,14 +67,24 @@ def analyse(graph: fx.Graph) -> Analysis:
     space = LabelSpace()
     propagation = propagate(graph, space)
     roles = _roles(space, propagation)
-    fine = _level(propagation, space.solve())
-    coarse = _level(propagation, space.solve(coarse=True)) if fine.solution.containers else None
+    solution = space.solve()
+    rectangles = Rectangles(propagation, solution)
+    while interleaved := rectangles.interleaved():
+        for rows in interleaved:
+            space.line_up(rows)
+        solution = space.solve()
+        rectangles = Rectangles(propagation, solution)
+    fine = _level(propagation, solution, rectangles)
+    if not fine.solution.containers:
+        return Analysis(propagation, roles, fine, None)
+    whole = space.solve(coarse=True)
+    coarse = _level(propagation, whole, Rectangles(propagation, whole))
     return Analysis(propagation, roles, fine, coarse)
 
 
-def _level(propagation: Propagation, solution: Solution) -> Level:
+def _level(propagation: Propagation, solution: Solution, rectangles: Rectangles) -> Level:
     signature = _signatures(propagation, solution)
-    block, conflicts = find_blocks(propagation, solution, signature)
+    block, conflicts = find_blocks(solution, rectangles, signature)
     return Level(solution, signature, block, conflicts)
 
 

@@ -28,6 +28,7 @@ _MAY_ALIAS = {
     aten.to.dtype,
     aten.to.device,
     aten.to.other,
+    aten.type_as.default,
     aten.expand_as.default,
     aten.view_as.default,
     aten.reshape_as.default,

@@ -27,6 +27,8 @@ _IDENTITY = (
     aten.to.dtype,
     aten.to.device,
     aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
     aten._to_copy.default,
     aten.lift_fresh_copy.default,
 )
