@@ -114,9 +114,15 @@ class Prepared(nn.Module):
                 self._finish()
 
     def collapse_(self) -> None:
-        """Set every cluster of the current pass to its centre at once."""
+        """Bring the model into the state that `convert` would leave it in, at its present widths, and train from there.
+
+        Every cluster is set to its centre at once. With `ClusterMerge(compensate="data")` what reads the channels is
+        fitted as well: a warm start, for which a short training need not draw filters together first.
+        """
         active = self._synced()
         if active is not None:
+            with torch.inference_mode(False):
+                self._adopt()
             active.collapse_(self._inner())
 
     def pull_(self, fraction: float) -> None:

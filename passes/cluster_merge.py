@@ -28,6 +28,7 @@ from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.plan import RECONSTRUCTION, ClusterMerge
 from graphzip.rewrite.layout import Layout, Merge
+from graphzip.rewrite.params import spread_parameters
 from graphzip.rewrite.shrink import merge_channels
 from passes.centripetal import attach
 from passes.clustering import check_clustering, cluster
@@ -133,12 +134,40 @@ class ClusterMergePass(Tying):
         self._decide()
 
     def convert(self, traced: Traced) -> Traced:
-        if self.options.compensate != "data" or not self.clusters:
+        if self.options.compensate != "data" or self._is_collapsed(traced.module):
             return self._slim(traced)
+        return self._fitted(traced).traced
+
+    @torch.no_grad()
+    def collapse_(self, model: nn.Module) -> None:
+        """Give `model` the outputs that the slimmer one will have, with equal channels in every cluster.
+
+        With `compensate="data"` the consumers are fitted as `convert` would fit them. The graph has the model's tensors.
+        """
+        if self._is_collapsed(model):
+            return
+        if self.options.compensate == "data":
+            merged = self._fitted(self.traced)
+            found = spread_parameters(merged.layout, _first_names(merged.traced))
+        else:
+            self._centre(self.traced)
+            found = _first_names(self.traced)
+        held = dict(named_state(model))
+        for name, value in found.items():
+            if name in held:
+                held[name].copy_(value)
+
+    def _is_collapsed(self, model: nn.Module) -> bool:
+        """Whether the channels of every cluster are equal, so that there is nothing to make up for."""
+        found = [(rows, rows.gather(rows.tensors())) for _, rows in rows_of((at, 0) for at in self._places(model))]
+        return all(torch.equal(values, rows.first(values)) for rows, values in found)
+
+    def _fitted(self, traced: Traced) -> Merged:
+        """The slimmer model, compensated with data; `traced` stays as it is."""
         merged = self.merged(traced)
         old, new = (Values(each, self._batches) for each in (traced, merged.traced))
         self._refit = refit(old, new, merged.layout, merged.means)
-        return merged.traced
+        return merged
 
     @torch.no_grad()
     def _slim(self, traced: Traced) -> Traced:
@@ -167,9 +196,9 @@ class ClusterMergePass(Tying):
             source = torch.from_numpy(place.slices.cluster).to(place.tensor.device)
             place.tensor.copy_(place.tensor.index_select(place.slices.dim, source))
         if self.options.compensate == "free":
-            self._corrected = correct_variances_(traced, self._slices, lambda: self.collapse_(traced.module))
+            self._corrected = correct_variances_(traced, self._slices, lambda: self.pull_(traced.module, 1.0))
         else:
-            self.collapse_(traced.module)
+            self.pull_(traced.module, 1.0)
 
     def _merge(self, name: str) -> Merge:
         group = self.groups[name]
@@ -253,6 +282,11 @@ class ClusterMergePass(Tying):
 
     def _tied(self) -> Iterable[Slices]:
         return self._slices
+
+
+def _first_names(traced: Traced) -> dict[str, torch.Tensor]:
+    """Every tensor of a graph under the first of its names."""
+    return {name: value for name, value in named_state(traced.module) if name not in traced.aliases}
 
 
 def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Traced) -> Partition:

@@ -121,6 +121,48 @@ def test_the_user_s_model_stays_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+# --- a warm start -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensate", ["none", "free", "data"])
+@pytest.mark.parametrize("clustering", ["kmeans", "reconstruction"])
+@pytest.mark.parametrize("name", ["cifar_resnet_pad", "bottleneck", "resnext_block", "grouped_conv", "cifar_densenet"])
+def test_a_collapsed_model_computes_what_the_slim_one_will(name: str, clustering: str, compensate: str) -> None:
+    model, x = NETS[name]()
+    model = model.double().eval()
+    randomize_(model, 0)
+    calibration = [torch.randn(16, *x[0].shape[1:], dtype=torch.float64) for _ in range(2)]
+    plan = gz.Plan([gz.ClusterMerge(keep=0.5, clustering=clustering, compensate=compensate)])
+    prepared = gz.prepare(model, plan, (x[0].double(),), calibration=calibration)
+    expected = gz.compile(model, plan, (x[0].double(),), calibration=calibration).module(calibration[0])
+    prepared.collapse_()
+    assert prepared.deviation() == 0.0
+    assert relative(expected, prepared(calibration[0])) < 1e-9
+    compiled = prepared.convert()
+    assert relative(expected, compiled.module(calibration[0])) < 1e-9
+
+
+def test_a_warm_start_stays_collapsed_while_it_trains() -> None:
+    model, x = net()
+    plan = gz.Plan([gz.ClusterMerge(keep=0.5, clustering="reconstruction", compensate="data")])
+    prepared = gz.prepare(model, plan, x, calibration=data())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepared.collapse_()
+    prepared.train()
+    optimizer = prepared.optimizer(torch.optim.SGD, lr=0.01, momentum=0.9)
+    for batch in data():
+        optimizer.zero_grad()
+        (prepared(batch) - 1).square().mean().backward()
+        optimizer.step()
+    assert prepared.deviation() == 0.0
+    unseen = torch.randn(8, 3, 8, 8)
+    trained = prepared.eval()(unseen).detach()
+    compiled = prepared.convert()
+    assert relative(trained, compiled.module(unseen)) < 1e-5
+    assert relative(trained, model(unseen)) > 1e-2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_variances_of_merged_kernels_are_corrected_without_data() -> None:
     """The mean of two orthogonal kernels of norm 1 has half the variance of each, and so has the batch norm."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2), nn.Linear(2, 1)).eval()

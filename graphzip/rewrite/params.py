@@ -1,4 +1,4 @@
-"""Keep and add up slices of parameters."""
+"""Keep and add up slices of parameters, and the way back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphzip.analysis.propagate import ParamAxis
 from graphzip.labels import IntArray
 from graphzip.rewrite.layout import Layout
 
-__all__ = ["like", "shrink_parameters"]
+__all__ = ["like", "shrink_parameters", "spread_parameters"]
 
 
 def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -23,12 +23,29 @@ def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> di
     Consumer slices of a merged channel are added to those of the channel that stays, all others are dropped.
     """
     made: dict[str, torch.Tensor] = {}
-    owned = sorted(layout.analysis.propagation.params, key=lambda axis: axis.labels.ndim, reverse=True)
-    for axis in owned:
-        if not layout.mask(axis.labels).all():
-            current = made.get(axis.param, tensors[axis.param].detach())
-            made[axis.param] = _shrink(layout, axis, current)
+    for axis in _shrinking(layout):
+        current = made.get(axis.param, tensors[axis.param].detach())
+        made[axis.param] = _shrink(layout, axis, current)
     return {name: like(value, tensors[name]) for name, value in made.items()}
+
+
+def spread_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Values of the original widths that compute what the slim `tensors` do, and that a merge takes back to them.
+
+    Every channel of a cluster gets a copy of the one that stayed, and an equal share of its consumer slices. What did
+    not lose slices is given as it is.
+    """
+    made = {name: value.detach() for name, value in tensors.items()}
+    for axis in reversed(_shrinking(layout)):
+        if axis.param in made:
+            made[axis.param] = _spread(layout, axis, made[axis.param])
+    return made
+
+
+def _shrinking(layout: Layout) -> list[ParamAxis]:
+    """Those axes that lose slices: inputs of grouped kernels first, while the groups are all there."""
+    found = [axis for axis in layout.analysis.propagation.params if not layout.mask(axis.labels).all()]
+    return sorted(found, key=lambda axis: axis.labels.ndim, reverse=True)
 
 
 def like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -48,6 +65,21 @@ def _shrink(layout: Layout, axis: ParamAxis, value: torch.Tensor) -> torch.Tenso
     spread = value.reshape(groups, rows // groups, size, *kernel).transpose(1, 2).reshape(groups * size, -1)
     merged = _merge_dim(layout, axis.labels.ravel(), mask.ravel(), spread, 0, line=size)
     return merged.reshape(groups, left, rows // groups, *kernel).transpose(1, 2).reshape(rows, left, *kernel)
+
+
+def _spread(layout: Layout, axis: ParamAxis, value: torch.Tensor) -> torch.Tensor:
+    labels = np.atleast_2d(axis.labels)
+    groups, size = labels.shape
+    slot = np.cumsum(layout.mask(labels), axis=1).ravel() - 1
+    source = slot[layout.heirs(labels.ravel())].reshape(groups, size)
+    times = np.stack([np.bincount(row)[row] for row in source])
+    share = np.where(layout.analysis.roles[labels] & CONSUMER > 0, 1.0 / times, 1.0)
+    parts = []
+    for group, part in enumerate(value.chunk(groups) if axis.labels.ndim > 1 else [value]):
+        factor = torch.as_tensor(share[group], dtype=value.dtype, device=value.device)
+        spread = part.index_select(axis.dim, _index(source[group], value))
+        parts.append(spread * factor.reshape([-1 if dim == axis.dim else 1 for dim in range(value.dim())]))
+    return torch.cat(parts)
 
 
 def _merge_dim(

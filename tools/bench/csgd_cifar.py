@@ -6,7 +6,10 @@
 From one trained network each method makes a slim one (by default 5/8 of every width: 10-20-40) and trains for the same
 number of epochs with the same optimizer, learning-rate schedule and batches:
 
-- `csgd`: clusters, all epochs by `Prepared.optimizer`, then the merge; nothing is trained after it.
+- `csgd`: Centripetal SGD from a warm start: the clusters are chosen by reconstruction, `Prepared.collapse_` makes their
+  filters equal and fits what reads them on 512 of the training images, without labels; all epochs are by
+  `Prepared.optimizer`, then comes the merge, and nothing is trained after it.
+- `cold`: the paper's, clusters by k-means and filters drawn together while they train.
 - `merge`: the merge at once, then plain training of the slim network.
 - `magnitude`: the channels with the smallest kernels are dropped (`PruneChannels`), then plain training.
 - `torch-pruning`: group magnitude importance, local ratios, then plain training. Its shortcuts are 1 x 1 convolutions
@@ -45,6 +48,7 @@ import graphzip as gz
 
 BLOCKS = {"resnet20": 3, "resnet56": 9}
 EXAMPLE = (2, 3, 32, 32)
+UNLABELLED = 512
 
 
 @dataclass
@@ -120,8 +124,20 @@ def fine_tuned(run: Run, model: nn.Module) -> nn.Module:
 
 
 def csgd(run: Run) -> nn.Module:
+    plan = gz.Plan([gz.ClusterMerge(keep=run.options.keep, clustering="reconstruction", compensate="data")])
+    chosen = torch.randperm(len(run.data.train[1]), generator=torch.Generator().manual_seed(run.seed))[:UNLABELLED]
+    calibration = normalised(run.data.train[0][chosen.to(run.options.device)]).split(run.options.batch)
+    prepared = gz.prepare(run.model, plan, run.example, seed=run.seed, calibration=[(x,) for x in calibration])
+    prepared.collapse_()
+    return centripetal(run, prepared)
+
+
+def cold(run: Run) -> nn.Module:
     plan = gz.Plan([gz.ClusterMerge(keep=run.options.keep, strength=run.options.strength)])
-    prepared = gz.prepare(run.model, plan, run.example, seed=run.seed)
+    return centripetal(run, gz.prepare(run.model, plan, run.example, seed=run.seed))
+
+
+def centripetal(run: Run, prepared: gz.Prepared) -> nn.Module:
     optimizer = prepared.optimizer(SGD, steps=run.steps, **settings(run))
     train(run, prepared, optimizer, teacher=teacher_of(run))
     print(f"  deviation before the merge {prepared.deviation():.1e}", file=sys.stderr)
@@ -204,6 +220,7 @@ def torch_pruning(run: Run) -> nn.Module:
 
 METHODS: dict[str, Callable[[Run], nn.Module]] = {
     "csgd": csgd,
+    "cold": cold,
     "merge": merge,
     "magnitude": magnitude,
     "torch-pruning": torch_pruning,
