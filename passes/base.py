@@ -30,7 +30,7 @@ class Pass(Protocol):
         """Carry the decision out on the graph, which holds the trained weights."""
 
     def collapse_(self, model: nn.Module) -> None:
-        """Bring `model`, whose tensors the graph has, into the state that `convert` will give it, keeping its shapes."""
+        """Bring `model`, whose tensors the graph has, into the state that `convert` gives it, keeping its shapes."""
 
     def pull_(self, model: nn.Module, fraction: float) -> None:
         """Move `model` a part of the way that `collapse_` goes."""

@@ -142,7 +142,7 @@ class ClusterMergePass(Tying):
     def collapse_(self, model: nn.Module) -> None:
         """Give `model` the outputs that the slimmer one will have, with equal channels in every cluster.
 
-        With `compensate="data"` the consumers are fitted as `convert` would fit them. The graph has the model's tensors.
+        With `compensate="data"` consumers are fitted as `convert` would fit them. The graph has the tensors of `model`.
         """
         if self._is_collapsed(model):
             return
