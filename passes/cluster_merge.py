@@ -225,7 +225,10 @@ class ClusterMergePass(Tying):
         return None
 
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
-        attach(optimizer, lambda: self._places(model), strength=self.options.strength, steps=steps, where=self.where)
+        strength = self.options.strength
+        if strength != "auto" and self._is_collapsed(model):
+            steps = None  # however short the training is, nothing has to be drawn together
+        attach(optimizer, lambda: self._places(model), strength=strength, steps=steps, where=self.where)
 
     def state(self) -> torch.Tensor:
         """The number of the cluster of every channel, group after group: int64, (channels of all clustered groups).

@@ -142,14 +142,15 @@ def test_a_collapsed_model_computes_what_the_slim_one_will(name: str, clustering
     assert relative(expected, compiled.module(calibration[0])) < 1e-9
 
 
-def test_a_warm_start_stays_collapsed_while_it_trains() -> None:
+def test_a_warm_start_stays_collapsed_while_it_trains(caplog: pytest.LogCaptureFixture) -> None:
     model, x = net()
     plan = gz.Plan([gz.ClusterMerge(keep=0.5, clustering="reconstruction", compensate="data")])
     prepared = gz.prepare(model, plan, x, calibration=data())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prepared.collapse_()
     prepared.train()
-    optimizer = prepared.optimizer(torch.optim.SGD, lr=0.01, momentum=0.9)
+    optimizer = prepared.optimizer(torch.optim.SGD, lr=0.01, momentum=0.9, steps=len(data()))
+    assert "is weak" not in caplog.text
     for batch in data():
         optimizer.zero_grad()
         (prepared(batch) - 1).square().mean().backward()
