@@ -29,7 +29,7 @@ from graphzip.rewrite.factor import factor
 from graphzip.rewrite.lower import AtomCall, atom_calls, atoms_first
 from passes.atom_fit import fit_atoms, random_atoms
 from passes.base import FreeTraining
-from passes.conv_layers import blocks_of, kernel_of, select
+from passes.conv_layers import blocks_of, convolutions_of, kernel_of, select
 from passes.input_moments import input_moments
 
 __all__ = ["AtomFactorizePass"]
@@ -93,7 +93,7 @@ class AtomFactorizePass(FreeTraining):
             moments = input_moments({layer.name: model.get_submodule(layer.name) for layer in self.layers}, run)
         made = self._made(traced, model, moments)
         if self.options.init == "fit":
-            self.errors = {name: self._relative_error(traced, name, layer) for name, layer in made.items()}
+            self.errors = {name: self._relative_error(traced, name, made[name]) for name in self.splits}
         return factor(traced, model, self.layers, made)
 
     def convert(self, traced: Traced) -> Traced:
@@ -176,6 +176,7 @@ class AtomFactorizePass(FreeTraining):
                 atoms[member], coefficients[member] = basis, shared
         made: dict[str, AtomConv] = {}
         parameters: dict[Any, nn.Parameter] = {}
+        biases: dict[int, nn.Parameter] = {}
         for name, split in self.splits.items():
             own = [(name, number) for number in range(split.count)]
             weight = kernel_of(traced, name)
@@ -185,16 +186,17 @@ class AtomFactorizePass(FreeTraining):
                 value = torch.stack([coefficients[member] for member in own]) if apart else coefficients[own[0]]
                 parameters[key] = _parameter(value, weight)
             basis = torch.stack([atoms[member].reshape(-1, *split.layer.shape[2:]) for member in own])
-            made[name] = self._layer(model.get_submodule(name), split, _parameter(basis, weight), parameters[key])
+            stored = _parameter(basis, weight)
+            for holder, conv in convolutions_of(model, split.layer):
+                made[holder] = self._layer(conv, split, stored, parameters[key])
+                if conv.bias is not None and split.count > 1:
+                    made[holder].bias = biases.setdefault(id(conv.bias), _reordered(conv.bias, split))
         return made
 
     def _layer(self, conv: Any, split: _Split, atoms: nn.Parameter, coefficients: nn.Parameter) -> AtomConv:
         made: AtomConv = factored_conv("Atom", len(split.layer.shape) - 2)(
             conv, atoms, coefficients, groups=split.groups, drop=self.options.atom_drop, shuffled=split.count > 1
         )
-        if conv.bias is not None and split.count > 1:
-            order = conv.bias.detach().reshape(split.rows, split.count).t().reshape(-1).clone()
-            made.bias = nn.Parameter(order, requires_grad=conv.bias.requires_grad)
         return made
 
     def _factors(
@@ -233,6 +235,12 @@ class AtomFactorizePass(FreeTraining):
         error = math.sqrt(max(lost, 0.0) / size) if size else 0.0
         logger.info("%s: relative error of the kernel %.3g", self.names[name], error)
         return error
+
+
+def _reordered(bias: nn.Parameter, split: _Split) -> nn.Parameter:
+    """A bias in the order in which the filters stand in their groups."""
+    order = bias.detach().reshape(split.rows, split.count).t().reshape(-1).clone()
+    return nn.Parameter(order, requires_grad=bias.requires_grad)
 
 
 def _measured(calls: list[AtomCall]) -> dict[str, tuple[float, float]]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch import nn
 
 from graphzip.analysis.convs import ConvLayer
 from graphzip.graph.state import get_tensor
@@ -18,7 +20,7 @@ from graphzip.graph.trace import Traced
 from graphzip.plan import plan_error
 from graphzip.tables import closest
 
-__all__ = ["blocks_of", "first_match", "kernel_of", "select"]
+__all__ = ["blocks_of", "convolutions_of", "first_match", "kernel_of", "select"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,11 @@ logger = logging.getLogger(__name__)
 def kernel_of(traced: Traced, name: str) -> torch.Tensor:
     """The kernel of the convolution `name`, which is empty where the model itself is one."""
     return get_tensor(traced.module, f"{name}.weight" if name else "weight")
+
+
+def convolutions_of(model: nn.Module, layer: ConvLayer) -> list[tuple[str, Any]]:
+    """The modules that have the kernel of a layer, with their names."""
+    return [(name, model.get_submodule(name)) for name in layer.holders]
 
 
 def select(

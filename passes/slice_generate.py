@@ -28,7 +28,7 @@ from graphzip.graph.trace import Traced
 from graphzip.plan import SliceGenerate, plan_error
 from graphzip.rewrite.factor import factor
 from passes.base import FreeTraining
-from passes.conv_layers import first_match, kernel_of, select
+from passes.conv_layers import convolutions_of, first_match, kernel_of, select
 
 __all__ = ["SliceGeneratePass", "cut"]
 
@@ -99,9 +99,8 @@ class SliceGeneratePass(FreeTraining):
         counts = [math.prod(slice_grid(layer.shape, self.options.slice)) for layer in layers]
         for layer, weight, own in zip(layers, weights, torch.split(codes, counts), strict=True):
             code = nn.Parameter(own.to(weight.device, weight.dtype).clone(), requires_grad=weight.requires_grad)
-            made[layer.name] = factored_conv("Slice", len(layer.shape) - 2)(
-                model.get_submodule(layer.name), code, stored, size=self.options.slice
-            )
+            for holder, conv in convolutions_of(model, layer):
+                made[holder] = factored_conv("Slice", len(layer.shape) - 2)(conv, code, stored, size=self.options.slice)
             if self.options.init == "fit":
                 self._note_error(layer.name, weight.detach().double(), made[layer.name].kernel().detach().double())
         return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,7 +23,8 @@ class ConvLayer:
     """One `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, in execution order.
 
     `name` is its name in the traced model, `shape` that of its kernel, `(out, in / groups, *size)`, `feature` the
-    spatial size of its output, `nodes` its calls. `reason` says why its kernel cannot be stored in another form.
+    spatial size of its output, `nodes` its calls. `twins` are the names of other layers that have the same kernel.
+    `reason` says why its kernel cannot be stored in another form.
     """
 
     name: str
@@ -32,6 +33,16 @@ class ConvLayer:
     feature: tuple[int, ...]
     nodes: tuple[fx.Node, ...]
     reason: str | None
+    twins: tuple[str, ...] = ()
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The names of all layers that have the kernel."""
+        return (self.name, *self.twins)
+
+    def calls_of(self, holder: str) -> list[fx.Node]:
+        """The calls of one of `holders`; where it alone has the kernel, all."""
+        return [node for node in self.nodes if not self.twins or node.meta.get("owner") == holder]
 
     @property
     def pointwise(self) -> bool:
@@ -54,20 +65,26 @@ def conv_layers(traced: Traced) -> list[ConvLayer]:
 def _layer(traced: Traced, weight: str, nodes: tuple[fx.Node, ...]) -> ConvLayer:
     args = bind(nodes[0])
     shape = concrete_shape(args["weight"].meta["val"])
-    name = weight.removesuffix("weight").removesuffix(".")
     feature = concrete_shape(nodes[0].meta["val"])[2 - len(shape) :]
-    return ConvLayer(name, shape, args["groups"], feature, nodes, _reason(traced, weight, name, nodes))
+    twins = tuple(_owner(alias) for alias, first in traced.aliases.items() if first == weight)
+    layer = ConvLayer(_owner(weight), shape, args["groups"], feature, nodes, None, twins)
+    return replace(layer, reason=_reason(traced, weight, layer))
 
 
-def _reason(traced: Traced, weight: str, name: str, nodes: tuple[fx.Node, ...]) -> str | None:
-    fetch = bind(nodes[0])["weight"]
-    tied = {*traced.aliases, *traced.aliases.values()}
-    kind = traced.module_types.get(name, "")
-    if kind not in {"Conv1d", "Conv2d", "Conv3d"} or weight not in {"weight", f"{name}.weight"}:
+def _owner(weight: str) -> str:
+    return weight.removesuffix("weight").removesuffix(".")
+
+
+def _reason(traced: Traced, weight: str, layer: ConvLayer) -> str | None:
+    kinds = {traced.module_types.get(name, "") for name in layer.holders}
+    held = {weight, *(alias for alias, first in traced.aliases.items() if first == weight)}
+    if not kinds <= {"Conv1d", "Conv2d", "Conv3d"} or held != {f"{name}.weight".lstrip(".") for name in layer.holders}:
         return "its kernel is not that of an nn.Conv1d, nn.Conv2d or nn.Conv3d"
-    if weight in tied:
-        return "its kernel is shared with another layer"
-    if len(fetch.users) != len(nodes) or len({(bind(node)["groups"], str(bind(node)["bias"])) for node in nodes}) > 1:
+    calls = [layer.calls_of(name) for name in layer.holders]
+    alike = all(len({(bind(node)["groups"], str(bind(node)["bias"])) for node in own}) <= 1 for own in calls)
+    groups = {bind(node)["groups"] for node in layer.nodes}
+    readers = len(bind(layer.nodes[0])["weight"].users)
+    if not readers == len(layer.nodes) == sum(map(len, calls)) or not alike or len(groups) > 1:
         return "its kernel is read by other operators"
     if get_tensor(traced.module, weight).is_meta:
         return "it has no weights (they are on the meta device)"

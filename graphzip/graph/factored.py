@@ -95,7 +95,7 @@ class FactoredConv(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{name}={tuple(getattr(self, name).shape)}" for name in self.operands)
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {sizes}"
+        return f"{super().extra_repr()}, {sizes}"
 
 
 class AtomConv(FactoredConv):

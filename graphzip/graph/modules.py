@@ -114,15 +114,33 @@ class _Restorer:
             args = _bound(node)
             names = {str(each.target) for each in builders if each.op == "get_attr"}
             owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in ("atoms", "codes")}
-            owner = owners.pop() if len(owners) == 1 else ""
+            owner = self._holder(node, owners.pop()) if len(owners) == 1 else ""
             if self.types.get(owner) in FACTORED and len(names) == len(FACTORED[self.types[owner]].operands):
-                made = _factored(self.types[owner], args, self.module.get_submodule(owner), builders)
+                held = self.module.get_submodule(owner)
+                if not self._has_bias(held, args["bias"]):
+                    continue
+                made = _factored(self.types[owner], args, held, builders)
                 if repr(made) == self.made.setdefault(owner, repr(made)):
                     self._install(owner, made)
                     self._call(node, owner, (args["input"],))
         for node in [each for builders in found.values() for each in builders]:
             if not node.users and not node._erased:
                 self.module.graph.erase_node(node)
+
+    def _holder(self, node: fx.Node, first: str) -> str:
+        """The module that ran a convolution, where it has the factors of the module `first` too; else that one."""
+        own = str(node.meta.get("owner", ""))
+        if own == first or self.types.get(own) != self.types.get(first) or not _has_submodule(self.module, own):
+            return first
+        one, other = (self.module.get_submodule(name) for name in (own, first))
+        shared = FACTORED[self.types[own]].operands if self.types.get(own) in FACTORED else ()
+        return own if shared and all(getattr(one, leaf) is getattr(other, leaf) for leaf in shared) else first
+
+    def _has_bias(self, held: nn.Module, bias: fx.Node | None) -> bool:
+        own = held._parameters.get("bias")
+        if bias is None:
+            return own is None
+        return bias.op == "get_attr" and own is get_tensor(self.module, str(bias.target))
 
     def _norm(self, node: fx.Node, layer: _Layer) -> None:
         """A norm with running statistics follows the mode, unless it never uses them or always does."""

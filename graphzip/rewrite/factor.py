@@ -29,7 +29,7 @@ aten = torch.ops.aten
 def factor(
     traced: Traced, model: nn.Module, layers: Sequence[ConvLayer], made: Mapping[str, FactoredConv]
 ) -> tuple[Traced, nn.Module]:
-    """Put the factored convolutions `made`, by name, in place of `layers`.
+    """Put the factored convolutions `made`, one for each holder of each of `layers`, in place of these.
 
     Returns a new graph, and `model` with its submodules replaced (`made[""]` itself where the model is a convolution).
     `traced` stays as it is.
@@ -38,16 +38,18 @@ def factor(
     result.module_types = dict(traced.module_types)
     counterpart = dict(zip(traced.graph.nodes, result.graph.nodes, strict=True))
     for layer in layers:
-        new = made[layer.name]
-        nodes = [counterpart[node] for node in layer.nodes]
-        _hold(result.module, layer.name, new)
-        kernel = Emitter.before(nodes[0], layer.name)
-        weight = kernel.atoms(new) if isinstance(new, AtomConv) else kernel.slices(new)
-        stored: Any = bind(nodes[0])["weight"]
-        for node in nodes:
-            _use(node, weight, new)
+        stored: Any = bind(counterpart[layer.nodes[0]])["weight"]
+        for holder in layer.holders:
+            new = made[holder]
+            _hold(result.module, holder, new)
+            result.module_types[holder] = type(new).__name__
+            nodes = [counterpart[node] for node in layer.calls_of(holder)]
+            if nodes:
+                kernel = Emitter.before(nodes[0], holder)
+                weight = kernel.atoms(new) if isinstance(new, AtomConv) else kernel.slices(new)
+            for node in nodes:
+                _use(node, weight, new)
         result.graph.erase_node(stored)
-        result.module_types[layer.name] = type(new).__name__
     result.aliases = find_aliases(result.module)
     fetch_once(result.graph, result.aliases)
     drop_unread(result.module, result.graph)
@@ -68,11 +70,11 @@ def _hold(root: nn.Module, name: str, layer: FactoredConv) -> None:
 
 
 def _replace(model: nn.Module, layers: Sequence[ConvLayer], made: Mapping[str, FactoredConv]) -> nn.Module:
-    for layer in layers:
-        if not layer.name:
+    for name in (holder for layer in layers for holder in layer.holders):
+        if not name:
             return made[""]
-        owner, _, leaf = layer.name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, made[layer.name])
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, made[name])
     return model
 
 

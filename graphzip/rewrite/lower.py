@@ -88,9 +88,10 @@ def atoms_first(traced: Traced, names: Iterable[str]) -> Traced:
     """A graph in which these factored convolutions run their atoms first. `traced` stays as it is."""
     result = traced.copy()
     calls = atom_calls(result, names)
+    rewritten = {*names, *(str(call.node.meta.get("owner", "")) for call in calls)}
     for call in calls:
         _rewrite(call)
-    result.module_types = {name: kind for name, kind in traced.module_types.items() if name not in set(names)}
+    result.module_types = {name: kind for name, kind in traced.module_types.items() if name not in rewritten}
     result.graph.eliminate_dead_code()
     refresh(result)
     result.module.recompile()
