@@ -79,7 +79,7 @@ def test_shared_biases_stay_shared_where_filters_are_grouped() -> None:
 def test_merge_zip_and_factorize_in_one_plan(options: Any, tmp_path: Path) -> None:
     models, x = {"a": network(0), "b": network(1)}, torch.randn(4, 3, 8, 8)
     data = {name: [torch.randn(8, 3, 8, 8) for _ in range(2)] for name in models}
-    examples = {name: (x,) for name in models}
+    examples = dict.fromkeys(models, (x,))
     both = [gz.ClusterMerge(keep=0.5), gz.Zip()]
     zipped = gz.compile(models, gz.Plan(both), examples, calibration=data)
     compiled = gz.compile(models, gz.Plan([*both, options]), examples, calibration=data)
