@@ -97,7 +97,7 @@ def partition_of(group: ChannelGroup, order: Sequence[int], count: int, traced: 
 def _consumers(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[GroupParam]:
     """The layers that read the group, if those are all that do."""
     found = [param for param in group.params if param.role == "consumer"]
-    usable = all(param.param in layers and param.dim == 1 for param in found)
+    usable = all(param.param in layers and param.dim == layers[param.param].input_dim for param in found)
     return found if usable and not group.whole_blocks else []
 
 
@@ -227,7 +227,7 @@ class _Reader:
 
 
 def _readers(group: ChannelGroup, param: GroupParam, layer: Layer, moments: Moments, traced: Traced) -> list[_Reader]:
-    weight = get_tensor(traced.module, layer.name).detach().double().cpu()
+    weight = layer.matrix(get_tensor(traced.module, layer.name).detach().double().cpu())
     weight = (weight.flatten(1) * moments.sensitivity.sqrt()[:, None]).reshape(layer.groups, -1, weight[0].numel())
     inputs = layer.shape[1]
     positions = weight.shape[2] // inputs

@@ -2,7 +2,8 @@
 
 With `G` groups of a convolution (one for a linear layer), `I` inputs and `O` outputs per group and `K` positions of the
 kernel, a layer multiplies rows `(G, R, I * K)` by its weight and gives rows `(G, R, O)`: a row is one place of one
-sample's output.
+sample's output. A transposed convolution is the plain one, with the kernel turned round, over its input with zeros
+between the places.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ __all__ = ["Layer", "layers_of", "left_alone", "sliding"]
 aten = torch.ops.aten
 
 _LINEAR = aten.linear.default
-_OTHERS = {*TRANSPOSED, aten.convolution.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+_LAYERS = {*CONVOLUTIONS, *TRANSPOSED, _LINEAR}
+_OTHERS = {aten.convolution.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of a convolution or linear layer whose weight is a parameter that nothing else reads."""
+    """One call of a convolution or linear layer whose weight is a parameter that nothing else reads.
+
+    `shape` is that of the weight as `matrix` gives it, `(G * O, I, *kernel)`.
+    """
 
     node: fx.Node
     weight: fx.Node
@@ -49,6 +54,29 @@ class Layer:
         """The dimension of the output that its channels lie along."""
         return -1 if self.node.target is _LINEAR else 1 - len(self.shape)
 
+    @property
+    def transposed(self) -> bool:
+        return self.node.target in TRANSPOSED
+
+    @property
+    def input_dim(self) -> int:
+        """The dimension of the weight that the channels it reads lie along."""
+        return 0 if self.transposed else 1
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as a plain convolution has it: outputs, inputs of a group, kernel."""
+        if not self.transposed:
+            return weight
+        parted = torch.unflatten(weight, 0, (self.groups, -1)).transpose(1, 2)
+        return parted.flip(tuple(range(3, parted.dim()))).flatten(0, 1)
+
+    def weight_of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The way back from `matrix`."""
+        if not self.transposed:
+            return matrix
+        parted = torch.unflatten(matrix, 0, (self.groups, -1)).transpose(1, 2)
+        return parted.flip(tuple(range(3, parted.dim()))).flatten(0, 1)
+
     def places(self, output: torch.Tensor) -> int:
         """How many rows an output has."""
         return output.numel() // self.shape[0]
@@ -64,8 +92,11 @@ class Layer:
             return x.reshape(-1, x.shape[-1])[rows].unsqueeze(0)
         kernel = self.shape[2:]
         dims = len(kernel)
-        pads, stride, dilation = sliding(self.node, kernel)
-        x = functional.pad(x, pads)
+        if self.transposed:
+            x, stride, dilation = _spaced(self.node, x, kernel)
+        else:
+            pads, stride, dilation = sliding(self.node, kernel)
+            x = functional.pad(x, pads)
         channels, sizes, outs = x.shape[-dims - 1], x.shape[-dims:], output.shape[-dims:]
         offset = torch.zeros(1, 1, dtype=torch.int64)
         for size, out, step, reach, spread in zip(sizes, outs, stride, kernel, dilation, strict=True):
@@ -83,13 +114,15 @@ def layers_of(traced: Traced) -> dict[fx.Node, Layer]:
     tied = {*traced.aliases, *traced.aliases.values()}
     found = {}
     for node in traced.graph.nodes:
-        if node.target not in CONVOLUTIONS and node.target is not _LINEAR:
+        if node.target not in _LAYERS:
             continue
         args = bind(node)
         parts = [args["weight"], *([args["bias"]] if args["bias"] is not None else [])]
         if all(part.op == "get_attr" and reads[part.target] == 1 and part.target not in tied for part in parts):
-            shape = tuple(int(size) for size in args["weight"].meta["val"].shape)
-            found[node] = Layer(node, args["weight"], args["bias"], args["input"], shape, args.get("groups", 1))
+            shape, groups = [int(size) for size in args["weight"].meta["val"].shape], args.get("groups", 1)
+            if node.target in TRANSPOSED:
+                shape[:2] = shape[1] * groups, shape[0] // groups
+            found[node] = Layer(node, args["weight"], args["bias"], args["input"], tuple(shape), groups)
     return found
 
 
@@ -98,12 +131,11 @@ def left_alone(traced: Traced) -> dict[str, str]:
     known = {layer.weight for layer in layers_of(traced).values()}
     found = {}
     for node in traced.graph.nodes:
-        if node.target in {*CONVOLUTIONS, *_OTHERS, _LINEAR}:
+        if node.target in _LAYERS | _OTHERS:
             for operand in node.all_input_nodes:
                 if operand.op == "get_attr" and operand not in known and operand.meta["val"].dim() > 1:
-                    shared = node.target in CONVOLUTIONS or node.target is _LINEAR
                     found[str(operand.target)] = (
-                        "is read in more than one place" if shared else f"is read by {node.target}"
+                        "is read in more than one place" if node.target in _LAYERS else f"is read by {node.target}"
                     )
     return found
 
@@ -113,6 +145,24 @@ def sliding(call: fx.Node, kernel: Sequence[int]) -> tuple[list[int], tuple[int,
     args, dims = bind(call), len(kernel)
     stride, dilation = (_spread(args[key], dims) for key in ("stride", "dilation"))
     return _padding(args["padding"], kernel, dilation), stride, dilation
+
+
+def _spaced(
+    call: fx.Node, x: torch.Tensor, kernel: Sequence[int]
+) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
+    """What a transposed convolution's kernel slides over in steps of one, with these steps and its dilation."""
+    args, dims = bind(call), len(kernel)
+    keys = ("stride", "padding", "output_padding", "dilation")
+    stride, padding, extra, dilation = (_spread(args[key], dims) for key in keys)
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[-dims:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:-dims], *sizes)
+    places: Any = (..., *(slice(None, None, step) for step in stride))
+    wide[places] = x
+    sides = []
+    for reach, cut, more, spread in zip(kernel, padding, extra, dilation, strict=True):
+        side = spread * (reach - 1) - cut
+        sides.append((side, side + more))
+    return functional.pad(wide, [size for side in reversed(sides) for size in side]), (1,) * dims, dilation
 
 
 def _spread(value: Any, dims: int) -> tuple[int, ...]:

@@ -198,8 +198,8 @@ class _Walk:
         """Add a change (G, I * K [+ 1], O) to the weight, and to the bias or the running mean."""
         layer, new = target.layer, self.new
         weight = new[layer.weight][0]
-        moved = change[:, : change.shape[1] - intercept].transpose(1, 2).reshape(weight.shape)
-        new.set_tensor(layer.weight, weight + moved)
+        moved = change[:, : change.shape[1] - intercept].transpose(1, 2).reshape(layer.shape)
+        new.set_tensor(layer.weight, weight + layer.weight_of(moved))
         if intercept and layer.bias is not None:
             new.set_tensor(layer.bias, new[layer.bias][0] + change[:, -1].reshape(-1))
         elif intercept:

@@ -14,6 +14,8 @@ from planting import randomize_, relative
 from torch import Tensor, nn
 
 import graphzip as gz
+from graphzip.graph.trace import trace
+from passes.layer_rows import layers_of
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,43 @@ def test_groups_of_a_convolution_keep_the_same_number(name: str) -> None:
     plain = merged(model, x, calibration, **how)
     fitted = merged(model, x, calibration, compensate="data", **how)
     assert distance(model, fitted, calibration[0]) < distance(model, plain, calibration[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("clustering", ["kmeans", "reconstruction"])
+def test_transposed_convolutions_are_fitted(clustering: str, groups: int) -> None:
+    model = Net(
+        lambda m, x: m.up(m.first(x)),
+        first=unit(3, 12),
+        up=nn.ConvTranspose2d(12, 4, 3, 2, 1, output_padding=1, dilation=2, groups=groups),
+    ).eval()
+    randomize_(model, 0)
+    calibration, unseen = data(), torch.randn(64, 3, 8, 8)
+    how = {"keep": 0.5, "clustering": clustering}
+    plain = merged(model, (unseen[:2],), calibration, **how)
+    fitted = merged(model, (unseen[:2],), calibration, compensate="data", **how)
+    assert distance(model, fitted, unseen) < 0.9 * distance(model, plain, unseen)
+    (summary,) = fitted.report.passes
+    assert "up.weight" in summary["cluster_merge"]["fitted"]
+    assert ("kept" in summary["cluster_merge"]) == (clustering == "reconstruction")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("how", [(1, 0, 0, 1), (2, 1, 1, 1), (2, 1, 0, 2), (3, 0, 2, 1), (2, 2, 1, 1)])
+def test_a_transposed_convolution_is_a_matrix_product(dims: int, how: tuple[int, ...], groups: int) -> None:
+    stride, padding, extra, dilation = how
+    kind = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
+    made = kind(4, 6, 3, stride, padding, output_padding=extra, groups=groups, dilation=dilation).double()
+    x = torch.randn(2, 4, *[6, 5, 4][:dims], dtype=torch.float64)
+    y = made(x)
+    (layer,) = layers_of(trace(made, (x,))).values()
+    rows = torch.arange(layer.places(y))
+    read, weight = layer.read(x, y, rows), layer.matrix(made.weight)
+    assert weight.shape == layer.shape
+    assert torch.equal(layer.weight_of(weight), made.weight)
+    product = read @ weight.reshape(groups, -1, read.shape[2]).transpose(1, 2)
+    assert relative(layer.given(y, rows), product + made.bias.reshape(groups, 1, -1)) < 1e-12
 
 
 @pytest.mark.parametrize("clustering", ["kmeans", "reconstruction"])
@@ -202,14 +241,14 @@ def test_an_unknown_compensation_is_refused() -> None:
 
 def test_weights_that_cannot_be_fitted_are_named() -> None:
     model = Net(
-        lambda m, x: m.head(m.up(m.first(x)).relu()),
+        lambda m, x: m.head(m.same(m.same(m.first(x)).relu()).relu()),
         first=unit(3, 8),
-        up=nn.ConvTranspose2d(8, 6, 2, 2),
-        head=head(6),
+        same=nn.Conv2d(8, 8, 3, padding=1),
+        head=head(8),
     ).eval()
     compiled = merged(model, (torch.randn(2, 3, 8, 8),), data(), keep=0.5, compensate="data")
     (summary,) = compiled.report.passes
-    assert list(summary["cluster_merge"]["not_fitted"]) == ["up.weight"]
+    assert summary["cluster_merge"]["not_fitted"] == {"same.weight": "is read in more than one place"}
 
 
 def test_channels_that_were_chosen_are_part_of_a_checkpoint() -> None:
