@@ -6,9 +6,10 @@
 From one trained network each method makes a slim one (by default 5/8 of every width: 10-20-40) and trains for the same
 number of epochs with the same optimizer, learning-rate schedule and batches:
 
-- `csgd`: Centripetal SGD from a warm start: the clusters are chosen by reconstruction, `Prepared.collapse_` makes their
-  filters equal and fits what reads them on 512 of the training images, without labels; all epochs are by
-  `Prepared.optimizer`, then comes the merge, and nothing is trained after it.
+- `csgd`: Centripetal SGD from a warm start. `plan_for` splits the MACs that the uniform widths have over the groups,
+  `Prepared.collapse_` makes the filters of every cluster equal and fits what reads them, both on 512 of the training
+  images without labels; all epochs are by `Prepared.optimizer`, then comes the merge, and nothing is trained after it.
+- `uniform`: the same with the uniform widths.
 - `cold`: the paper's, clusters by k-means and filters drawn together while they train.
 - `merge`: the merge at once, then plain training of the slim network.
 - `magnitude`: the channels with the smallest kernels are dropped (`PruneChannels`), then plain training.
@@ -123,12 +124,34 @@ def fine_tuned(run: Run, model: nn.Module) -> nn.Module:
     return model
 
 
+def unlabelled(run: Run) -> list[tuple[Tensor]]:
+    """Some of the training images, the same for every seed."""
+    chosen = torch.randperm(len(run.data.train[1]), generator=torch.Generator().manual_seed(0))[:UNLABELLED]
+    return [(x,) for x in normalised(run.data.train[0][chosen.to(run.options.device)]).split(64)]
+
+
+def uniform_macs(run: Run) -> int:
+    """What uniform widths leave."""
+    plan = gz.Plan([gz.ClusterMerge(keep=run.options.keep, clustering="even")])
+    return gz.compile(run.model, plan, run.example).report.after.macs
+
+
 def csgd(run: Run) -> nn.Module:
+    calibration = unlabelled(run)
+    wanted = uniform_macs(run)
+    plan = gz.plan_for(run.model, run.example, macs=wanted, calibration=calibration, cache=run.options.cache)
+    return warm(run, plan, calibration)
+
+
+def uniform(run: Run) -> nn.Module:
     plan = gz.Plan([gz.ClusterMerge(keep=run.options.keep, clustering="reconstruction", compensate="data")])
-    chosen = torch.randperm(len(run.data.train[1]), generator=torch.Generator().manual_seed(run.seed))[:UNLABELLED]
-    calibration = normalised(run.data.train[0][chosen.to(run.options.device)]).split(run.options.batch)
-    prepared = gz.prepare(run.model, plan, run.example, seed=run.seed, calibration=[(x,) for x in calibration])
+    return warm(run, plan, unlabelled(run))
+
+
+def warm(run: Run, plan: gz.Plan, calibration: list[tuple[Tensor]]) -> nn.Module:
+    prepared = gz.prepare(run.model, plan, run.example, seed=run.seed, calibration=calibration)
     prepared.collapse_()
+    print(f"  {accuracy(prepared.eval(), *run.data.test):.2f} % before the training", file=sys.stderr)
     return centripetal(run, prepared)
 
 
@@ -209,8 +232,7 @@ def torch_pruned(run: Run, ratio: float) -> nn.Module:
 
 
 def torch_pruning(run: Run) -> nn.Module:
-    plan = gz.Plan([gz.ClusterMerge(keep=run.options.keep, clustering="even")])
-    wanted = gz.compile(run.model, plan, run.example).report.after.macs
+    wanted = uniform_macs(run)
     low, high = 0.0, 1.0 - run.options.keep / 2
     for _ in range(8):  # the largest ratio that leaves at least the MACs of the others: widths are whole numbers
         middle = (low + high) / 2
@@ -220,6 +242,7 @@ def torch_pruning(run: Run) -> nn.Module:
 
 METHODS: dict[str, Callable[[Run], nn.Module]] = {
     "csgd": csgd,
+    "uniform": uniform,
     "cold": cold,
     "merge": merge,
     "magnitude": magnitude,
@@ -298,6 +321,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=50_000, help="how many images of each part")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cache", type=Path, help="keep the sensitivities that csgd measures in this file")
     parser.add_argument("--plot", type=Path, help="draw the deviation of the last csgd run into this file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args()
@@ -311,7 +335,11 @@ def main() -> int:
         return 0
     found = measure(options, *loaded)
     if options.json:
-        print(json.dumps({"options": vars(options) | {"plot": str(options.plot)}, "found": found}, indent=2))
+        print(
+            json.dumps(
+                {"options": {name: str(value) for name, value in vars(options).items()}, "found": found}, indent=2
+            )
+        )
     else:
         Console(width=100).print(table(found, options))
     return 0
