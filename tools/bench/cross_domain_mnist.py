@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 import torch
 import torch.nn.functional as F
+from digits import view
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -79,13 +79,7 @@ def lenet() -> nn.Sequential:
 
 def domains(images: np.ndarray) -> dict[str, Tensor]:
     """The digits turned by 45 degrees, and blurred along 9 pixels."""
-    plain = images.astype(np.float32) / 255
-    turned = scipy.ndimage.rotate(plain, 45, axes=(1, 2), reshape=False, order=1)
-    blurred = scipy.ndimage.uniform_filter1d(plain, 9, axis=2)
-    return {
-        name: torch.from_numpy((each - each.mean()) / each.std()).unsqueeze(1)
-        for name, each in zip(TASKS, (turned, blurred), strict=True)
-    }
+    return {name: view(name, images) for name in TASKS}
 
 
 def part(images: np.ndarray, labels: np.ndarray, most: int | None) -> Data:

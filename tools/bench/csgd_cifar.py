@@ -42,6 +42,7 @@ from cifar import Block, CifarResNet, accuracy, augmented, data_folder, normalis
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from teaching import taught
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -98,15 +99,13 @@ def settings(run: Run) -> dict[str, Any]:
 def train(run: Run, model: nn.Module, optimizer: Optimizer, *, teacher: nn.Module | None = None) -> None:
     """Cosine learning rate, cross entropy; with a teacher a share of the loss is its answers (Hinton et al. 2015)."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
-    share, heat = (run.options.distill, 2.0) if teacher is not None else (0.0, 1.0)
+    share = run.options.distill if teacher is not None else 0.0
     model.train()
     for images, labels in batches(run):
         logits = model(images)
         loss = (1 - share) * F.cross_entropy(logits, labels)
         if teacher is not None:
-            with torch.no_grad():
-                wanted = F.softmax(teacher(images) / heat, 1)
-            loss = loss + share * heat**2 * F.cross_entropy(logits / heat, wanted)
+            loss = loss + share * taught(logits, teacher, images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -335,11 +334,7 @@ def main() -> int:
         return 0
     found = measure(options, *loaded)
     if options.json:
-        print(
-            json.dumps(
-                {"options": {name: str(value) for name, value in vars(options).items()}, "found": found}, indent=2
-            )
-        )
+        print(json.dumps({"options": vars(options), "found": found}, indent=2, default=str))
     else:
         Console(width=100).print(table(found, options))
     return 0

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from teaching import taught
 from torch import Tensor, nn
 
 import graphzip as gz
@@ -31,8 +32,8 @@ BATCH = 100
 SPARSITY = {"lenet-300-100": 0.9, "lenet-5": 0.9}
 LAST = 2 / 3
 """The share of the retraining that comes after the last layer."""
-TAUGHT, HEAT = 0.9, 2.0
-"""The share of the loss that is the answers of the networks before, and their temperature."""
+TAUGHT = 0.9
+"""The share of the loss that is the answers of the networks before."""
 
 
 def lenet_300_100() -> nn.Module:
@@ -184,9 +185,7 @@ def zipped(
 
 
 def _loss(logits: Tensor, before: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        wanted = F.softmax(before(x) / HEAT, 1)
-    return (1 - TAUGHT) * F.cross_entropy(logits, y) + TAUGHT * HEAT**2 * F.cross_entropy(logits / HEAT, wanted)
+    return (1 - TAUGHT) * F.cross_entropy(logits, y) + TAUGHT * taught(logits, before, x)
 
 
 def layers_of(nets: dict[str, nn.Module]) -> list[str]:

@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from cifar import CifarResNet, data_folder, normalised, read_images
+from digits import VIEWS, view
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from teaching import taught
 from torch import Tensor, nn
 
 import graphzip as gz
 
 BATCH = 64
-HEAT = 2.0
+NAMES = ("cifar10", *VIEWS)
 FILES = ("resnet20_cifar10.safetensors", "cifar10_jpeg.npz", "mnist.npz")
 
 Images = tuple[Tensor, Tensor]
@@ -56,10 +57,7 @@ class Tasks:
                     held[name] = normalised(pictures), labels
                 else:
                     chosen = np.random.default_rng(0).permutation(len(digits[part][1]))[:count]
-                    held[name] = (
-                        _digits(name, digits[part][0][chosen]),
-                        torch.from_numpy(digits[part][1][chosen]).long(),
-                    )
+                    held[name] = view(name, digits[part][0][chosen]), torch.from_numpy(digits[part][1][chosen]).long()
 
     def batches(self, name: str, seed: int) -> Iterator[Images]:
         """Random training batches without end."""
@@ -75,20 +73,6 @@ class Tasks:
         pictures, labels = self.test[name]
         parts = zip(pictures.split(500), labels.split(500), strict=True)
         return 100 * sum(int((net(x).argmax(1) != y).sum()) for x, y in parts) / len(labels)
-
-
-def _digits(name: str, images: np.ndarray) -> Tensor:
-    plain = images.astype(np.float32) / 255
-    changed = {
-        "mnist": lambda: plain,
-        "turned": lambda: scipy.ndimage.rotate(plain, 45, axes=(1, 2), reshape=False, order=1),
-        "blurred": lambda: scipy.ndimage.uniform_filter1d(plain, 9, axis=2),
-        "inverted": lambda: 1 - plain,
-    }[name]()
-    return torch.from_numpy((changed - changed.mean()) / changed.std()).unsqueeze(1)
-
-
-NAMES = ("cifar10", "mnist", "turned", "blurred", "inverted")
 
 
 def trained(name: str, tasks: Tasks, folder: Path, options: argparse.Namespace) -> nn.Module:
@@ -134,10 +118,8 @@ def retrain(prepared: gz.Prepared, nets: dict[str, nn.Module], tasks: Tasks, opt
     prepared.train()
     for _ in range(options.retrain):
         pictures = {name: next(feed)[0] for name, feed in feeds.items()}
-        with torch.no_grad():
-            wanted = {name: F.softmax(nets[name](x) / HEAT, 1) for name, x in pictures.items()}
         logits = prepared(**pictures)
-        loss = torch.stack([F.cross_entropy(logits[name] / HEAT, wanted[name]) for name in nets]).sum() * HEAT**2
+        loss = torch.stack([taught(logits[name], nets[name], pictures[name]) for name in nets]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
