@@ -227,7 +227,7 @@ class _Reader:
 
 
 def _readers(group: ChannelGroup, param: GroupParam, layer: Layer, moments: Moments, traced: Traced) -> list[_Reader]:
-    weight = layer.matrix(get_tensor(traced.module, layer.name).detach().double().cpu())
+    weight = layer.plain(get_tensor(traced.module, layer.name).detach().double().cpu())
     weight = (weight.flatten(1) * moments.sensitivity.sqrt()[:, None]).reshape(layer.groups, -1, weight[0].numel())
     inputs = layer.shape[1]
     positions = weight.shape[2] // inputs

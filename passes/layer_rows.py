@@ -35,7 +35,7 @@ _OTHERS = {aten.convolution.default, aten.addmm.default, aten.mm.default, aten.m
 class Layer:
     """One call of a convolution or linear layer whose weight is a parameter that nothing else reads.
 
-    `shape` is that of the weight as `matrix` gives it, `(G * O, I, *kernel)`.
+    `shape` is that of the weight as `plain` gives it, `(G * O, I, *kernel)`.
     """
 
     node: fx.Node
@@ -63,18 +63,11 @@ class Layer:
         """The dimension of the weight that the channels it reads lie along."""
         return 0 if self.transposed else 1
 
-    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as a plain convolution has it: outputs, inputs of a group, kernel."""
+    def plain(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as a plain convolution has it: outputs, inputs of a group, kernel. It is its own way back."""
         if not self.transposed:
             return weight
         parted = torch.unflatten(weight, 0, (self.groups, -1)).transpose(1, 2)
-        return parted.flip(tuple(range(3, parted.dim()))).flatten(0, 1)
-
-    def weight_of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The way back from `matrix`."""
-        if not self.transposed:
-            return matrix
-        parted = torch.unflatten(matrix, 0, (self.groups, -1)).transpose(1, 2)
         return parted.flip(tuple(range(3, parted.dim()))).flatten(0, 1)
 
     def places(self, output: torch.Tensor) -> int:

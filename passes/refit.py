@@ -199,7 +199,7 @@ class _Walk:
         layer, new = target.layer, self.new
         weight = new[layer.weight][0]
         moved = change[:, : change.shape[1] - intercept].transpose(1, 2).reshape(layer.shape)
-        new.set_tensor(layer.weight, weight + layer.weight_of(moved))
+        new.set_tensor(layer.weight, weight + layer.plain(moved))
         if intercept and layer.bias is not None:
             new.set_tensor(layer.bias, new[layer.bias][0] + change[:, -1].reshape(-1))
         elif intercept:

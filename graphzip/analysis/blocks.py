@@ -172,10 +172,9 @@ class Rectangles:
             rows = np.moveaxis(lines, dim, -1).reshape(-1, lines.shape[dim])
             kinds = np.moveaxis(operand, dim, -1).reshape(rows.shape)
             found, counts = np.unique(rows, return_counts=True)
-            apart = sum(np.unique(row).size for row in rows) == found.size
             whole = all(sizes.get(line) == count for line, count in zip(found, counts, strict=True))
-            runs = sum(1 + int((np.diff(row) != 0).sum()) for row in rows)
-            if apart and whole and runs == found.size and (kinds == kinds[0]).all():
+            runs = sum(1 + int((np.diff(row) != 0).sum()) for row in rows)  # as many as lines: each is one run
+            if runs == found.size and whole and (kinds == kinds[0]).all():
                 return dim
         return None
 

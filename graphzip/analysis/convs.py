@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,19 +67,20 @@ def _layer(traced: Traced, weight: str, nodes: tuple[fx.Node, ...]) -> ConvLayer
     args = bind(nodes[0])
     shape = concrete_shape(args["weight"].meta["val"])
     feature = concrete_shape(nodes[0].meta["val"])[2 - len(shape) :]
-    twins = tuple(_owner(alias) for alias, first in traced.aliases.items() if first == weight)
-    layer = ConvLayer(_owner(weight), shape, args["groups"], feature, nodes, None, twins)
-    return replace(layer, reason=_reason(traced, weight, layer))
+    weights = [weight, *(alias for alias, first in traced.aliases.items() if first == weight)]
+    name, *twins = map(_owner, weights)
+    layer = ConvLayer(name, shape, args["groups"], feature, nodes, None, tuple(twins))
+    return replace(layer, reason=_reason(traced, weights, layer))
 
 
 def _owner(weight: str) -> str:
     return weight.removesuffix("weight").removesuffix(".")
 
 
-def _reason(traced: Traced, weight: str, layer: ConvLayer) -> str | None:
+def _reason(traced: Traced, weights: Sequence[str], layer: ConvLayer) -> str | None:
     kinds = {traced.module_types.get(name, "") for name in layer.holders}
-    held = {weight, *(alias for alias, first in traced.aliases.items() if first == weight)}
-    if not kinds <= {"Conv1d", "Conv2d", "Conv3d"} or held != {f"{name}.weight".lstrip(".") for name in layer.holders}:
+    named = [f"{name}.weight".lstrip(".") for name in layer.holders]
+    if not kinds <= {"Conv1d", "Conv2d", "Conv3d"} or named != weights:
         return "its kernel is not that of an nn.Conv1d, nn.Conv2d or nn.Conv3d"
     calls = [layer.calls_of(name) for name in layer.holders]
     alike = all(len({(bind(node)["groups"], str(bind(node)["bias"])) for node in own}) <= 1 for own in calls)
@@ -86,6 +88,6 @@ def _reason(traced: Traced, weight: str, layer: ConvLayer) -> str | None:
     readers = len(bind(layer.nodes[0])["weight"].users)
     if not readers == len(layer.nodes) == sum(map(len, calls)) or not alike or len(groups) > 1:
         return "its kernel is read by other operators"
-    if get_tensor(traced.module, weight).is_meta:
+    if get_tensor(traced.module, weights[0]).is_meta:
         return "it has no weights (they are on the meta device)"
     return None

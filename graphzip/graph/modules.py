@@ -115,11 +115,9 @@ class _Restorer:
             names = {str(each.target) for each in builders if each.op == "get_attr"}
             owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in ("atoms", "codes")}
             owner = self._holder(node, owners.pop()) if len(owners) == 1 else ""
-            if self.types.get(owner) in FACTORED and len(names) == len(FACTORED[self.types[owner]].operands):
-                held = self.module.get_submodule(owner)
-                if not self._has_bias(held, args["bias"]):
-                    continue
-                made = _factored(self.types[owner], args, held, builders)
+            kind = self.types.get(owner, "")
+            if kind in FACTORED and len(names) == len(FACTORED[kind].operands) and self._has_bias(owner, args["bias"]):
+                made = _factored(kind, args, self.module.get_submodule(owner), builders)
                 if repr(made) == self.made.setdefault(owner, repr(made)):
                     self._install(owner, made)
                     self._call(node, owner, (args["input"],))
@@ -129,15 +127,14 @@ class _Restorer:
 
     def _holder(self, node: fx.Node, first: str) -> str:
         """The module that ran a convolution, where it has the factors of the module `first` too; else that one."""
-        own = str(node.meta.get("owner", ""))
-        if own == first or self.types.get(own) != self.types.get(first) or not _has_submodule(self.module, own):
+        own, kind = str(node.meta.get("owner", "")), self.types.get(first, "")
+        if own == first or kind not in FACTORED or self.types.get(own) != kind or not _has_submodule(self.module, own):
             return first
         one, other = (self.module.get_submodule(name) for name in (own, first))
-        shared = FACTORED[self.types[own]].operands if self.types.get(own) in FACTORED else ()
-        return own if shared and all(getattr(one, leaf) is getattr(other, leaf) for leaf in shared) else first
+        return own if all(getattr(one, leaf) is getattr(other, leaf) for leaf in FACTORED[kind].operands) else first
 
-    def _has_bias(self, held: nn.Module, bias: fx.Node | None) -> bool:
-        own = held._parameters.get("bias")
+    def _has_bias(self, owner: str, bias: fx.Node | None) -> bool:
+        own = self.module.get_submodule(owner)._parameters.get("bias")
         if bias is None:
             return own is None
         return bias.op == "get_attr" and own is get_tensor(self.module, str(bias.target))
