@@ -16,10 +16,11 @@ from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
 from graphzip.graph.tasks import check_task_names, joined_module
-from graphzip.graph.trace import trace
+from graphzip.graph.trace import share_copy, trace
 from graphzip.plan import Plan
 from graphzip.prepared import Prepared
 from graphzip.rewrite.join import join
+from passes.table import PASSES
 
 __all__ = ["Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"]
 
@@ -79,9 +80,7 @@ def prepare(
     _check(model, plan)
     with torch.inference_mode(False):
         if isinstance(model, Mapping):
-            if scope is not None:
-                raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
-            return _prepare_several(model, plan, example_inputs, calibration, seed, dynamic_shapes)
+            return _prepare_several(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes)
         inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
         trainable = _copy(model)
         traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes)
@@ -103,14 +102,20 @@ def _prepare_several(
     example_inputs: Inputs | None,
     calibration: Calibration | None,
     seed: int,
+    scope: str | None,
     dynamic_shapes: Any | None,
+    *,
+    borrowed: bool = False,
 ) -> Prepared:
+    """Prepare a joint model: a copy of `models`, or what is `borrowed` from them for a pass that keeps off it."""
+    if scope is not None:
+        raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
     if example_inputs is None:
         raise ExampleInputError("no example inputs: pass a mapping, example_inputs={'a': (xa,), 'b': (xb,)}")
     inputs = _by_task(example_inputs, models, "example_inputs")
     batches = None if calibration is None else _by_task(calibration, models, "calibration")
     shapes = dict.fromkeys(models) if dynamic_shapes is None else _by_task(dynamic_shapes, models, "dynamic_shapes")
-    copies = _copy(dict(models))
+    copies = _copy(dict(models), borrowed=borrowed)
     traced = {}
     for name, model in copies.items():
         try:
@@ -127,6 +132,7 @@ def _prepare_several(
         example_inputs=inputs,
         calibration=batches,
         seed=seed,
+        borrowed=borrowed,
     )
 
 
@@ -146,6 +152,12 @@ def compile(
     Arguments and errors are those of `prepare`. The model itself stays as it is. A plan that changes nothing returns
     normally and says so in the report.
     """
+    if train is None and isinstance(model, Mapping) and isinstance(plan, Plan) and _keeps_off(plan):
+        _check(model, plan)
+        with torch.inference_mode(False):
+            return _prepare_several(
+                model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, borrowed=True
+            ).convert()
     prepared = prepare(
         model,
         plan,
@@ -159,6 +171,11 @@ def compile(
         for stage in prepared.steps():
             train(prepared, stage)
     return prepared.convert()
+
+
+def _keeps_off(plan: Plan) -> bool:
+    """Whether the first pass works on the graph alone, so that large models need not be copied to be changed."""
+    return bool(plan.passes) and hasattr(PASSES[type(plan.passes[0])], "enter")
 
 
 def _check(model: Models, plan: Plan) -> None:
@@ -198,10 +215,10 @@ def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str
     return {name: given[name] for name in models}
 
 
-def _copy(model: Any) -> Any:
-    """A deep copy of a model, or of several, in which what they share stays shared."""
+def _copy(model: Any, *, borrowed: bool = False) -> Any:
+    """A deep copy of a model, or of several, in which what they share stays shared; `borrowed`, with its tensors."""
     try:
-        return copy.deepcopy(model)
+        return {name: share_copy(each) for name, each in model.items()} if borrowed else copy.deepcopy(model)
     except Exception as error:
         what = "one of the models" if isinstance(model, dict) else type(model).__name__
         raise GraphZipError(

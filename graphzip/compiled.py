@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,13 @@ class Compiled:
     report: Report
     traced: Traced
     example_inputs: Any
+
+    def __post_init__(self) -> None:
+        self._sync()
+
+    def _sync(self) -> None:
+        """Let the graph hold the very tensors of the module."""
+        self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -100,7 +107,7 @@ class Compiled:
 
         With a `scope`, the file holds that submodule. Raises `ArchiveError` where it cannot be written.
         """
-        self.traced.adopt_state(self.module.get_submodule(self.traced.scope))
+        self._sync()
         save_archive(self.traced, path, report=self.report.to_dict())
 
 
@@ -111,6 +118,7 @@ def load(path: str | os.PathLike[str]) -> Compiled:
     """
     with torch.inference_mode(False):
         traced, report = load_archive(path)
+        traced = replace(traced, scope="")  # what was a submodule is the whole model here
         module = module_of(traced).eval()
     return Compiled(module, Report.from_dict(report), traced, inputs_of(traced))
 

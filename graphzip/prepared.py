@@ -38,7 +38,10 @@ _NOT_FINITE = "outputs on the calibration data are not finite, so how far they m
 
 @dataclass
 class _Progress:
-    """Where in the plan a prepared model stands."""
+    """Where in the plan a prepared model stands.
+
+    The graph is `ahead` where its tensors are the ones that count: the model is out of date, or only borrowed.
+    """
 
     traced: Traced
     seed: int
@@ -46,6 +49,7 @@ class _Progress:
     active: Pass | None = None
     taken: int = 0
     stage: int = 0
+    ahead: bool = False
 
 
 class Prepared(nn.Module):
@@ -66,6 +70,7 @@ class Prepared(nn.Module):
         example_inputs: Any,
         calibration: Any,
         seed: int,
+        borrowed: bool = False,
     ) -> None:
         super().__init__()
         self.training = model.training
@@ -73,7 +78,7 @@ class Prepared(nn.Module):
         self.plan = plan
         self.seed = seed
         self._hidden: dict[str, Any] = {"original": original, "calibration": calibration, "inputs": example_inputs}
-        self._progress = _Progress(traced, seed)
+        self._progress = _Progress(traced, seed, ahead=borrowed)
         self._before = _cost(traced)
         self._before_tasks = _task_costs(traced)
         self._changes: list[Pass] = []
@@ -272,8 +277,7 @@ class Prepared(nn.Module):
             traced = self._adopt()
             for stage in active.stages[progress.stage :]:
                 traced = active.enter(stage, traced, self._feeds())
-            progress.traced, progress.stage = traced, len(active.stages)
-            self._rebuild()
+            progress.traced, progress.stage, progress.ahead = traced, len(active.stages), True
 
     def _rebuild(self) -> None:
         module = module_of(self._progress.traced)
@@ -354,6 +358,7 @@ class Prepared(nn.Module):
             slim = module_of(progress.traced)
             follow_modes(slim, self._inner())
             self.model = _with_submodule(self.model, progress.traced.scope, slim)
+            progress.ahead = False
             self._changes.append(active)
             progress.position += 1
             self._begin()
@@ -361,6 +366,8 @@ class Prepared(nn.Module):
     def _adopt(self) -> Traced:
         """The graph with the tensors that the model has now."""
         traced = self._progress.traced
+        if self._progress.ahead:
+            return traced
         if traced.adopt_state(self._inner()):
             try:
                 refresh(traced)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -40,8 +40,8 @@ from passes.base import Feeds, FreeTraining
 from passes.zip_channels import Channels
 from passes.zip_inputs import Feed, Kept, rows_of, values_of
 from passes.zip_layers import Layer, match
-from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, gathered, pair
-from passes.zip_weights import augmented, deviations, double, matrix, with_one, write
+from passes.zip_solve import ChannelMoments, CrossMoments, Moments, Pairs, Solver, Spread, gathered, pair
+from passes.zip_weights import augmented, blocks, deviations, double, matrix, outputs, with_one, write
 
 __all__ = ["ZipPass"]
 
@@ -63,6 +63,12 @@ class _Line:
     rows: dict[str, IntArray]
     inputs: dict[str, tuple[IntArray, IntArray]]
     count: int
+
+    def parts(self) -> Iterator[_Line]:
+        """The same, some rows at a time."""
+        split = {task: blocks(rows) for task, rows in self.rows.items()}
+        for rows in zip(*split.values(), strict=True):
+            yield replace(self, rows=dict(zip(split, rows, strict=True)))
 
 
 @dataclass
@@ -87,7 +93,7 @@ class ZipPass(FreeTraining):
         self.widths_shared: dict[str, dict[str, int]] = {}
         self.stored: dict[str, tuple[int, int]] = {}
         self.given: dict[str, _Given] | None = None
-        self.residuals: dict[str, torch.Tensor] = {}
+        self.residuals: dict[str, CrossMoments] = {}
         self.kept = {task: Kept() for task in self.tasks}
         self.left: dict[str, torch.Tensor] = {}
         self.batches: dict[str, list[float]] = {}
@@ -146,6 +152,7 @@ class ZipPass(FreeTraining):
             self._merge(result, name, joined[:number], task, inputs)
         for task, found in inputs.items():
             self._correct(result, layers[task], found)
+            self.given.pop(layers[task].weight, None)
         keys = {task: self.channels.keys(layers[task]) for task in joined}
         self.stored[name] = share(result, {task: layers[task].weight for task in joined}, keys)
         if self._joins_bias(layers):
@@ -223,19 +230,19 @@ class ZipPass(FreeTraining):
             apart.add_up()
             return apart
         found, given = Moments(layer.features + 1), self.given.get(layer.weight)
-        weight = augmented(traced, layer)
-        missed = torch.zeros_like(weight)
+        missed = CrossMoments(layer.shape[0], layer.features + 1)
         for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
             flat = with_one(rows)
             if given is not None and found.count + len(flat) <= len(given.outputs):
                 wanted = given.outputs[found.count : found.count + len(flat)]
-                missed = missed + (wanted - flat @ weight.T).T @ flat
+                missed.add(wanted - outputs(traced, layer, flat), flat)
             found.add(flat)
         found.add_up()
         if not all(gathered(self.batches[layer.task] == self.batches_given[layer.task])):
             logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
         else:
-            self.residuals[layer.task] = sum(gathered(missed), torch.zeros(())) / max(found.count, 1)
+            missed.add_up()
+            self.residuals[layer.task] = missed
         return found
 
     def _as_given(self, traced: Traced, feeds: Feeds) -> dict[str, _Given]:
@@ -244,13 +251,12 @@ class ZipPass(FreeTraining):
         for task in self.tasks if feeds else ():
             found = [self.matching.layers[name].get(task) for name in self.layers]
             layers = [layer for layer in found if layer is not None]
-            weights = {layer.name: augmented(traced, layer) for layer in layers}
             for layer, rows in self._read(traced, layers, feeds, Kept()) if layers else ():
                 if layer.depthwise:
                     wide = rows.repeat_interleave(layer.shape[0] // layer.groups, 1)
-                    out = (wide * weights[layer.name][:, :-1]).sum(2)
+                    out = (wide * matrix(traced, layer)).sum(2)
                 else:
-                    out = with_one(rows) @ weights[layer.name].T
+                    out = outputs(traced, layer, with_one(rows))
                 pieces.setdefault(layer.weight, []).append(out)
             self.batches_given[task] = list(self.batches.get(task, []))
         made = {}
@@ -323,7 +329,7 @@ class ZipPass(FreeTraining):
             given.spread = Spread(given.spread.mean[source], given.spread.var[source])
             given.outputs = given.outputs[:, source]
             if name == current and task in self.residuals:
-                self.residuals[task] = self.residuals[task][source]
+                self.residuals[task] = self.residuals[task].reordered(source)
 
     def _cost(
         self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs, waiting: Sequence[int]
@@ -409,15 +415,16 @@ class ZipPass(FreeTraining):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the joint network and of the newcomer over the inputs they share, in units of their deviation."""
         joint = torch.zeros(len(line.rows[line.owners[0]]), line.count, dtype=torch.float64)
-        for owner in reversed(line.owners):
-            source, place = line.inputs[owner]
-            joint[:, place] = augmented(traced, layers[owner])[line.rows[owner]][:, source]
-        source, place = line.inputs[task]
         own = torch.zeros(len(line.rows[task]), line.count, dtype=torch.float64)
-        own[:, place] = augmented(traced, layers[task])[line.rows[task]][:, source]
+        for side, tasks in ((joint, line.owners[::-1]), (own, (task,))):
+            for each in tasks:
+                source, place = line.inputs[each]
+                for at in blocks(np.arange(len(side))):
+                    rows = line.rows[each][at]
+                    side[np.ix_(at, place)] = augmented(traced, layers[each], rows)[:, source]
         if all(layer.norm is not None for layer in layers.values()):
-            joint = joint / deviations(traced, layers[line.owners[0]])[line.rows[line.owners[0]]].unsqueeze(1)
-            own = own / deviations(traced, layers[task])[line.rows[task]].unsqueeze(1)
+            joint /= deviations(traced, layers[line.owners[0]])[line.rows[line.owners[0]]].unsqueeze(1)
+            own /= deviations(traced, layers[task])[line.rows[task]].unsqueeze(1)
         return joint, own
 
     def _solver(self, line: _Line, task: str, inputs: Inputs) -> Solver:
@@ -454,17 +461,19 @@ class ZipPass(FreeTraining):
                 continue
             line = self._line(layers, owners, task, rows)
             if line is not None:
-                self._join(traced, layers, line, task, inputs)
+                solver = None if self.options.metric == "random" else self._solver(line, task, inputs)
+                for part in line.parts():
+                    self._join(traced, layers, part, task, solver)
 
-    def _join(self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str, inputs: Inputs) -> None:
+    def _join(self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str, solver: Solver | None) -> None:
         a, b = self._sides(traced, layers, line, task)
         weights = int(line.count - self._joins_bias(layers))
         one, two = (side[:, :weights] != 0.0 for side in (a, b))
-        if self.options.metric == "random":
+        if solver is None:
             chosen = torch.from_numpy(self.random.random(len(a)) < 0.5)
             joint = torch.where(chosen.unsqueeze(1), a, b)
         else:
-            joint = self._solver(line, task, inputs).update(a, b, self._missed(traced, layers, line, task))
+            joint = solver.update(a, b, self._missed(traced, layers, line, task))
         fuller = one.sum(1, keepdim=True) >= two.sum(1, keepdim=True)
         joint[:, :weights] *= torch.where(fuller, one, two)  # section 3.6: the mask with more ones
         if all(layer.norm is not None for layer in layers.values()):
@@ -485,7 +494,7 @@ class ZipPass(FreeTraining):
             residual = self.residuals.get(each)
             if residual is not None:
                 source, place = line.inputs[each]
-                part = self._scale(each) * residual[line.rows[each]][:, source]
+                part = self._scale(each) * residual.among(line.rows[each], source)
                 if all(layer.norm is not None for layer in layers.values()):
                     part = part / deviations(traced, layers[each])[line.rows[each]].unsqueeze(1)
                 total[:, place] += part

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,12 @@ from scipy.optimize import linear_sum_assignment
 from graphzip.labels import IntArray
 from graphzip.ops.spec import FloatArray
 
-__all__ = ["ChannelMoments", "Moments", "Pairs", "Solver", "Spread", "gathered", "pair"]
+__all__ = ["BLOCK", "ChannelMoments", "CrossMoments", "Moments", "Pairs", "Solver", "Spread", "gathered", "pair"]
 
 logger = logging.getLogger(__name__)
+
+BLOCK = 512
+"""Rows of weights that are worked on at once, so that the memory that takes does not grow with the layer."""
 
 Pairs = tuple[IntArray, IntArray]
 """Positions in A and, pair by pair, positions in B."""
@@ -122,6 +126,67 @@ class Moments:
         assert self.rows is not None
         chosen = self.rows[:, columns]
         return chosen.T @ chosen
+
+
+class CrossMoments:
+    """`E[y x^T]`, `(outputs, inputs)`, from samples of `y` and `x` that come in pieces; float64.
+
+    The samples themselves are kept as long as they take less memory.
+    """
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        self.shape = outputs, inputs
+        self.count = 0
+        self.samples: tuple[torch.Tensor, torch.Tensor] | None = (
+            torch.zeros(0, outputs, dtype=torch.float64),
+            torch.zeros(0, inputs, dtype=torch.float64),
+        )
+        self.product: torch.Tensor | None = None
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Count samples of shape `(samples, outputs)` and `(samples, inputs)`."""
+        self.count += len(y)
+        if self.samples is None:
+            assert self.product is not None
+            self.product.addmm_(y.T, x)
+            return
+        self._keep(torch.cat([self.samples[0], y]), torch.cat([self.samples[1], x]))
+
+    def _keep(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        if len(y) * sum(self.shape) <= math.prod(self.shape):
+            self.samples = y, x
+        else:
+            self.samples, self.product = None, y.T @ x
+
+    def add_up(self) -> None:
+        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
+        parts = gathered((self.count, self.samples, self.product))
+        if len(parts) == 1:
+            return
+        self.count = sum(part[0] for part in parts)
+        kept = [part[1] for part in parts if part[1] is not None]
+        if len(kept) == len(parts):
+            self._keep(*(torch.cat(each) for each in zip(*kept, strict=True)))
+            return
+        products = (part[2] if part[1] is None else part[1][0].T @ part[1][1] for part in parts)
+        self.samples, self.product = None, sum(products, torch.zeros(()))
+
+    def among(self, outputs: IntArray, inputs: IntArray) -> torch.Tensor:
+        """The same for some outputs and inputs."""
+        rows, columns = torch.from_numpy(outputs), torch.from_numpy(inputs)
+        if self.samples is not None:
+            y, x = self.samples
+            return y[:, rows].T @ x[:, columns] / max(self.count, 1)
+        assert self.product is not None
+        return self.product[rows.unsqueeze(1), columns] / max(self.count, 1)
+
+    def reordered(self, source: IntArray) -> CrossMoments:
+        """Output `i` is what output `source[i]` was."""
+        made, order = CrossMoments(*self.shape), torch.from_numpy(source)
+        made.count = self.count
+        made.samples = None if self.samples is None else (self.samples[0][:, order], self.samples[1])
+        made.product = None if self.product is None else self.product[order]
+        return made
 
 
 class ChannelMoments:
@@ -276,9 +341,12 @@ class Solver:
 
     def difference(self, a: torch.Tensor, b: torch.Tensor) -> FloatArray:
         """Eq. 12 for every row of `a`, `(n, inputs)`, and every row of `b`, `(m, inputs)`: `(n, m)`."""
-        pa, pb = self._parallel(a), self._parallel(b)
-        own = (a * pa).sum(1, keepdim=True) + (b * pb).sum(1)
-        return np.asarray(((own - 2.0 * (a @ pb.T)) / 2.0).clamp(min=0.0).numpy(), dtype=np.float64)
+        own = torch.cat([(part * self._parallel(part)).sum(1) for part in torch.split(a, BLOCK)]).unsqueeze(1)
+        found = []
+        for part in torch.split(b, BLOCK):
+            moved = self._parallel(part)
+            found.append((own + (part * moved).sum(1)) / 2.0 - a @ moved.T)
+        return np.asarray(torch.cat(found, 1).clamp(min=0.0).numpy(), dtype=np.float64)
 
     def _parallel(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows times the parallel sum."""

@@ -1,7 +1,11 @@
-"""Weights of a layer as rows of features, and the batch norm behind it; all in float64 on the CPU."""
+"""Weights of a layer as rows of features, and the batch norm behind it; in float64 on the CPU.
+
+The weight of one layer can be a good part of a model, so it is turned into float64 some rows at a time.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from graphzip.graph.state import get_tensor
@@ -9,8 +13,14 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.rewrite.blocks import put
 from passes.zip_layers import Layer
+from passes.zip_solve import BLOCK
 
-__all__ = ["augmented", "deviations", "double", "matrix", "with_one", "write"]
+__all__ = ["augmented", "blocks", "deviations", "double", "matrix", "outputs", "with_one", "write"]
+
+
+def blocks(rows: IntArray) -> list[IntArray]:
+    """Rows in parts of `BLOCK`."""
+    return np.split(rows, range(BLOCK, len(rows), BLOCK))
 
 
 def with_one(rows: torch.Tensor) -> torch.Tensor:
@@ -19,6 +29,7 @@ def with_one(rows: torch.Tensor) -> torch.Tensor:
 
 
 def double(traced: Traced, name: str) -> torch.Tensor:
+    """A parameter or buffer; it may be the one that the graph holds, so nothing is written to it."""
     return get_tensor(traced.module, name).detach().to("cpu", torch.float64)
 
 
@@ -27,11 +38,24 @@ def matrix(traced: Traced, layer: Layer) -> torch.Tensor:
     return double(traced, layer.weight).flatten(1)
 
 
-def augmented(traced: Traced, layer: Layer) -> torch.Tensor:
-    """The weight with the bias as its last column."""
-    weight = matrix(traced, layer)
-    bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else double(traced, layer.bias)
-    return torch.cat([weight, bias.unsqueeze(1)], 1)
+def augmented(traced: Traced, layer: Layer, rows: IntArray | None = None) -> torch.Tensor:
+    """The weight with the bias as its last column, of all rows or of some."""
+    weight = get_tensor(traced.module, layer.weight).detach().flatten(1)
+    bias = None if layer.bias is None else get_tensor(traced.module, layer.bias).detach()
+    if rows is not None:
+        chosen = torch.from_numpy(rows).to(weight.device)
+        weight, bias = weight[chosen], None if bias is None else bias[chosen]
+    made = torch.zeros(len(weight), weight.shape[1] + 1, dtype=torch.float64)
+    made[:, :-1] = weight
+    if bias is not None:
+        made[:, -1] = bias
+    return made
+
+
+def outputs(traced: Traced, layer: Layer, flat: torch.Tensor) -> torch.Tensor:
+    """What a layer gives for rows with a one at the end, `(samples, outputs)`."""
+    parts = blocks(np.arange(layer.shape[0]))
+    return torch.cat([flat @ augmented(traced, layer, rows).T for rows in parts], 1)
 
 
 def deviations(traced: Traced, layer: Layer) -> torch.Tensor:
@@ -42,8 +66,12 @@ def deviations(traced: Traced, layer: Layer) -> torch.Tensor:
 
 def write(traced: Traced, layer: Layer, rows: IntArray, features: IntArray, value: torch.Tensor) -> None:
     """Set weights, and the bias where `features` reach beyond them."""
-    whole = augmented(traced, layer)
-    whole[torch.from_numpy(rows).unsqueeze(1), torch.from_numpy(features)] = value
-    put(traced, layer.weight, whole[:, :-1].reshape(layer.shape))
-    if layer.bias is not None and (features == layer.features).any():
-        put(traced, layer.bias, whole[:, -1])
+    weight = get_tensor(traced.module, layer.weight).detach().clone(memory_format=torch.contiguous_format)
+    own, inner = torch.from_numpy(rows).unsqueeze(1), features < layer.features
+    place = own.to(weight.device), torch.from_numpy(features[inner]).to(weight.device)
+    weight.flatten(1)[place] = value[:, inner].to(weight.device, weight.dtype)
+    put(traced, layer.weight, weight)
+    if layer.bias is not None and not inner.all():
+        bias = double(traced, layer.bias).clone()
+        bias[own] = value[:, ~inner]
+        put(traced, layer.bias, bias)

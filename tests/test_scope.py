@@ -160,10 +160,13 @@ def test_every_name_of_the_submodule_is_replaced() -> None:
 def test_the_submodule_is_saved_alone(detector: Detector, tmp_path: Path) -> None:
     compiled = gz.compile(detector, HALF, (images(),), scope="parts.body")
     compiled.save(tmp_path / "body")
-    loaded = gz.load(tmp_path / "body").module
+    loaded = gz.load(tmp_path / "body")
     x, mask = torch.randn(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
     expected = compiled.module.parts["body"](x, mask=mask, scale=2.0)["features"]
-    assert torch.equal(loaded(x, mask=mask, scale=2.0)["features"], expected)
+    assert torch.equal(loaded.module(x, mask=mask, scale=2.0)["features"], expected)
+    loaded.save(tmp_path / "again")
+    assert torch.equal(gz.load(tmp_path / "again").module(x, mask=mask, scale=2.0)["features"], expected)
+    assert loaded.export(tmp_path / "body.onnx").verified
 
 
 def test_other_sizes_and_other_constants_are_refused(detector: Detector) -> None:

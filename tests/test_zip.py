@@ -263,6 +263,55 @@ def test_part_of_a_residual_network_with_training(tmp_path: Path) -> None:
     assert loaded.report.after.params == result.report.after.params
 
 
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_without_training_the_networks_are_not_copied_first(share: float) -> None:
+    """The result is the one that a prepared copy gives, and has no tensor of the networks themselves."""
+    nets = {"a": randomized(residual()), "b": randomized(residual())}
+    before = {name: copy.deepcopy(net.state_dict()) for name, net in nets.items()}
+    x = torch.randn(16, 3, 8, 8, dtype=torch.float64)
+    plan, inputs = gz.Plan([gz.Zip(share=share)]), dict.fromkeys(nets, (x[:2],))
+    calibration = {key: [x] for key in nets}
+    compiled = gz.compile(nets, plan, inputs, calibration=calibration)
+    prepared = gz.prepare(nets, plan, inputs, calibration=calibration)
+    for _ in prepared.steps():
+        pass
+    expected = prepared.convert().module.state_dict()
+    found = compiled.module.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    own = {tensor.data_ptr() for net in nets.values() for tensor in net.state_dict().values()}
+    held = [*compiled.module.state_dict().values(), *compiled.traced.module.state_dict().values()]
+    assert own.isdisjoint(tensor.data_ptr() for tensor in held)
+    for name, net in nets.items():
+        assert all(torch.equal(before[name][key], tensor) for key, tensor in net.state_dict().items())
+
+
+def test_rows_in_parts_are_zipped_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = {"a": randomized(residual()), "b": randomized(residual())}
+    x = torch.randn(16, 3, 8, 8, dtype=torch.float64)
+    plan, inputs, data = gz.Plan([gz.Zip()]), dict.fromkeys(nets, (x[:2],)), {name: [x] for name in nets}
+    expected = gz.compile(nets, plan, inputs, calibration=data).module.state_dict()
+    for module in ("zip_solve", "zip_weights"):
+        monkeypatch.setattr(f"passes.{module}.BLOCK", 3)
+    found = gz.compile(nets, plan, inputs, calibration=data).module.state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_mapped_networks_are_never_all_in_memory(tmp_path: Path) -> None:
+    """Beside one layer's workings and the result there is no copy of a network that is mapped from a file."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # what is freed is given back
+    worker = str(Path(__file__).with_name("mapped_worker.py"))
+    done = subprocess.run(
+        [sys.executable, worker, str(tmp_path)], env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4.0
+
+
 def test_files_store_shared_weights_once(tmp_path: Path) -> None:
     net, x = randomized(flattened()).float(), torch.randn(IMAGES)
     twin = copy.deepcopy(net)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from passes.zip_solve import ChannelMoments, Moments, Solver, pair
+from passes.zip_solve import BLOCK, ChannelMoments, CrossMoments, Moments, Solver, pair
 
 RIDGE = 0.01
 
@@ -54,6 +54,29 @@ def test_what_is_missed_is_made_up_for() -> None:
     solver = Solver(([moments(x)], moments(x)), ([0.5], 0.5), damping=1e-12)
     fitted = torch.linalg.lstsq(x, wanted).solution.T
     torch.testing.assert_close(solver.update(weight, weight, missed), fitted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("samples", [2, 40])
+def test_cross_moments(samples: int) -> None:
+    """The same whether the samples or their product is kept."""
+    y, x = rows(samples, 6, 0), rows(samples, 5, 1)
+    made = CrossMoments(6, 5)
+    for part in zip(y.split(7), x.split(7), strict=True):
+        made.add(*part)
+    assert (made.samples is None) == (samples == 40)
+    chosen, columns, order = np.array([4, 0]), np.array([1, 3, 2]), np.array([5, 4, 3, 2, 1, 0])
+    expected = y.T @ x / samples
+    torch.testing.assert_close(made.among(chosen, columns), expected[chosen][:, columns])
+    torch.testing.assert_close(made.reordered(order).among(chosen, columns), expected[[1, 5]][:, columns])
+
+
+def test_more_rows_than_are_worked_on_at_once() -> None:
+    x, a, b = rows(9, 4, 0), rows(BLOCK + 3, 4, 1), rows(BLOCK + 5, 4, 2)
+    solver = Solver(([moments(x)], moments(x)), ([0.5], 0.5), damping=RIDGE)
+    whole = hessian(x, 0.5) / 2.0
+    apart = a.unsqueeze(1) - b
+    expected = 0.5 * ((apart @ whole) * apart).sum(2)
+    np.testing.assert_allclose(solver.difference(a, b), expected.numpy(), rtol=1e-8, atol=1e-12)
 
 
 def test_euclidean() -> None:

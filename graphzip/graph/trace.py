@@ -88,11 +88,12 @@ class Traced:
         module = graph_module(share_tree(self.module), graph, type(self.module).__name__)
         return replace(self, module=module)
 
-    def adopt_state(self, module: nn.Module) -> bool:
+    def adopt_state(self, module: nn.Module, *, copies: bool = True) -> bool:
         """Take over copies of the current tensors of `module`, found by name, in place of the ones held.
 
-        Where they are of another dtype or on another device, constants and inputs follow; whether that was so. The
-        fake values of operators are then out of date.
+        Without `copies` it is the tensors themselves, which training then changes here, too. Where they are of another
+        dtype or on another device, constants and inputs follow; whether that was so. The fake values of operators are
+        then out of date.
         """
         current = dict(named_state(module))
         traced_as = {str(node.target): node.meta.get("val") for node in self.graph.nodes if node.op == "get_attr"}
@@ -107,8 +108,7 @@ class Traced:
             if before != _place(tensor):
                 moves[before] = _place(tensor)
             if id(tensor) not in own:
-                value = tensor.detach().clone()
-                own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(old, nn.Parameter) else value
+                own[id(tensor)] = _copy_of(tensor, isinstance(old, nn.Parameter)) if copies else tensor
             attach(self.module, name, own[id(tensor)], persistent=is_persistent(self.module, name))
         if not moves:
             return False
@@ -132,6 +132,11 @@ class Traced:
                     value = node.meta["val"] = _moved(value, moves)
             specs.append(spec if spec.dtype is None else replace(spec, dtype=value.dtype))
         self.inputs = tuple(specs)
+
+
+def _copy_of(tensor: torch.Tensor, is_parameter: bool) -> torch.Tensor:
+    value = tensor.detach().clone()
+    return nn.Parameter(value, tensor.requires_grad) if is_parameter else value
 
 
 _Place = tuple[torch.dtype, torch.device]
