@@ -93,7 +93,7 @@ class ZipPass(FreeTraining):
         self.widths_shared: dict[str, dict[str, int]] = {}
         self.stored: dict[str, tuple[int, int]] = {}
         self.given: dict[str, _Given] | None = None
-        self.residuals: dict[str, CrossMoments] = {}
+        self.wanted: dict[str, CrossMoments] = {}
         self.kept = {task: Kept() for task in self.tasks}
         self.left: dict[str, torch.Tensor] = {}
         self.batches: dict[str, list[float]] = {}
@@ -145,7 +145,7 @@ class ZipPass(FreeTraining):
             self._forget()  # it was trained since
         if self.given is None:
             self.given = self._as_given(traced, feeds)
-        self.residuals = {}
+        self.wanted = {}
         inputs = {task: self._inputs(result, layers[task], feeds) for task in joined} if feeds else {}
         for number, task in enumerate(joined[1:], start=1):
             self._decide(result, name, joined[:number], task, inputs)
@@ -230,19 +230,18 @@ class ZipPass(FreeTraining):
             apart.add_up()
             return apart
         found, given = Moments(layer.features + 1), self.given.get(layer.weight)
-        missed = CrossMoments(layer.shape[0], layer.features + 1)
+        wanted = CrossMoments(layer.shape[0], layer.features + 1)
         for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
             flat = with_one(rows)
             if given is not None and found.count + len(flat) <= len(given.outputs):
-                wanted = given.outputs[found.count : found.count + len(flat)]
-                missed.add(wanted - outputs(traced, layer, flat), flat)
+                wanted.add(given.outputs[found.count : found.count + len(flat)], flat)
             found.add(flat)
         found.add_up()
+        wanted.add_up()
         if not all(gathered(self.batches[layer.task] == self.batches_given[layer.task])):
             logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
-        else:
-            missed.add_up()
-            self.residuals[layer.task] = missed
+        elif wanted.count == found.count:
+            self.wanted[layer.task] = wanted
         return found
 
     def _as_given(self, traced: Traced, feeds: Feeds) -> dict[str, _Given]:
@@ -328,8 +327,8 @@ class ZipPass(FreeTraining):
                 source[row] = place[int(order[slots[row, 1]]), int(slots[row, 2])]
             given.spread = Spread(given.spread.mean[source], given.spread.var[source])
             given.outputs = given.outputs[:, source]
-            if name == current and task in self.residuals:
-                self.residuals[task] = self.residuals[task].reordered(source)
+            if name == current and task in self.wanted:
+                self.wanted[task] = self.wanted[task].reordered(source)
 
     def _cost(
         self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs, waiting: Sequence[int]
@@ -463,9 +462,17 @@ class ZipPass(FreeTraining):
             if line is not None:
                 solver = None if self.options.metric == "random" else self._solver(line, task, inputs)
                 for part in line.parts():
-                    self._join(traced, layers, part, task, solver)
+                    self._join(traced, layers, part, task, solver, inputs)
 
-    def _join(self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str, solver: Solver | None) -> None:
+    def _join(
+        self,
+        traced: Traced,
+        layers: Mapping[str, Layer],
+        line: _Line,
+        task: str,
+        solver: Solver | None,
+        inputs: Inputs,
+    ) -> None:
         a, b = self._sides(traced, layers, line, task)
         weights = int(line.count - self._joins_bias(layers))
         one, two = (side[:, :weights] != 0.0 for side in (a, b))
@@ -473,7 +480,7 @@ class ZipPass(FreeTraining):
             chosen = torch.from_numpy(self.random.random(len(a)) < 0.5)
             joint = torch.where(chosen.unsqueeze(1), a, b)
         else:
-            joint = solver.update(a, b, self._missed(traced, layers, line, task))
+            joint = solver.update(a, b, self._missed(traced, layers, line, task, inputs))
         fuller = one.sum(1, keepdim=True) >= two.sum(1, keepdim=True)
         joint[:, :weights] *= torch.where(fuller, one, two)  # section 3.6: the mask with more ones
         if all(layer.norm is not None for layer in layers.values()):
@@ -487,17 +494,20 @@ class ZipPass(FreeTraining):
             common = np.array([int(where) in places for where in place])
             write(traced, layers[each], line.rows[each], source[common], joint[:, place[common]])
 
-    def _missed(self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str) -> torch.Tensor:
+    def _missed(
+        self, traced: Traced, layers: Mapping[str, Layer], line: _Line, task: str, inputs: Inputs
+    ) -> torch.Tensor:
         """What the outputs of the rows lack since the inputs were zipped, times the inputs: `(rows, inputs)`."""
         total = torch.zeros(len(line.rows[task]), line.count, dtype=torch.float64)
         for each in (*line.owners, task):
-            residual = self.residuals.get(each)
-            if residual is not None:
-                source, place = line.inputs[each]
-                part = self._scale(each) * residual.among(line.rows[each], source)
-                if all(layer.norm is not None for layer in layers.values()):
-                    part = part / deviations(traced, layers[each])[line.rows[each]].unsqueeze(1)
-                total[:, place] += part
+            wanted, found = self.wanted.get(each), inputs.get(each)
+            if wanted is None or not isinstance(found, Moments):
+                continue
+            rows, (source, place) = line.rows[each], line.inputs[each]
+            lack = wanted.among(rows, source) - found.products(augmented(traced, layers[each], rows), source)
+            if all(layer.norm is not None for layer in layers.values()):
+                lack /= deviations(traced, layers[each])[rows].unsqueeze(1)
+            total[:, place] += self._scale(each) * lack
         return total
 
     def _join_depthwise(
@@ -550,9 +560,15 @@ class ZipPass(FreeTraining):
         if given is not None:
             given.spread = Spread(given.spread.mean * scale, given.spread.var * scale.square())
             given.outputs = given.outputs * scale
+        if layer.task in self.wanted:
+            self.wanted[layer.task] = self.wanted[layer.task].scaled(scale)
 
     def _correct(self, traced: Traced, layer: Layer, inputs: Moments | ChannelMoments) -> None:
-        """Move a batch norm's statistics as far as the layer's outputs moved."""
+        """Move a batch norm's statistics as far as the layer's outputs moved.
+
+        What hardly varies on the calibration data says little of how much it varies: a hundredth of the variance that
+        is known counts with it before and after.
+        """
         assert self.given is not None
         given = self.given.get(layer.weight)
         if layer.norm is None or given is None:
@@ -561,8 +577,8 @@ class ZipPass(FreeTraining):
         after = inputs.spread(augmented(traced, layer) if isinstance(inputs, Moments) else matrix(traced, layer))
         mean, var = double(traced, layer.norm.mean), double(traced, layer.norm.var)
         put(traced, layer.norm.mean, mean + (after.mean - before.mean))
-        ratio = torch.where(before.var > 0.0, after.var / before.var.clamp(min=1e-300), 1.0)
-        put(traced, layer.norm.var, var * ratio)
+        known = 0.01 * var + layer.norm.eps
+        put(traced, layer.norm.var, var * (after.var + known) / (before.var + known))
 
 
 def _order(options: Zip, names: list[str], where: str) -> tuple[str, ...]:

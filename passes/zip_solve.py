@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,14 @@ class Moments:
             square = ((weight @ self.dense()) * weight).sum(1)
         return Spread.of(mean, square)
 
+    def products(self, weight: torch.Tensor, columns: IntArray) -> torch.Tensor:
+        """`E[(W x) x^T]` for some of the inputs, `(rows of W, columns)`."""
+        chosen = torch.from_numpy(columns)
+        if self.gram is not None:
+            return weight @ self.gram[:, chosen] / max(self.count, 1)
+        assert self.rows is not None
+        return (self.rows @ weight.T).T @ self.rows[:, chosen] / max(self.count, 1)
+
     def among(self, columns: IntArray, positions: IntArray, inputs: int) -> Moments:
         """The same for some of the inputs, `columns`, put to `positions` among `inputs` that are zero otherwise."""
         made = Moments(inputs)
@@ -182,10 +190,19 @@ class CrossMoments:
 
     def reordered(self, source: IntArray) -> CrossMoments:
         """Output `i` is what output `source[i]` was."""
-        made, order = CrossMoments(*self.shape), torch.from_numpy(source)
+        order = torch.from_numpy(source)
+        return self._changed(lambda y: y[:, order])
+
+    def scaled(self, scale: torch.Tensor) -> CrossMoments:
+        """Each output times a number of its own."""
+        return self._changed(lambda y: y * scale)
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CrossMoments:
+        """`change` takes and gives outputs, `(samples, outputs)`."""
+        made = CrossMoments(*self.shape)
         made.count = self.count
-        made.samples = None if self.samples is None else (self.samples[0][:, order], self.samples[1])
-        made.product = None if self.product is None else self.product[order]
+        made.samples = None if self.samples is None else (change(self.samples[0]), self.samples[1])
+        made.product = None if self.product is None else change(self.product.T).T
         return made
 
 

@@ -335,6 +335,33 @@ def test_three_networks_one_after_the_other() -> None:
     assert whole.report.after.params < part.report.after.params < whole.report.before.params
 
 
+def test_the_joint_weights_of_three_networks_fit_them_best() -> None:
+    """Behind a zipped layer they are the least squares fit to what each network's own layer gave."""
+    nets: dict[str, nn.Module] = {
+        name: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 2)).double().eval() for name in "abc"
+    }
+    data = {name: torch.randn(40, 6, dtype=torch.float64) for name in nets}
+    plan = gz.Plan([gz.Zip(damping=1e-12, match={name: {str(n): str(n) for n in range(3)} for name in "bc"})])
+    inputs = {name: (x[:2],) for name, x in data.items()}
+    compiled = gz.compile(nets, plan, inputs, calibration={name: [x] for name, x in data.items()})
+    read, wanted = [], []
+    for name, x in data.items():
+        slim = compiled.task(name)
+        hidden = slim.get_submodule("0")(x)
+        read.append(torch.cat([hidden, torch.ones(40, 1, dtype=torch.float64)], 1))
+        given = nets[name][1](nets[name][0](x))
+        order = order_of(slim.get_submodule("2").weight, nets[name][2].weight)
+        wanted.append(given[:, order])
+    fitted = torch.linalg.lstsq(torch.cat(read), torch.cat(wanted)).solution
+    slim = compiled.task("a")
+    torch.testing.assert_close(slim.get_submodule("1").weight, fitted[:-1].T, rtol=1e-6, atol=1e-8)
+
+
+def order_of(weight: Tensor, before: Tensor) -> Tensor:
+    """Which column of `before` each column of `weight` was."""
+    return (weight.T.unsqueeze(1) - before.T).abs().sum(2).argmin(1)
+
+
 def test_other_inputs_widths_and_heads() -> None:
     a, b = randomized(mlp(12, (20, 9), 4)), randomized(mlp(10, (16, 11), 7))
     xa, xb = (torch.randn(3, width, dtype=torch.float64) for width in (12, 10))

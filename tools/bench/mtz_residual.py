@@ -102,7 +102,9 @@ def zipped(nets: dict[str, nn.Module], tasks: Tasks, options: argparse.Namespace
     """All networks in one, trained jointly after the last layer."""
     examples = {name: (tasks.train[name][0][:2],) for name in nets}
     calibration = {name: list(tasks.train[name][0][: options.calibration].split(100)) for name in nets}
-    prepared = gz.prepare(nets, gz.Plan([gz.Zip(share=options.share)]), examples, calibration=calibration)
+    prepared = gz.prepare(
+        nets, gz.Plan([gz.Zip(share=options.share, alpha=options.alpha)]), examples, calibration=calibration
+    )
     for stage in prepared.steps():
         print(f"  {stage}", file=sys.stderr)
     if options.retrain:
@@ -130,7 +132,8 @@ def retrain(prepared: gz.Prepared, nets: dict[str, nn.Module], tasks: Tasks, opt
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=len(NAMES), help="how many of the tasks")
-    parser.add_argument("--share", type=float, default=0.9, help="share of the channels that is shared")
+    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the first task's error when zipping")
+    parser.add_argument("--share", type=float, default=0.9375, help="share of the channels that is shared")
     parser.add_argument("--images", type=int, default=20_000, help="training images of each task")
     parser.add_argument("--tests", type=int, default=10_000, help="test images of each task")
     parser.add_argument("--epochs", type=int, default=2, help="epochs in which a network is trained")
