@@ -15,22 +15,18 @@ Source: He, Zhou and Thiele, "Multi-Task Zipping via Layer-wise Neuron Sharing":
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.state import attach, named_state
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
-from graphzip.ops.site import bind
 from graphzip.ops.spec import FloatArray
 from graphzip.plan import Zip, plan_error
 from graphzip.rewrite.blocks import finish, put, share
@@ -38,45 +34,36 @@ from graphzip.rewrite.shrink import refresh
 from graphzip.tables import closest
 from passes.base import Feeds, FreeTraining
 from passes.zip_channels import Channels
-from passes.zip_inputs import Feed, Kept, rows_of, values_of
 from passes.zip_layers import Layer, match
-from passes.zip_solve import ChannelMoments, CrossMoments, Moments, Pairs, Solver, Spread, gathered, pair
-from passes.zip_weights import augmented, blocks, deviations, double, matrix, outputs, with_one, write
+from passes.zip_readings import Read, Readings
+from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
+from passes.zip_weights import augmented, blocks, deviations, double, matrix, write
 
 __all__ = ["ZipPass"]
 
-logger = logging.getLogger(__name__)
-
-Inputs = Mapping[str, Moments | ChannelMoments]
+Inputs = Mapping[str, Read]
 """What a layer reads, by task; empty without calibration data."""
 
 
 @dataclass(frozen=True)
 class _Line:
-    """Rows of a layer that a newcomer shares with `owners`, and the inputs that it shares with each of them.
+    """Rows of a part of a layer that a newcomer shares with `owners`, and the inputs that it shares with each of them.
 
     `rows[task]` are the rows, in one order for all; `inputs[task]` the features of the task among those that are
     shared, and their places there; `count` of them.
     """
 
+    part: int
     owners: tuple[str, ...]
     rows: dict[str, IntArray]
     inputs: dict[str, tuple[IntArray, IntArray]]
     count: int
 
-    def parts(self) -> Iterator[_Line]:
+    def pieces(self) -> Iterator[_Line]:
         """The same, some rows at a time."""
         split = {task: blocks(rows) for task, rows in self.rows.items()}
         for rows in zip(*split.values(), strict=True):
             yield replace(self, rows=dict(zip(split, rows, strict=True)))
-
-
-@dataclass
-class _Given:
-    """A layer's outputs on the calibration data, `(samples, outputs)`, in the models as they were given."""
-
-    spread: Spread
-    outputs: torch.Tensor
 
 
 class ZipPass(FreeTraining):
@@ -92,12 +79,8 @@ class ZipPass(FreeTraining):
         self.stages = tuple(f"zip/{name}" for name in self.layers)
         self.widths_shared: dict[str, dict[str, int]] = {}
         self.stored: dict[str, tuple[int, int]] = {}
-        self.given: dict[str, _Given] | None = None
-        self.wanted: dict[str, CrossMoments] = {}
-        self.kept = {task: Kept() for task in self.tasks}
+        self.readings = Readings(self.tasks, places=options.places, seed=seed)
         self.left: dict[str, torch.Tensor] = {}
-        self.batches: dict[str, list[float]] = {}
-        self.batches_given: dict[str, list[float]] = {}
         self.random = np.random.default_rng(seed)
 
     # ------------------------------------------------------------------------------------------- what takes part
@@ -126,8 +109,8 @@ class ZipPass(FreeTraining):
     def _takes_part(self, name: str) -> bool:
         layer = self.matching.layers[name][self.tasks[0]]
         made = self.channels.made(layer)
-        whole = layer.groups == 1 or layer.depthwise
-        return name in self.amounts and whole and bool(made) and self.matching.outputs.isdisjoint(made)
+        stays = all(self.channels.parts_stay(each) for each in self.matching.layers[name].values())
+        return name in self.amounts and stays and bool(made) and self.matching.outputs.isdisjoint(made)
 
     # ------------------------------------------------------------------------------------------- stages
 
@@ -142,18 +125,17 @@ class ZipPass(FreeTraining):
         result = traced.copy()
         state = dict(named_state(traced.module))
         if any(state.get(key) is not tensor for key, tensor in self.left.items()):
-            self._forget()  # it was trained since
-        if self.given is None:
-            self.given = self._as_given(traced, feeds)
-        self.wanted = {}
-        inputs = {task: self._inputs(result, layers[task], feeds) for task in joined} if feeds else {}
+            self.readings.forget()  # it was trained since
+        taking_part = [layer for each in self.layers for layer in self.matching.layers[each].values()]
+        self.readings.note_given(traced, taking_part, feeds)
+        inputs = {task: self.readings.inputs(result, layers[task], feeds) for task in joined} if feeds else {}
         for number, task in enumerate(joined[1:], start=1):
             self._decide(result, name, joined[:number], task, inputs)
             self._merge(result, name, joined[:number], task, inputs)
         for task, found in inputs.items():
             self._correct(result, layers[task], found)
-            self.given.pop(layers[task].weight, None)
-        keys = {task: self.channels.keys(layers[task]) for task in joined}
+            self.readings.done(layers[task])
+        keys = self.channels.keys({task: layers[task] for task in joined})
         self.stored[name] = share(result, {task: layers[task].weight for task in joined}, keys)
         if self._joins_bias(layers):
             biases = {task: str(layers[task].bias) for task in joined}
@@ -162,12 +144,8 @@ class ZipPass(FreeTraining):
         finish(result)
         self.left = dict(named_state(result.module))
         if any(len(layer.nodes) > 1 for layer in layers.values()):
-            self._forget()  # a layer that reads what it made itself
+            self.readings.forget()  # a layer that reads what it made itself
         return result
-
-    def _forget(self) -> None:
-        for kept in self.kept.values():
-            kept.clear()
 
     def convert(self, traced: Traced) -> Traced:
         """Other parameters of shared channels that are equal in several tasks are one from here on."""
@@ -203,69 +181,6 @@ class ZipPass(FreeTraining):
         before, after = sizes
         return (before - after) / (before * (1.0 - 1.0 / len(self.tasks))) if before else 0.0
 
-    # ------------------------------------------------------------------------------------------- calibration
-
-    def _read(
-        self, traced: Traced, layers: Sequence[Layer], feeds: Feeds, kept: Kept
-    ) -> Iterator[tuple[Layer, torch.Tensor]]:
-        """What layers of one task read, in pieces of rows `(samples, channels, positions)`, in one pass."""
-        calls = [(layer, node) for layer in layers for node in traced.graph.nodes if node.name in layer.nodes]
-        sources = [bind(node)["input"] for _, node in calls]
-        draws = {layer.name: torch.Generator().manual_seed(self.seed) for layer in layers}
-        task = layers[0].task
-        sums: list[float] = []
-        for values in values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept):
-            for (layer, node), value in zip(calls, values, strict=True):
-                rows = rows_of(node, value, layer.shape, self.options.places, draws[layer.name])
-                yield layer, rows.detach().to("cpu", torch.float64)
-        self.batches[task] = sums or self.batches.get(task, sums)
-
-    def _inputs(self, traced: Traced, layer: Layer, feeds: Feeds) -> Moments | ChannelMoments:
-        """Moments of a layer's inputs, with a one for the bias, in the models as they are now."""
-        assert self.given is not None
-        if layer.depthwise:
-            apart = ChannelMoments(layer.shape[0], layer.positions)
-            for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
-                apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
-            apart.add_up()
-            return apart
-        found, given = Moments(layer.features + 1), self.given.get(layer.weight)
-        wanted = CrossMoments(layer.shape[0], layer.features + 1)
-        for _, rows in self._read(traced, [layer], feeds, self.kept[layer.task]):
-            flat = with_one(rows)
-            if given is not None and found.count + len(flat) <= len(given.outputs):
-                wanted.add(given.outputs[found.count : found.count + len(flat)], flat)
-            found.add(flat)
-        found.add_up()
-        wanted.add_up()
-        if not all(gathered(self.batches[layer.task] == self.batches_given[layer.task])):
-            logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
-        elif wanted.count == found.count:
-            self.wanted[layer.task] = wanted
-        return found
-
-    def _as_given(self, traced: Traced, feeds: Feeds) -> dict[str, _Given]:
-        """The outputs of every layer that takes part, by its weight, in the models as they were given."""
-        pieces: dict[str, list[torch.Tensor]] = {}
-        for task in self.tasks if feeds else ():
-            found = [self.matching.layers[name].get(task) for name in self.layers]
-            layers = [layer for layer in found if layer is not None]
-            for layer, rows in self._read(traced, layers, feeds, Kept()) if layers else ():
-                if layer.depthwise:
-                    wide = rows.repeat_interleave(layer.shape[0] // layer.groups, 1)
-                    out = (wide * matrix(traced, layer)).sum(2)
-                else:
-                    out = outputs(traced, layer, with_one(rows))
-                pieces.setdefault(layer.weight, []).append(out)
-            self.batches_given[task] = list(self.batches.get(task, []))
-        made = {}
-        for key, outs in pieces.items():
-            out = torch.cat(outs)
-            parts = gathered((out.sum(0), out.square().sum(0), len(out)))
-            total, square, count = (sum((part[place] for part in parts), torch.zeros(())) for place in range(3))
-            made[key] = _Given(Spread.of(total / count, square / count), out)
-        return made
-
     # ------------------------------------------------------------------------------------------- pairing
 
     def _decide(self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs) -> None:
@@ -292,10 +207,10 @@ class ZipPass(FreeTraining):
             part = {group: cost[group] for group in unit}
             moved = self.channels.settle(traced, unit, prior, task, part, self._pick(amount), count)
             for group, (shared, order) in moved.items():
-                self._follow(name, task, group, order)
+                self._follow(task, group, order)
                 title = self.matching.groups[group].name.partition(".")[2]
                 if title.partition("#")[0] != layers[task].name:
-                    self.kept[task].clear()  # channels that were computed before
+                    self.readings.forget(task)  # channels that were computed before
                 self.widths_shared.setdefault(name, {})[f"{task}.{title}"] = shared
 
     def _pick(self, amount: float | int) -> Any:
@@ -312,23 +227,19 @@ class ZipPass(FreeTraining):
 
         return pick
 
-    def _follow(self, current: str, task: str, group: int, order: IntArray) -> None:
+    def _follow(self, task: str, group: int, order: IntArray) -> None:
         """Let what is known of a task's layers follow its channels."""
-        assert self.given is not None
-        for name, layers in self.matching.layers.items():
-            given = self.given.get(layers[task].weight) if task in layers else None
-            if given is None:
+        for name in self.layers:
+            layer = self.matching.layers[name].get(task)
+            if layer is None:
                 continue
-            slots = self.channels.slots(layers[task], 0)
+            slots = self.channels.slots(layer, 0)
             at = np.flatnonzero(slots[:, 0] == group)
             place = {(int(channel), int(rank)): row for row, (_, channel, rank) in zip(at, slots[at], strict=True)}
             source = np.arange(len(slots))
             for row in at.tolist():
                 source[row] = place[int(order[slots[row, 1]]), int(slots[row, 2])]
-            given.spread = Spread(given.spread.mean[source], given.spread.var[source])
-            given.outputs = given.outputs[:, source]
-            if name == current and task in self.wanted:
-                self.wanted[task] = self.wanted[task].reordered(source)
+            self.readings.follow(layer, source)
 
     def _cost(
         self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs, waiting: Sequence[int]
@@ -344,21 +255,40 @@ class ZipPass(FreeTraining):
             cost[group] = np.zeros((joint.size, self.matching.groups[partner].size))
             holders: dict[tuple[str, ...], list[int]] = {}
             for number in joint.tolist():
-                own = tuple(owner for owner in prior if number in self.channels.ids[owner, group])
-                holders.setdefault(own, []).append(number)
+                having = tuple(owner for owner in prior if number in self.channels.ids[owner, group])
+                holders.setdefault(having, []).append(number)
             for owners, numbers in holders.items() if self.options.metric != "random" else ():
                 rows, place = self._rows_of_numbers(layers, owners, group, numbers, joint)
-                line = self._line(layers, owners, task, {**rows, task: columns})
-                if line is None:
-                    return None
-                a, b = self._sides(traced, layers, line, task)
-                found = self._solver(line, task, inputs).difference(a, b)
-                ranks = self.channels.slots(layers[owners[0]], 0)[rows[owners[0]], 2]
-                for rank in np.unique(ranks):
-                    ours, others = ranks == rank, theirs[columns, 2] == rank
-                    target = np.ix_(place[ours], theirs[columns[others], 1])
-                    cost[group][target] += found[np.ix_(ours, others)]
+                for part in range(layers[task].parts):
+                    inside = rows[owners[0]] // layers[owners[0]].height == part
+                    own = {owner: at[inside] for owner, at in rows.items()}
+                    own[task] = _inside(columns, layers[task], part)
+                    line = self._line(layers, owners, task, own, part)
+                    if line is not None:
+                        self._add_cost(traced, layers, line, task, inputs, (cost[group], place[inside]))
+                    elif layers[task].parts == 1:
+                        return None
         return cost
+
+    def _add_cost(
+        self,
+        traced: Traced,
+        layers: Mapping[str, Layer],
+        line: _Line,
+        task: str,
+        inputs: Inputs,
+        into: tuple[FloatArray, IntArray],
+    ) -> None:
+        """Add the differences between rows to those of their channels: to a matrix, whose row each one belongs to."""
+        cost, place = into
+        a, b = self._sides(traced, layers, line, task)
+        found = self._solver(line, task, inputs).difference(a, b)
+        first = line.owners[0]
+        ranks = self.channels.slots(layers[first], 0)[line.rows[first], 2]
+        theirs = self.channels.slots(layers[task], 0)[line.rows[task]]
+        for rank in np.unique(ranks):
+            ours, others = ranks == rank, theirs[:, 2] == rank
+            cost[np.ix_(place[ours], theirs[others, 1])] += found[np.ix_(ours, others)]
 
     def _rows_of_numbers(
         self, layers: Mapping[str, Layer], owners: Sequence[str], group: int, numbers: Sequence[int], joint: IntArray
@@ -382,18 +312,18 @@ class ZipPass(FreeTraining):
     # ------------------------------------------------------------------------------------------- joining weights
 
     def _line(
-        self, layers: Mapping[str, Layer], owners: tuple[str, ...], task: str, rows: dict[str, IntArray]
+        self, layers: Mapping[str, Layer], owners: tuple[str, ...], task: str, rows: dict[str, IntArray], part: int
     ) -> _Line | None:
-        """The inputs that a newcomer shares with at least one of `owners`; nothing where there is none."""
-        keys = {each: self.channels.keys(layers[each])[1] for each in (*owners, task)}
-        mine = np.asarray(keys[task])
-        shared = np.flatnonzero(np.isin(mine, np.concatenate([np.asarray(keys[owner]) for owner in owners])))
-        if not shared.size:
+        """The inputs that a newcomer shares with at least one of `owners`; nothing where there is none, or no row."""
+        keys = {each: self.channels.columns(layers[each], part) for each in (*owners, task)}
+        mine = keys[task]
+        shared = np.flatnonzero(np.isin(mine, np.concatenate([keys[owner] for owner in owners])))
+        if not shared.size or not all(at.size for at in rows.values()):
             return None
         positions = layers[task].positions
         found: dict[str, tuple[IntArray, IntArray]] = {}
         for each in (*owners, task):
-            own = np.asarray(keys[each])
+            own = keys[each]
             order = np.argsort(own)
             at = np.searchsorted(own[order], mine[shared]).clip(max=own.size - 1)
             has = own[order[at]] == mine[shared]
@@ -404,7 +334,7 @@ class ZipPass(FreeTraining):
                 feature = np.append(feature[0], layers[each].features), np.append(feature[1], shared.size * positions)
             found[each] = feature
         count = shared.size * positions + int(self._joins_bias(layers))
-        return _Line(owners, rows, found, count)
+        return _Line(part, owners, rows, found, count)
 
     def _joins_bias(self, layers: Mapping[str, Layer]) -> bool:
         return all(layer.bias is not None and layer.norm is None for layer in layers.values())
@@ -433,8 +363,8 @@ class ZipPass(FreeTraining):
         found: dict[str, Moments] = {}
         for each in (*line.owners, task):
             moments = inputs[each]
-            assert isinstance(moments, Moments)
-            found[each] = moments.among(*line.inputs[each], line.count)
+            assert not isinstance(moments, ChannelMoments)
+            found[each] = moments[line.part].among(*line.inputs[each], line.count)
         return Solver(([found[owner] for owner in line.owners], found[task]), scales, damping=self.options.damping)
 
     def _scale(self, task: str) -> float:
@@ -444,25 +374,26 @@ class ZipPass(FreeTraining):
     def _merge(self, traced: Traced, name: str, prior: list[str], task: str, inputs: Inputs) -> None:
         """Give the shared weights of the joint network and a newcomer one value (Eq. 10 and 11)."""
         layers = self.matching.layers[name]
-        keys = {each: self.channels.keys(layers[each])[0] for each in (*prior, task)}
+        keys = {each: rows for each, (rows, _) in self.channels.keys({t: layers[t] for t in (*prior, task)}).items()}
         holders: dict[tuple[str, ...], list[int]] = {}
         for row, key in enumerate(keys[task].tolist()):
             owners = tuple(owner for owner in prior if key >= 0 and key in set(keys[owner].tolist()))
             if owners:
                 holders.setdefault(owners, []).append(row)
         for owners, found in holders.items():
-            rows = {task: np.array(found)}
-            for owner in owners:
-                order = np.argsort(keys[owner])
-                rows[owner] = order[np.searchsorted(keys[owner][order], keys[task][rows[task]])]
-            if layers[task].depthwise:
-                self._join_depthwise(traced, layers, owners, task, rows, inputs)
-                continue
-            line = self._line(layers, owners, task, rows)
-            if line is not None:
-                solver = None if self.options.metric == "random" else self._solver(line, task, inputs)
-                for part in line.parts():
-                    self._join(traced, layers, part, task, solver, inputs)
+            for part in range(layers[task].parts):
+                rows = {task: _inside(np.array(found), layers[task], part)}
+                for owner in owners:
+                    order = np.argsort(keys[owner])
+                    rows[owner] = order[np.searchsorted(keys[owner][order], keys[task][rows[task]])]
+                if layers[task].depthwise:
+                    self._join_depthwise(traced, layers, owners, task, rows, inputs)
+                    continue
+                line = self._line(layers, owners, task, rows, part)
+                if line is not None:
+                    solver = None if self.options.metric == "random" else self._solver(line, task, inputs)
+                    for piece in line.pieces():
+                        self._join(traced, layers, piece, task, solver, inputs)
 
     def _join(
         self,
@@ -500,11 +431,10 @@ class ZipPass(FreeTraining):
         """What the outputs of the rows lack since the inputs were zipped, times the inputs: `(rows, inputs)`."""
         total = torch.zeros(len(line.rows[task]), line.count, dtype=torch.float64)
         for each in (*line.owners, task):
-            wanted, found = self.wanted.get(each), inputs.get(each)
-            if wanted is None or not isinstance(found, Moments):
-                continue
             rows, (source, place) = line.rows[each], line.inputs[each]
-            lack = wanted.among(rows, source) - found.products(augmented(traced, layers[each], rows), source)
+            lack = self.readings.missed(traced, layers[each], inputs[each], rows, source) if each in inputs else None
+            if lack is None:
+                continue
             if all(layer.norm is not None for layer in layers.values()):
                 lack /= deviations(traced, layers[each])[rows].unsqueeze(1)
             total[:, place] += self._scale(each) * lack
@@ -544,7 +474,6 @@ class ZipPass(FreeTraining):
     def _rescale(self, traced: Traced, layer: Layer, rows: IntArray, deviation: torch.Tensor) -> None:
         """Let rows before a batch norm have another deviation, which changes nothing behind it."""
         assert layer.norm is not None
-        assert self.given is not None
         scale = torch.ones(layer.shape[0], dtype=torch.float64)
         scale[rows] = deviation / deviations(traced, layer)[rows]
         if bool((scale == 1.0).all()):
@@ -556,25 +485,24 @@ class ZipPass(FreeTraining):
         put(traced, layer.norm.mean, state[layer.norm.mean] * scale)
         var = (state[layer.norm.var] + layer.norm.eps) * scale.square() - layer.norm.eps
         put(traced, layer.norm.var, torch.where(scale == 1.0, state[layer.norm.var], var.clamp(min=0.0)))
-        given = self.given.get(layer.weight)
-        if given is not None:
-            given.spread = Spread(given.spread.mean * scale, given.spread.var * scale.square())
-            given.outputs = given.outputs * scale
-        if layer.task in self.wanted:
-            self.wanted[layer.task] = self.wanted[layer.task].scaled(scale)
+        self.readings.rescale(layer, scale)
 
-    def _correct(self, traced: Traced, layer: Layer, inputs: Moments | ChannelMoments) -> None:
+    def _correct(self, traced: Traced, layer: Layer, inputs: Read) -> None:
         """Move a batch norm's statistics as far as the layer's outputs moved.
 
         What hardly varies on the calibration data says little of how much it varies: a hundredth of the variance that
         is known counts with it before and after.
         """
-        assert self.given is not None
-        given = self.given.get(layer.weight)
-        if layer.norm is None or given is None:
+        before = self.readings.spread(layer)
+        if layer.norm is None or before is None:
             return
-        before = given.spread
-        after = inputs.spread(augmented(traced, layer) if isinstance(inputs, Moments) else matrix(traced, layer))
+        weight = matrix(traced, layer) if isinstance(inputs, ChannelMoments) else augmented(traced, layer)
+        if isinstance(inputs, ChannelMoments):
+            after = inputs.spread(weight)
+        else:
+            parts = zip(inputs, torch.chunk(weight, layer.parts), strict=True)
+            found = [each.spread(rows) for each, rows in parts]
+            after = Spread(torch.cat([each.mean for each in found]), torch.cat([each.var for each in found]))
         mean, var = double(traced, layer.norm.mean), double(traced, layer.norm.var)
         put(traced, layer.norm.mean, mean + (after.mean - before.mean))
         known = 0.01 * var + layer.norm.eps
@@ -591,9 +519,7 @@ def _order(options: Zip, names: list[str], where: str) -> tuple[str, ...]:
     return tasks
 
 
-def _watched(feed: Feed, sums: list[float]) -> Iterator[tuple[Any, ...]]:
-    """The batches, with a number of each noted that tells it from others."""
-    for batch in feed():
-        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-        sums.append(sum(float(tensor.double().sum()) for tensor in tensors))
-        yield batch
+def _inside(rows: IntArray, layer: Layer, part: int) -> IntArray:
+    """Those of some rows of a layer that are of one part."""
+    found: IntArray = rows[rows // layer.height == part]
+    return found

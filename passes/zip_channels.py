@@ -7,7 +7,7 @@ have no connection to the rest (MTZ, section 3.4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,8 +35,11 @@ class Channels:
         self.ids: dict[tuple[str, int], IntArray] = {}
 
     def slots(self, layer: Layer, dim: int) -> IntArray:
-        """Group, channel and rank of every slice of a layer's weight, `(slices, 3)`; -1 where no group holds it."""
-        size = layer.shape[dim]
+        """Group, channel and rank of every slice of a layer's weight, `(slices, 3)`; -1 where no group holds it.
+
+        The inputs are those of all its parts.
+        """
+        size = layer.shape[dim] * (layer.parts if dim == 1 else 1)
         found = self.matching.slots.get((layer.weight, dim), np.zeros((0, 3), dtype=np.int64))[:size]
         return np.concatenate([found, np.full((size - len(found), 3), _NONE, dtype=np.int64)])
 
@@ -44,12 +47,37 @@ class Channels:
         """The groups of the first task, or their counterparts, that a layer makes channels of."""
         return [group for group in dict.fromkeys(self.slots(layer, 0)[:, 0].tolist()) if group != _NONE]
 
-    def keys(self, layer: Layer) -> Keys:
-        """One number for every row and column of a layer's weight, equal in two tasks where they share it."""
-        rows = self._keys(layer.task, self.slots(layer, 0), inputs=False)
-        if layer.groups > 1:
-            return rows, np.arange(layer.shape[1])
-        return rows, self._keys(layer.task, self.slots(layer, 1), inputs=True)
+    def keys(self, layers: Mapping[str, Layer]) -> dict[str, Keys]:
+        """For every task one number for each row and column of its layer's weight, equal in two where they share it.
+
+        A grouped convolution shares rows whose inputs are all shared, too.
+        """
+        rows = {task: self._keys(task, self.slots(layer, 0), inputs=False) for task, layer in layers.items()}
+        if all(layer.groups == 1 for layer in layers.values()):
+            return {task: (rows[task], self.columns(layer, 0)) for task, layer in layers.items()}
+        numbers: dict[tuple[int, bytes], int] = {}
+        for task, layer in layers.items():
+            read = [b"" if layer.depthwise else self.columns(layer, part).tobytes() for part in range(layer.parts)]
+            for row in np.flatnonzero(rows[task] >= 0).tolist():
+                same = int(rows[task][row]), read[row // layer.height]
+                rows[task][row] = numbers.setdefault(same, len(numbers))
+        return {task: (rows[task], np.arange(layer.shape[1])) for task, layer in layers.items()}
+
+    def columns(self, layer: Layer, part: int) -> IntArray:
+        """One number for each column of a part of a layer's weight, equal in two tasks where they share it."""
+        size = layer.shape[1]
+        return self._keys(layer.task, self.slots(layer, 1)[part * size : (part + 1) * size], inputs=True)
+
+    def parts_stay(self, layer: Layer) -> bool:
+        """Whether channels that may change places are rows of one part of a layer."""
+        slots = self.slots(layer, 0)
+        for group in self.made(layer):
+            at = slots[:, 0] == group
+            part = dict(zip(slots[at, 1].tolist(), (np.flatnonzero(at) // layer.height).tolist(), strict=True))
+            blocks = self.matching.groups[group].blocks if self.matching.free(group) else ()
+            if any(len({part.get(channel) for channel in block}) > 1 for block in blocks):
+                return False
+        return True
 
     def _keys(self, task: str, slots: IntArray, *, inputs: bool) -> IntArray:
         """Slices of one task alone have negative numbers."""
@@ -149,13 +177,15 @@ class Channels:
         if len(theirs.blocks) == 1:
             return {group: pick(matrix, wanted)}
         ours = self.matching.groups[group].blocks
-        if len(prior) > 1 or [len(block) for block in ours] != [len(block) for block in theirs.blocks]:
+        if [len(block) for block in ours] != [len(block) for block in theirs.blocks]:
             return {group: (np.arange(0), np.arange(0))}
-        found = []
-        for one, two in zip(ours, theirs.blocks, strict=True):
-            inner = matrix[np.ix_(one, two)]
-            left, right = pick(inner, wanted * len(one) // min(matrix.shape))
-            found.append((np.array(one)[left], np.array(two)[right]))
+        joint, found = self.joint(group, prior), []
+        owners = [(owner, self.matching.partners(group)[owner]) for owner in prior if (owner, group) in self.ids]
+        for number, two in enumerate(map(np.array, theirs.blocks)):
+            held = [self.ids[owner, group][list(self.matching.groups[own].blocks[number])] for owner, own in owners]
+            one = np.flatnonzero(np.isin(joint, np.concatenate(held)))
+            left, right = pick(matrix[np.ix_(one, two)], wanted * len(two) // min(matrix.shape))
+            found.append((one[left], two[right]))
         return {group: (np.concatenate([pair[0] for pair in found]), np.concatenate([pair[1] for pair in found]))}
 
     def _paired_heads(

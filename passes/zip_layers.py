@@ -43,7 +43,7 @@ class Layer:
     """A linear layer or a convolution of one task, with its parameters' names in the joint model.
 
     `name` is its name in its own model; `nodes` are the names of its calls. `depthwise` convolutions have a kernel for
-    each channel alone; `grouped` ones are not shared in part.
+    each channel alone. Other grouped ones have as many `parts` as groups, each of `height` rows with inputs of its own.
     """
 
     task: str
@@ -58,6 +58,14 @@ class Layer:
     @property
     def depthwise(self) -> bool:
         return self.groups > 1 and self.shape[1] == 1
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.depthwise else self.groups
+
+    @property
+    def height(self) -> int:
+        return self.shape[0] // self.parts
 
     @property
     def positions(self) -> int:

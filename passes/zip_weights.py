@@ -15,7 +15,7 @@ from graphzip.rewrite.blocks import put
 from passes.zip_layers import Layer
 from passes.zip_solve import BLOCK
 
-__all__ = ["augmented", "blocks", "deviations", "double", "matrix", "outputs", "with_one", "write"]
+__all__ = ["augmented", "blocks", "deviations", "double", "matrix", "outputs", "parted", "write"]
 
 
 def blocks(rows: IntArray) -> list[IntArray]:
@@ -23,9 +23,13 @@ def blocks(rows: IntArray) -> list[IntArray]:
     return np.split(rows, range(BLOCK, len(rows), BLOCK))
 
 
-def with_one(rows: torch.Tensor) -> torch.Tensor:
-    """Rows laid out flat, with a one for the bias at the end."""
-    return torch.cat([rows.flatten(1), rows.new_ones(len(rows), 1)], 1)
+def parted(layer: Layer, rows: torch.Tensor) -> list[torch.Tensor]:
+    """What each part of a layer reads, `(samples, features + 1)`, of `(samples, channels, positions)`.
+
+    Laid out flat, with a one for the bias at the end.
+    """
+    one = rows.new_ones(len(rows), 1)
+    return [torch.cat([part.flatten(1), one], 1) for part in torch.chunk(rows, layer.parts, 1)]
 
 
 def double(traced: Traced, name: str) -> torch.Tensor:
@@ -52,10 +56,13 @@ def augmented(traced: Traced, layer: Layer, rows: IntArray | None = None) -> tor
     return made
 
 
-def outputs(traced: Traced, layer: Layer, flat: torch.Tensor) -> torch.Tensor:
-    """What a layer gives for rows with a one at the end, `(samples, outputs)`."""
-    parts = blocks(np.arange(layer.shape[0]))
-    return torch.cat([flat @ augmented(traced, layer, rows).T for rows in parts], 1)
+def outputs(traced: Traced, layer: Layer, rows: torch.Tensor) -> torch.Tensor:
+    """What a layer gives for what it reads, `(samples, channels, positions)`: `(samples, outputs)`."""
+    found = []
+    for part, flat in enumerate(parted(layer, rows)):
+        for some in blocks(np.arange(part * layer.height, (part + 1) * layer.height)):
+            found.append(flat @ augmented(traced, layer, some).T)
+    return torch.cat(found, 1)
 
 
 def deviations(traced: Traced, layer: Layer) -> torch.Tensor:

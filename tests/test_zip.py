@@ -51,10 +51,12 @@ def permuted(net: nn.Module, inputs: tuple[Tensor, ...], seed: int = 0) -> nn.Mo
 
     def move(param: GroupParam, order: Any) -> None:
         tensor = state[param.param].data
-        source = np.arange(tensor.shape[param.dim])
+        source = np.arange(tensor.shape[param.dim] * param.groups)
         held = param.indices >= 0
         source[param.indices[held]] = param.indices[order][held]
-        tensor.copy_(tensor.index_select(param.dim, torch.from_numpy(source)).clone())
+        moves = torch.from_numpy(source.reshape(param.groups, -1)) % tensor.shape[param.dim]
+        parts = zip(tensor.chunk(param.groups), moves, strict=True)
+        tensor.copy_(torch.cat([part.index_select(param.dim, move) for part, move in parts]))
 
     for group in channel_groups_of(traced, analyse(traced.graph)):
         if group.mergeable:
@@ -62,7 +64,7 @@ def permuted(net: nn.Module, inputs: tuple[Tensor, ...], seed: int = 0) -> nn.Mo
             for block in group.blocks:
                 order[list(block)] = rng.permutation(block)
             for param in group.params:
-                if param.groups == 1:
+                if param.groups == 1 or param.size > 1:
                     move(param, order)
     return other
 
@@ -127,6 +129,13 @@ def depthwise() -> nn.Module:
     return nn.Sequential(*first, *middle, *last)
 
 
+def grouped() -> nn.Module:
+    first = nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU()
+    middle = nn.Conv2d(12, 9, 3, padding=1, groups=3), nn.BatchNorm2d(9), nn.ReLU()
+    last = nn.Conv2d(9, 6, 3, groups=3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    return nn.Sequential(*first, *middle, *last)
+
+
 class Encoder(nn.Module):
     """A small vision transformer with a packed projection, as torchvision's."""
 
@@ -155,6 +164,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (residual, IMAGES),
     "dense": (dense, IMAGES),
     "depthwise": (depthwise, IMAGES),
+    "grouped": (grouped, IMAGES),
     "encoder": (Encoder, IMAGES),
 }
 
@@ -225,6 +235,34 @@ def test_part_is_shared() -> None:
     report = result.report
     saved = 4 * 27 + (4 * 4 * 4 + 4) + (5 * 16 + 5)
     assert report.before.params - report.after.params == saved + report_of_norms(result)
+
+
+def test_a_grouped_convolution_is_shared_where_its_inputs_are() -> None:
+    """A group of it shares its rows with the other network's only where they read the same."""
+    net, x = randomized(grouped()), torch.randn(IMAGES, dtype=torch.float64)
+    other = randomized(grouped())
+    data = {name: batches(*IMAGES) for name in "ab"}
+    inputs = dict.fromkeys("ab", (x,))
+    compiled = gz.compile({"a": net, "b": other}, gz.Plan([gz.Zip(share=0.75)]), inputs, calibration=data)
+    sizes = {name: tuple(p.shape) for name, p in compiled.task("b").named_parameters()}
+    assert sizes["0.weight_a_b"] == (9, 3, 1, 1)
+    assert sizes["3.weight"] == (9, 4, 3, 3), "no group of it has all of its inputs in common"
+    whole = gz.compile({"a": net, "b": other}, gz.Plan([gz.Zip(share={"0": 1.0, "3": 0.67})]), inputs, calibration=data)
+    sizes = {name: tuple(p.shape) for name, p in whole.task("b").named_parameters()}
+    assert sizes["3.weight_a_b"] == (6, 4, 3, 3)
+    assert sizes["3.weight_b"] == (3, 4, 3, 3)
+    for name in "ab":
+        expected = whole.module(a=x, b=x)[name]
+        torch.testing.assert_close(whole.task(name)(x), expected, rtol=0, atol=0)
+
+
+def test_three_grouped_networks() -> None:
+    net, x = randomized(grouped()), torch.randn(IMAGES, dtype=torch.float64)
+    nets = {"a": net, "b": permuted(net, (x,), 1), "c": permuted(net, (x,), 2)}
+    result = zipped(nets, x)
+    for task in nets:
+        torch.testing.assert_close(result.task(task)(x), net(x), rtol=1e-9, atol=1e-11)
+        assert own_parameters(result, task) == {"10"}
 
 
 def report_of_norms(result: gz.Compiled) -> int:

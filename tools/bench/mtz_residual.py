@@ -35,6 +35,9 @@ from torch import Tensor, nn
 import graphzip as gz
 
 BATCH = 64
+RETRAIN = {"cifar10": 96}
+"""Images per iteration of retraining: most are of the task that is hardest by far."""
+OTHERS = 16
 NAMES = ("cifar10", *VIEWS)
 FILES = ("resnet20_cifar10.safetensors", "cifar10_jpeg.npz", "mnist.npz")
 
@@ -59,12 +62,12 @@ class Tasks:
                     chosen = np.random.default_rng(0).permutation(len(digits[part][1]))[:count]
                     held[name] = view(name, digits[part][0][chosen]), torch.from_numpy(digits[part][1][chosen]).long()
 
-    def batches(self, name: str, seed: int) -> Iterator[Images]:
+    def batches(self, name: str, seed: int, size: int = BATCH) -> Iterator[Images]:
         """Random training batches without end."""
         pictures, labels = self.train[name]
         generator = torch.Generator().manual_seed(seed)
         while True:
-            for chosen in torch.randperm(len(labels), generator=generator).split(BATCH):
+            for chosen in torch.randperm(len(labels), generator=generator).split(size):
                 yield pictures[chosen], labels[chosen]
 
     @torch.no_grad()
@@ -116,7 +119,7 @@ def retrain(prepared: gz.Prepared, nets: dict[str, nn.Module], tasks: Tasks, opt
     """Cross entropy with the answers that the networks gave before."""
     optimizer = torch.optim.SGD(prepared.parameters(), lr=options.lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.retrain)
-    feeds: dict[str, Any] = {name: tasks.batches(name, 1) for name in nets}
+    feeds: dict[str, Any] = {name: tasks.batches(name, 1, RETRAIN.get(name, OTHERS)) for name in nets}
     prepared.train()
     for _ in range(options.retrain):
         pictures = {name: next(feed)[0] for name, feed in feeds.items()}
@@ -132,13 +135,13 @@ def retrain(prepared: gz.Prepared, nets: dict[str, nn.Module], tasks: Tasks, opt
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=len(NAMES), help="how many of the tasks")
-    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the first task's error when zipping")
-    parser.add_argument("--share", type=float, default=0.9375, help="share of the channels that is shared")
+    parser.add_argument("--alpha", type=float, default=0.95, help="weight of the first task's error when zipping")
+    parser.add_argument("--share", type=float, default=0.96, help="share of the channels that is shared")
     parser.add_argument("--images", type=int, default=20_000, help="training images of each task")
     parser.add_argument("--tests", type=int, default=10_000, help="test images of each task")
     parser.add_argument("--epochs", type=int, default=2, help="epochs in which a network is trained")
     parser.add_argument("--calibration", type=int, default=500, help="images for the Hessians of each task")
-    parser.add_argument("--retrain", type=int, default=500, help="iterations of retraining, 0 for none")
+    parser.add_argument("--retrain", type=int, default=700, help="iterations of retraining, 0 for none")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of retraining")
     parser.add_argument("--cache", type=Path, default=Path("mtz_nets"), help="a folder for trained networks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
