@@ -16,13 +16,32 @@ models = pytest.importorskip("torchvision").models
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "vgg11_bn", "vit", "efficientnet_b0"]
-)
+NAMES = [
+    "alexnet",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "mnasnet1_0",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_1",
+    "vgg11_bn",
+    "vit",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_permuted_copy(name: str) -> None:
     torch.manual_seed(0)
-    net = randomized(small_vit() if name == "vit" else models.get_model(name, weights=None))
-    x = torch.randn(2, 3, *([32] * 2 if name == "vit" else [64] * 2), dtype=torch.float64)
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    net = randomized(small_vit() if name == "vit" else models.get_model(name, weights=None, **options))
+    size = {"vit": 32, "alexnet": 96}.get(name, 64)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
     nets = {"a": net, "b": permuted(net, (x,))}
     data = {task: [torch.randn(8, *x.shape[1:], dtype=torch.float64)] for task in nets}
     metric = "euclidean" if name.startswith("vgg") else "hessian"
