@@ -339,7 +339,8 @@ class CrossDomainShare(PassOptions):
 class Zip(PassOptions):
     """Let several trained models share neurons, layer by layer ("Multi-Task Zipping via Layer-wise Neuron Sharing").
 
-    Layers and groups of channels are named as in the first model. What is shared is stored once.
+    Layers and groups of channels are named as in the first model. What is shared is stored once. A grouped convolution
+    shares the outputs whose inputs are all shared.
 
     - `share`: how many channels of a layer are shared. A float from 0 to 1 is a share of the narrower model's, an int a
       number. A mapping from layer globs (`fnmatch.fnmatchcase`) to either: the first match wins, layers that no key

@@ -375,9 +375,10 @@ class ZipPass(FreeTraining):
         """Give the shared weights of the joint network and a newcomer one value (Eq. 10 and 11)."""
         layers = self.matching.layers[name]
         keys = {each: rows for each, (rows, _) in self.channels.keys({t: layers[t] for t in (*prior, task)}).items()}
+        held = {owner: set(keys[owner].tolist()) for owner in prior}
         holders: dict[tuple[str, ...], list[int]] = {}
         for row, key in enumerate(keys[task].tolist()):
-            owners = tuple(owner for owner in prior if key >= 0 and key in set(keys[owner].tolist()))
+            owners = tuple(owner for owner in prior if key >= 0 and key in held[owner])
             if owners:
                 holders.setdefault(owners, []).append(row)
         for owners, found in holders.items():
