@@ -241,9 +241,9 @@ def decide(m: Any, x: Tensor) -> Tensor:
 def test_data_dependent_control_flow_names_line_and_cure() -> None:
     with pytest.raises(
         gz.TraceError,
-        match=r"Net runs but torch.export cannot trace it: .*\(at .*test_trace_calls.py:\d+ in decide: if h.sum\(\) > 0:\); "
-        r"make the control flow there independent of tensor values \(or compile only the part that traces: "
-        r"scope='name.of.submodule'\)",
+        match=r"Net runs but torch.export cannot trace it: .*\(at .*test_trace_calls.py:\d+ in decide: "
+        r"if h.sum\(\) > 0:\); make the control flow there independent of tensor values "
+        r"\(or compile only the part that traces: scope='name.of.submodule'\)",
     ):
         trace(net(decide), (torch.randn(2, 4),))
 
