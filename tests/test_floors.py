@@ -65,6 +65,7 @@ SHARED_BY_PASSES = (
     "passes.zip_channels",
     "passes.zip_inputs",
     "passes.zip_layers",
+    "passes.zip_readings",
     "passes.zip_solve",
     "passes.zip_weights",
 )
