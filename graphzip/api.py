@@ -150,7 +150,8 @@ def compile(
     """Carry out a plan: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
 
     Arguments and errors are those of `prepare`. The model itself stays as it is. A plan that changes nothing returns
-    normally and says so in the report.
+    normally and says so in the report. Models that are zipped without training are not copied first: weights that are
+    mapped from files are read where they lie.
     """
     if train is None and isinstance(model, Mapping) and isinstance(plan, Plan) and _keeps_off(plan):
         _check(model, plan)
