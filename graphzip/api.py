@@ -77,10 +77,28 @@ def prepare(
 
     Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`.
     """
+    return _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, trained=True)
+
+
+def _prepare(
+    model: Models,
+    plan: Plan,
+    example_inputs: Inputs | None,
+    calibration: Calibration | None,
+    seed: int,
+    scope: str | None,
+    dynamic_shapes: Any | None,
+    *,
+    trained: bool,
+) -> Prepared:
+    """`prepare`; where nothing is `trained`, models need no copy for a first pass that works on the graph alone."""
     _check(model, plan)
     with torch.inference_mode(False):
         if isinstance(model, Mapping):
-            return _prepare_several(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes)
+            if scope is not None:
+                raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
+            borrowed = not trained and _keeps_off(plan)
+            return _prepare_several(model, plan, example_inputs, calibration, seed, dynamic_shapes, borrowed=borrowed)
         inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
         trainable = _copy(model)
         traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes)
@@ -102,14 +120,11 @@ def _prepare_several(
     example_inputs: Inputs | None,
     calibration: Calibration | None,
     seed: int,
-    scope: str | None,
     dynamic_shapes: Any | None,
     *,
-    borrowed: bool = False,
+    borrowed: bool,
 ) -> Prepared:
     """Prepare a joint model: a copy of `models`, or what is `borrowed` from them for a pass that keeps off it."""
-    if scope is not None:
-        raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
     if example_inputs is None:
         raise ExampleInputError("no example inputs: pass a mapping, example_inputs={'a': (xa,), 'b': (xb,)}")
     inputs = _by_task(example_inputs, models, "example_inputs")
@@ -153,21 +168,8 @@ def compile(
     normally and says so in the report. Models that are zipped without training are not copied first: weights that are
     mapped from files are read where they lie.
     """
-    if train is None and isinstance(model, Mapping) and isinstance(plan, Plan) and _keeps_off(plan):
-        _check(model, plan)
-        with torch.inference_mode(False):
-            return _prepare_several(
-                model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, borrowed=True
-            ).convert()
-    prepared = prepare(
-        model,
-        plan,
-        example_inputs,
-        calibration=calibration,
-        seed=seed,
-        scope=scope,
-        dynamic_shapes=dynamic_shapes,
-    )
+    trained = train is not None
+    prepared = _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, trained=trained)
     if train is not None:
         for stage in prepared.steps():
             train(prepared, stage)
@@ -175,7 +177,7 @@ def compile(
 
 
 def _keeps_off(plan: Plan) -> bool:
-    """Whether the first pass works on the graph alone, so that large models need not be copied to be changed."""
+    """Whether the first pass works on the graph alone."""
     return bool(plan.passes) and hasattr(PASSES[type(plan.passes[0])], "enter")
 
 

@@ -262,7 +262,7 @@ class ZipPass(FreeTraining):
                 for part in range(layers[task].parts):
                     inside = rows[owners[0]] // layers[owners[0]].height == part
                     own = {owner: at[inside] for owner, at in rows.items()}
-                    own[task] = _inside(columns, layers[task], part)
+                    own[task] = columns[columns // layers[task].height == part]
                     line = self._line(layers, owners, task, own, part)
                     if line is not None:
                         self._add_cost(traced, layers, line, task, inputs, (cost[group], place[inside]))
@@ -382,15 +382,16 @@ class ZipPass(FreeTraining):
             if owners:
                 holders.setdefault(owners, []).append(row)
         for owners, found in holders.items():
+            rows = {task: np.array(found)}
+            for owner in owners:
+                order = np.argsort(keys[owner])
+                rows[owner] = order[np.searchsorted(keys[owner][order], keys[task][rows[task]])]
+            if layers[task].depthwise:
+                self._join_depthwise(traced, layers, owners, task, rows, inputs)
+                continue
             for part in range(layers[task].parts):
-                rows = {task: _inside(np.array(found), layers[task], part)}
-                for owner in owners:
-                    order = np.argsort(keys[owner])
-                    rows[owner] = order[np.searchsorted(keys[owner][order], keys[task][rows[task]])]
-                if layers[task].depthwise:
-                    self._join_depthwise(traced, layers, owners, task, rows, inputs)
-                    continue
-                line = self._line(layers, owners, task, rows, part)
+                inside = rows[task] // layers[task].height == part
+                line = self._line(layers, owners, task, {each: at[inside] for each, at in rows.items()}, part)
                 if line is not None:
                     solver = None if self.options.metric == "random" else self._solver(line, task, inputs)
                     for piece in line.pieces():
@@ -419,11 +420,9 @@ class ZipPass(FreeTraining):
             deviation = deviations(traced, layers[line.owners[0]])[line.rows[line.owners[0]]]
             joint = joint * deviation.unsqueeze(1)
             self._rescale(traced, layers[task], line.rows[task], deviation)
-        mine = line.inputs[task]
-        places = {int(place): int(source) for source, place in zip(*mine, strict=True)}
         for each in (*line.owners, task):
             source, place = line.inputs[each]
-            common = np.array([int(where) in places for where in place])
+            common = np.isin(place, line.inputs[task][1])
             write(traced, layers[each], line.rows[each], source[common], joint[:, place[common]])
 
     def _missed(
@@ -518,9 +517,3 @@ def _order(options: Zip, names: list[str], where: str) -> tuple[str, ...]:
         if task not in tasks[1:]:
             raise plan_error([f"{where}.match: no task {task!r} to match; {closest(task, tasks[1:])}"])
     return tasks
-
-
-def _inside(rows: IntArray, layer: Layer, part: int) -> IntArray:
-    """Those of some rows of a layer that are of one part."""
-    found: IntArray = rows[rows // layer.height == part]
-    return found
