@@ -74,11 +74,13 @@ def graphzip(bench: Bench, share: float) -> tuple[str, nn.Module]:
 
 
 def fold(bench: Bench, share: float) -> tuple[str, nn.Module]:
-    return "", re_estimated(evenly(bench, share, lambda keep: gz.ClusterMerge(keep={INNER: keep})), bench.images)
+    found = evenly(bench.model, bench.example, share, lambda keep: gz.ClusterMerge(keep={INNER: keep}))
+    return "", re_estimated(found.module, bench.images)
 
 
 def l1(bench: Bench, share: float) -> tuple[str, nn.Module]:
-    return "", re_estimated(evenly(bench, share, lambda keep: gz.PruneChannels(keep={INNER: keep})), bench.images)
+    found = evenly(bench.model, bench.example, share, lambda keep: gz.PruneChannels(keep={INNER: keep}))
+    return "", re_estimated(found.module, bench.images)
 
 
 def torch_pruning(bench: Bench, share: float) -> tuple[str, nn.Module]:
@@ -101,16 +103,16 @@ METHODS: dict[str, Callable[[Bench, float], tuple[str, nn.Module]]] = {
 }
 
 
-def evenly(bench: Bench, share: float, options: Callable[[float], Any]) -> nn.Module:
+def evenly(model: nn.Module, example: tuple[Tensor, ...], share: float, options: Callable[[float], Any]) -> gz.Compiled:
     """The widest even plan that fits the share of the multiply-accumulates."""
     low, high, found = 0.01, 1.0, None
     for _ in range(STEPS):
         middle = (low + high) / 2
-        compiled = gz.compile(bench.model, gz.Plan([options(middle)]), bench.example)
-        fits = compiled.report.after.macs <= share * bench.macs
+        compiled = gz.compile(model, gz.Plan([options(middle)]), example)
+        fits = compiled.report.after.macs <= share * compiled.report.before.macs
         low, high, found = (middle, high, compiled) if fits else (low, middle, found)
     assert found is not None
-    return found.module
+    return found
 
 
 def torch_pruned(bench: Bench, share: float, importance: str, everywhere: bool) -> nn.Module:

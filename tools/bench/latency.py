@@ -22,29 +22,13 @@ from typing import Any
 import onnxruntime
 import torch
 import torchvision
+from compare import evenly
 from rich.console import Console
 from rich.table import Table
 from side_by_side import side_by_side
-from torch import nn
 from trace_time import seconds
 
 import graphzip as gz
-
-STEPS = 7
-
-
-def narrowed(model: nn.Module, example: tuple[torch.Tensor, ...], share: float, step: int) -> gz.Compiled:
-    """The widest even plan within a share of the multiply-accumulates."""
-    low, high, found = 0.05, 1.0, None
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        plan = gz.Plan([gz.ClusterMerge(keep=middle, clustering="even", round_to=step)])
-        compiled = gz.compile(model, plan, example)
-        fits = compiled.report.after.macs <= share * compiled.report.before.macs
-        low, high, found = (middle, high, compiled) if fits else (low, middle, found)
-    if found is None:
-        raise SystemExit(f"no even plan meets {share:.0%} of the MACs")
-    return found
 
 
 def session(path: Path, threads: int, *, profile: bool = False) -> Any:
@@ -90,7 +74,12 @@ def main() -> int:
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None).eval()
         example = (torch.randn(2, 3, options.size, options.size),)
-        slim = narrowed(model, example, options.macs, options.round_to)
+        slim = evenly(
+            model,
+            example,
+            options.macs,
+            lambda keep: gz.ClusterMerge(keep=keep, clustering="even", round_to=options.round_to),
+        )
         share = slim.report.after.macs / slim.report.before.macs
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / "dense.onnx", Path(folder) / "slim.onnx"]
