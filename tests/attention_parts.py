@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from net_parts import register
 from nets import Example, Net
 from torch import Tensor, nn
 
@@ -19,16 +20,7 @@ HEADS, WIDTH, STREAM, TOKENS = 4, 6, 10, 5
 INNER = HEADS * WIDTH
 
 
-def net(factory: Callable[[], Example]) -> Callable[[], Example]:
-    """Register a factory, seeded, under its own name."""
-
-    def build() -> Example:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return factory()
-
-    ATTENTION_NETS[factory.__name__] = build
-    return build
+net = register(ATTENTION_NETS)
 
 
 def sequence(*size: int) -> Tensor:

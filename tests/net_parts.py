@@ -17,16 +17,22 @@ NETS: dict[str, Callable[[], Example]] = {}
 REFUSABLE: set[str] = set()
 
 
-def net(factory: Callable[[], Example]) -> Callable[[], Example]:
-    """Register a factory, seeded, under its own name."""
+def register(registry: dict[str, Callable[[], Example]]) -> Callable[[Callable[[], Example]], Callable[[], Example]]:
+    """A decorator that puts a factory, seeded, into a registry under its own name."""
 
-    def build() -> Example:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return factory()
+    def add(factory: Callable[[], Example]) -> Callable[[], Example]:
+        def build() -> Example:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return factory()
 
-    NETS[factory.__name__] = build
-    return build
+        registry[factory.__name__] = build
+        return build
+
+    return add
+
+
+net = register(NETS)
 
 
 def image(channels: int = 3, *size: int) -> Tensor:
