@@ -15,6 +15,7 @@ section 3.3, sharing and Eq. 12 in section 3.4, the result in section 3.5.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from passes.centripetal import TIED, attach
 from passes.clustering import cluster
 from passes.embedding import NODES, Learned, spectral_embedding
 from passes.segments import Slices, Tying
+from passes.shared_fit import fit_shared
 from passes.shared_layers import SharedLayer, shared_layers, weights_before
 from passes.similarity import factor_of, growl, simple_loss
 from passes.trimmed import Trimmed
@@ -129,18 +131,25 @@ class CrossDomainSharePass(Tying):
         return traced, model
 
     def end_stage(self, stage: str, model: nn.Module) -> None:
-        """After "regularize": find the clusters, where none were loaded, and make their weights equal."""
+        """After "regularize": find the clusters, where none were set, make their weights equal and fit these."""
         if stage != "regularize":
             return
+        found: list[tuple[_Clusters, FloatArray]] = []
         if not self.clusters:
             if self._run is not None and self.options.regularizer != "growl":
                 with self._trimmed.collecting():
                     self._run()
             found = self._agreed([self._clustered(layer, model) for layer in self.layers])
             self._set({clusters.layer.name: clusters for clusters, _ in found})
-            for clusters, amplitude in found:
-                _tie(clusters, amplitude, model)
+        before = copy.deepcopy(model) if self._run is not None else None
+        for clusters, amplitude in found:
+            _tie(clusters, amplitude, model)
         self.collapse_(model)
+        if self._run is not None and before is not None:
+            for name, each in list(self.clusters.items()):
+                number = fit_shared(each.layer, each.number, model, before, self._run, move=bool(found))
+                self.clusters[name] = _Clusters.of(each.layer, number)
+            self._set(self.clusters)
 
     def regularizer(self, model: nn.Module) -> Tensor | None:
         kind = self.options.regularizer

@@ -39,6 +39,11 @@ def train(ready: gz.Prepared, optimizer: torch.optim.Optimizer, steps: int = 4, 
         optimizer.step()
 
 
+def uncalibrated(**options: Any) -> gz.Prepared:
+    """With nothing that weights could be fitted to."""
+    return gz.prepare(models(), gz.Plan([gz.CrossDomainShare(**{"clusters": CLUSTERS, **options})]), EXAMPLE)
+
+
 def tied(**options: Any) -> gz.Prepared:
     """At the beginning of the stage "finetune"."""
     ready = prepared(**options)
@@ -94,11 +99,14 @@ def test_every_layer_has_exactly_the_clusters_that_were_asked_for() -> None:
 
 def test_tying_sets_every_cluster_to_its_centre() -> None:
     """The mean of its weights, each counting as much as the features that it reads."""
-    ready = prepared(samples=10_000)
+    ready = uncalibrated(samples=10_000)
     before = weights(ready, "conv2")
     for stage in ready.steps():
         if stage == "finetune":
             break
+        for number in range(3):
+            ready.eval()(**inputs(number))
+            ready.regularizer()
     read = [
         torch.cat([rows_of_input(model[:3](each), 2, (4, 4)) for each in DATA[name]], dim=1)
         for name, model in ((name, model.eval()) for name, model in models().items())
@@ -112,7 +120,7 @@ def test_tying_sets_every_cluster_to_its_centre() -> None:
 
 
 def test_clusters_set_by_hand_are_tied_by_their_mean() -> None:
-    ready = prepared()
+    ready = uncalibrated()
     before = weights(ready, "conv2")
     by_hand = torch.cat([torch.arange(12) % 5, torch.arange(64) % 16])
     for stage in ready.steps():

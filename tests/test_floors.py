@@ -57,6 +57,7 @@ SHARED_BY_PASSES = (
     "passes.layer_rows",
     "passes.refit",
     "passes.segments",
+    "passes.shared_fit",
     "passes.shared_layers",
     "passes.similarity",
     "passes.trimmed",
