@@ -81,4 +81,14 @@ def test_pictures(bench: Any, tmp_path: Path) -> None:
     found = bench.pictures(run(bench), run(bench).train, tmp_path / "figures")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"conv2.png", "fc1.png", "clusters.svg"}
     assert list(found) == ["before", "normalized", "growl"]
-    assert all(0.0 <= each <= 1.0 for layers in found.values() for row in layers.values() for each in row.values())
+    for layers in found.values():
+        for measured in layers.values():
+            assert all(0.0 <= each <= 1.0 for row in measured.values() for each in row.values())
+
+
+def test_blocks_are_the_clusters_in_common(bench: Any) -> None:
+    labels = torch.tensor([0, 1, 1, 0, 0, 1])
+    features = torch.nn.functional.one_hot(labels).double()
+    found = bench.clustered(features @ features.t(), 2)
+    assert torch.equal(found[:, None] == found, labels[:, None] == labels)
+    assert bench.blocks(features @ features.t(), labels) == {"best": 1.0, "within": 1.0, "between": 0.0}

@@ -53,7 +53,10 @@ CLUSTERS = {4: {"conv2": 24, "fc1": 348}, 8: {"conv2": 16, "fc1": 152}, 16: {"co
 INPUTS = {"conv2": 40, "fc1": 1600}
 """Input channels of both domains."""
 
-CALIBRATION = 3000
+SHOWN = 6
+"""Clusters that channels are put in order by in the pictures."""
+
+CALIBRATION = 1000
 """Training pictures that shared weights are fitted on."""
 
 
@@ -314,31 +317,62 @@ def across(correlation: Tensor) -> float:
     return float(correlation[:half, half:].abs().max(1).values.mean())
 
 
+def clustered(features: Tensor, count: int) -> Tensor:
+    """The cluster of every channel of both domains by the correlation of features."""
+    from sklearn.cluster import SpectralClustering
+
+    method = SpectralClustering(count, affinity="precomputed", random_state=0)
+    return torch.from_numpy(method.fit_predict(features.abs().double().numpy())).long()
+
+
+def blocks(correlation: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean correlation across the domains: with the best match, within clusters, and between them."""
+    half = len(labels) // 2
+    values, same = correlation[:half, half:].abs(), labels[:half, None] == labels[half:]
+    parts = {"within": values[same], "between": values[~same]}
+    return {"best": across(correlation)} | {
+        name: float(part.mean()) if len(part) else 0.0 for name, part in parts.items()
+    }
+
+
 def pictures(run: Run, data: Data, folder: Path) -> dict[str, Any]:
-    """Correlations before and after the training with each regulariser, drawn and summed up."""
+    """Correlations before and after the training with each regulariser, drawn and summed up.
+
+    The channels of each domain are in the order of the clusters of both, so that clusters in common are blocks.
+    """
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    labels: dict[str, dict[str, Tensor]] = {}
     for kind, strength in (("before", 0.0), ("normalized", run.options.strength), ("growl", run.options.growl)):
         ready = prepared(run, run.models, regularizer=None if kind == "before" else kind, strength=strength)
         if kind != "before":
             fit(run, ready, finetune=False)
         shown[kind] = {layer: correlations(ready, data, layer) for layer in INPUTS}
+        labels[kind] = {layer: clustered(pair[1], SHOWN) for layer, pair in shown[kind].items()}
         if kind == "normalized":
             compiled = ready.convert()
             gz.draw_sharing(compiled.report, folder / "clusters.svg")
     for layer in INPUTS:
         figure = Figure(figsize=(3 * len(shown), 6), layout="constrained")
         for column, (kind, found) in enumerate(shown.items(), start=1):
+            parts = labels[kind][layer].chunk(2)
+            order = torch.cat([part.argsort(stable=True) + len(part) * number for number, part in enumerate(parts)])
             for row, (what, matrix) in enumerate(zip(("weights", "features"), found[layer], strict=True)):
                 axes = figure.add_subplot(2, len(shown), row * len(shown) + column)
-                image = axes.imshow(matrix.abs().numpy(), vmin=0, vmax=1)
+                image = axes.imshow(matrix[order][:, order].abs().numpy(), vmin=0, vmax=1)
                 axes.set_title(f"{what}, {kind}", fontsize=8)
         figure.colorbar(image, ax=figure.axes, shrink=0.5)
         figure.savefig(folder / f"{layer}.png", dpi=110)
     return {
-        kind: {layer: {"weights": across(pair[0]), "features": across(pair[1])} for layer, pair in found.items()}
+        kind: {
+            layer: {
+                what: blocks(matrix, labels[kind][layer])
+                for what, matrix in zip(("weights", "features"), pair, strict=True)
+            }
+            for layer, pair in found.items()
+        }
         for kind, found in shown.items()
     }
 
@@ -393,7 +427,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2, help="epochs with the regulariser, or of plain training")
     parser.add_argument("--finetune", type=int, default=2, help="epochs after the cut")
     parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--finetune-lr", type=float, default=0.01)
+    parser.add_argument("--finetune-lr", type=float, default=0.03)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--times", type=int, nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
