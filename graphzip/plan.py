@@ -309,7 +309,8 @@ class PruneChannels(PassOptions):
 class CrossDomainShare(PassOptions):
     """Let two models of one architecture share the weights that read channels of one cluster (Gao, Deng and Huang,
     "Cross Domain Model Compression by Structurally Weight Sharing"). Sample i of a batch of one model belongs to sample
-    i of the other's, in training and in calibration data.
+    i of the other's, in training and in calibration data. With calibration data the shared weights are fitted to what
+    the layers gave, and channels go to the clusters that lose least by it.
 
     - `clusters`: how many a layer has, over both models. A float in (0, 1] is a share of the input channels of both,
       `max(1, floor(channels * clusters))`; an int is a count. Either is for all layers but the first and the last. A

@@ -7,6 +7,9 @@ equal, for their gradients are averaged (Eq. 12):
 
     dL/dg_c = 1/n_c sum over i in cluster c of dL/dW_i.
 
+With calibration data the centres are only the beginning: weights and clusters are fitted to what the layers gave before
+(`passes.shared_fit`), which goes beyond the paper. Clusters that were set by hand stay.
+
 In the end the channels of a cluster are added up before the layer, whose weight has one input channel per cluster.
 
 Source: Gao, Deng and Huang, "Cross Domain Model Compression by Structurally Weight Sharing" (2019): the regulariser in

@@ -86,7 +86,7 @@ def fit_shared(
     found: tuple[IntArray, Tensor, list[Tensor]] = gathered((best.number, best.weights, best.biases))[0]
     chosen, weights, biases = found
     shared = weights[torch.from_numpy(chosen)].reshape(layer.channels, *layer.kernel, layer.outs).movedim(-1, 0)
-    for task, part, change in zip(layer.tasks, shared.split(list(layer.sizes), 1), biases, strict=True):
+    for task, part, change in zip(layer.tasks, torch.split(shared, list(layer.sizes), 1), biases, strict=True):
         module = model.get_submodule(f"{task}.{layer.name}")
         module.get_parameter("weight").copy_(part)
         if seen.intercept:
@@ -260,39 +260,44 @@ class _Fit:
         return rows.new_zeros(size, rows.shape[1]).index_add(0, to, rows)
 
     def moved(self) -> int:
-        """Let every channel go to the cluster whose weights suit it best; how many went."""
-        kernel, moves, channel = self.weights.shape[1], 0, 0
-        inner = (self.weights @ self.weights.transpose(1, 2)).flatten(1)
+        """Let channels go to the clusters whose weights suit them best, one after the other; how many went."""
+        kernel, moves, first = self.weights.shape[1], 0, 0
         sizes = np.bincount(self.number, minlength=self.layer.count)
         masses = [gram.diagonal()[: size * kernel] for gram, size in zip(self.gram, self.layer.sizes, strict=True)]
         mass = torch.cat(masses).reshape(-1, kernel).sum(1)
         held = mass.new_zeros(self.layer.count).index_add(0, torch.from_numpy(self.number), mass)
         for task, size in enumerate(self.layer.sizes):
-            for start in range(0, size * kernel, kernel):
-                here, own = int(self.number[channel]), slice(start, start + kernel)
-                if sizes[here] > 1 and mass[channel] > 0:
-                    to = self._nearest(task, own, here, mass[channel], held, inner)
-                    if to != here:
-                        self._move(task, own, here, to)
-                        self.number[channel] = to
-                        sizes[here], sizes[to] = sizes[here] - 1, sizes[to] + 1
-                        held[here], held[to] = held[here] - mass[channel], held[to] + mass[channel]
-                        moves += 1
-                channel += 1
+            wanted = self._nearest(task, torch.arange(size), first, mass, held)
+            for own in np.flatnonzero(wanted.numpy() != self.columns[task]):
+                channel, here = first + own, int(self.number[first + own])
+                to = int(self._nearest(task, torch.tensor([own]), first, mass, held)) if sizes[here] > 1 else here
+                if to == here:
+                    continue
+                self._move(task, slice(own * kernel, (own + 1) * kernel), here, to)
+                self.number[channel] = to
+                sizes[here], sizes[to] = sizes[here] - 1, sizes[to] + 1
+                held[here], held[to] = held[here] - mass[channel], held[to] + mass[channel]
+                moves += 1
+            first += size
         return moves
 
-    def _nearest(self, task: int, own: slice, here: int, mass: Tensor, held: Tensor, inner: Tensor) -> int:
-        """The cluster for the channel with the columns `own` of a task; `inner` has `g_c g_c^T` of all clusters."""
-        block = self.gram[task][own, own]
-        pull = self.left[task][own] + block @ self.weights[here]
+    def _nearest(self, task: int, own: Tensor, first: int, mass: Tensor, held: Tensor) -> Tensor:
+        """The cluster that suits each of the channels `own` of a task, whose channels begin with number `first`."""
+        kernel = self.weights.shape[1]
+        here, mass = torch.from_numpy(self.number)[first + own], mass[first + own]
+        columns = own[:, None] * kernel + torch.arange(kernel)
+        block = self.gram[task][columns[:, :, None], columns[:, None, :]]
+        pull = self.left[task][columns] + block @ self.weights[here]
         best = torch.linalg.pinv(block, hermitian=True) @ pull
-        distance = inner @ block.flatten() - 2.0 * (self.weights.flatten(1) @ pull.flatten()) + (pull * best).sum()
-        factor = held / (held + mass)
-        factor[here] = held[here] / (held[here] - mass).clamp_min(_LEAST * float(mass))
-        cost = distance.clamp_min(0.0) * factor
-        to = int(cost.argmin())
-        gained = float(cost[here] - cost[to]) > _GAIN * float((inner[here] * block.flatten()).sum())
-        return to if gained else here
+        squares = (self.weights @ self.weights.transpose(1, 2)).flatten(1)
+        distance = block.flatten(1) @ squares.t() - 2.0 * (pull.flatten(1) @ self.weights.flatten(1).t())
+        distance = distance + (pull * best).sum((1, 2))[:, None]
+        factor = held / (held + mass[:, None]).clamp_min(torch.finfo(held.dtype).tiny)
+        left = held[here] / torch.maximum(held[here] - mass, _LEAST * mass).clamp_min(torch.finfo(held.dtype).tiny)
+        cost = distance.clamp_min(0.0) * factor.scatter(1, here[:, None], left[:, None])
+        now, (least, to) = cost.gather(1, here[:, None])[:, 0], cost.min(1)
+        gained = now - least > _GAIN * (squares[here] * block.flatten(1)).sum(1)
+        return torch.where(gained, to, here)
 
     def _move(self, task: int, own: slice, here: int, to: int) -> None:
         step, left = self.weights[to] - self.weights[here], self.left[task]
