@@ -322,7 +322,7 @@ def clustered(features: Tensor, count: int) -> Tensor:
     from sklearn.cluster import SpectralClustering
 
     method = SpectralClustering(count, affinity="precomputed", random_state=0)
-    return torch.from_numpy(method.fit_predict(features.abs().double().numpy())).long()
+    return torch.from_numpy(method.fit_predict(features.abs().clamp_min(1e-6).double().numpy())).long()
 
 
 def blocks(correlation: Tensor, labels: Tensor) -> dict[str, float]:
