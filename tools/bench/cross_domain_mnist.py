@@ -326,13 +326,11 @@ def clustered(features: Tensor, count: int) -> Tensor:
 
 
 def blocks(correlation: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean correlation across the domains: with the best match, within clusters, and between them."""
+    """Mean correlation across the domains: with the best match, within clusters (where any is common), between them."""
     half = len(labels) // 2
     values, same = correlation[:half, half:].abs(), labels[:half, None] == labels[half:]
     parts = {"within": values[same], "between": values[~same]}
-    return {"best": across(correlation)} | {
-        name: float(part.mean()) if len(part) else 0.0 for name, part in parts.items()
-    }
+    return {"best": across(correlation)} | {name: float(part.mean()) for name, part in parts.items() if len(part)}
 
 
 def pictures(run: Run, data: Data, folder: Path) -> dict[str, Any]:
