@@ -316,12 +316,11 @@ class _Laboratory:
         wanted = list(study.choices) if study.options.clustering == RECONSTRUCTION else []
         self.known = study.known(elimination_orders(self.traced, study.groups, study.batches, wanted))
         self.score = study.evaluate(_module(self.traced)) if study.evaluate is not None else 0.0
-        self.batches, self.fitted_on = _parts(study.batches)
-        self.judged_on = self.fitted_on if self.fitted_on < len(self.batches) else 0
         self.layers = [layer.name for layer in layers_of(self.traced).values()]
+        fitted, judged = _parts(study.batches)
+        self.fitting, self.judging = Values(self.traced, fitted), Values(self.traced, judged)
         if study.evaluate is None:
-            self.wanted = _flat(Values(self.traced, self.batches).outputs()[self.judged_on :])
-        self.original = Values(self.traced, self.batches)
+            self.wanted = _flat(Values(self.traced, judged).outputs())
 
     def loss(self, name: str, width: int) -> float:
         """With all groups but this one as they are."""
@@ -340,16 +339,13 @@ class _Laboratory:
             slim = merge.convert(self.traced) if fitted else merge.merged(self.traced).traced
             return max(self.score - study.evaluate(_module(slim)), 0.0)
         start = self._first_node(name)
-        if self.original.place[start] < self.original.done:
-            self.original = Values(self.traced, self.batches)
-        self.original.run_before(start)
         merged = merge.merged(self.traced)
-        new = self.original.fork(merged.traced)
         if study.options.compensate == "data":
-            old = self.original.fork(self.traced)
-            only = self._nearby(name)
-            refit(old, new, merged.layout, merged.means, only=only, batches=self.fitted_on, effort=_QUICK)
-        return _relative(self.wanted, _flat(new.outputs()[self.judged_on :]))
+            self.fitting = _just_before(start, self.fitting)
+            old, new = self.fitting.fork(self.traced), self.fitting.fork(merged.traced)
+            refit(old, new, merged.layout, merged.means, only=self._nearby(name), effort=_QUICK)
+        self.judging = _just_before(start, self.judging)
+        return _relative(self.wanted, _flat(self.judging.fork(merged.traced).outputs()))
 
     def _params(self, name: str, *roles: str) -> set[str]:
         prefix = f"{self.traced.scope}." if self.traced.scope else ""
@@ -364,7 +360,7 @@ class _Laboratory:
             if node.op == "get_attr" and str(node.target) in params
             for user in node.users
         ]
-        first: torch.fx.Node = min(users, key=self.original.place.__getitem__)
+        first: torch.fx.Node = min(users, key=self.judging.place.__getitem__)
         return first
 
     def _nearby(self, name: str) -> set[str]:
@@ -429,8 +425,8 @@ def _leaves(batches: Iterable[Any], inputs: int) -> list[tuple[Any, ...]]:
     return [tuple(pytree.tree_leaves(batch_arguments(batch, inputs))) for batch in batches]
 
 
-def _parts(batches: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], int]:
-    """Batches for a measurement, and how many of them layers are fitted on; outputs are judged on the others."""
+def _parts(batches: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Batches that layers are fitted on for a measurement, and those that outputs are judged on: others, if any."""
     found: list[tuple[Any, ...]] = []
     count, fitted = 0, 0
     for batch in batches:
@@ -439,7 +435,15 @@ def _parts(batches: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], i
         found.append(batch)
         count += next((len(leaf) for leaf in batch if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
         fitted = len(found) if count <= _FITTED * _SAMPLES else fitted
-    return found, min(fitted or 1, max(len(found) - 1, 1))
+    fitted = min(fitted or 1, max(len(found) - 1, 1))
+    return found[:fitted], found[fitted:] or found
+
+
+def _just_before(node: torch.fx.Node, values: Values) -> Values:
+    """The values of the same graph where all before the node has run and nothing else has."""
+    found = values if values.done <= values.place[node] else Values(values.traced, values.batches)
+    found.run_before(node)
+    return found
 
 
 def _flat(outputs: Any) -> torch.Tensor:

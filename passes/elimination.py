@@ -31,7 +31,7 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray
-from passes.layer_rows import Layer, layers_of
+from passes.layer_rows import Layer, layers_of, squared
 from passes.refit import sampled_rows
 from passes.segments import Partition
 
@@ -145,8 +145,8 @@ def _covariance(layer: Layer, values: Values) -> torch.Tensor:
     product = mean = torch.zeros((), dtype=torch.float64)
     count = 0
     for x, output, rows in zip(inputs, outputs, sampled_rows(layer, outputs, _ROWS), strict=True):
-        read = layer.read(x, output, rows)
-        product = product + (read.transpose(1, 2) @ read).double()
+        read = layer.read([x], [output], [rows])
+        product = product + squared(read)
         mean = mean + read.sum(1).double()
         count += read.shape[1]
     mean = mean / count

@@ -22,10 +22,11 @@ from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 
-__all__ = ["Layer", "layers_of", "left_alone", "sliding"]
+__all__ = ["Layer", "layers_of", "left_alone", "sliding", "squared"]
 
 aten = torch.ops.aten
 
+_PARTS, _NARROW = 4, 64  # columns are multiplied in so many parts, none of them narrower
 _LINEAR = aten.linear.default
 _LAYERS = {*CONVOLUTIONS, *TRANSPOSED, _LINEAR}
 _OTHERS = {aten.convolution.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
@@ -74,15 +75,33 @@ class Layer:
         """How many rows an output has."""
         return output.numel() // self.shape[0]
 
-    def given(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of an output, (G, R, O); `rows` numbers those that are wanted."""
-        last = output.movedim(self.dim, -1).reshape(-1, self.groups, self.shape[0] // self.groups)
-        return last[rows].transpose(0, 1)
+    def picked(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of an output, or of anything of its shape but for its channels, (R, G * O); `rows` numbers them."""
+        channels, places = output.shape[self.dim], math.prod(output.shape[self.dim :][1:])
+        return output.reshape(-1, channels, places).transpose(1, 2)[rows // places, rows % places]
 
-    def read(self, x: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """What stands under the weight for those rows of the output, (G, R, I * K)."""
+    def parted(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (R, G * O) by the groups of the layer, (G, R, O)."""
+        return rows.reshape(len(rows), self.groups, -1).transpose(0, 1)
+
+    def read(
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """What stands under the weight for those rows of the outputs, one batch after the other: (G, R, I * K).
+
+        It lies in memory as (G, I * K, R): rows are gathered and multiplied faster that way.
+        """
+        sizes = [len(chosen) for chosen in rows]
+        unknowns = math.prod(self.shape[1:])
+        found = inputs[0].new_empty(self.groups, unknowns, sum(sizes))
+        for x, output, chosen, part in zip(inputs, outputs, rows, torch.split(found, sizes, 2), strict=True):
+            part.copy_(self._under(x, output, chosen).view(self.groups, unknowns, -1))
+        return found.transpose(1, 2)
+
+    def _under(self, x: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What stands under the weight for rows of one batch: (G * I, K, R), or (I, R) for a linear layer."""
         if self.node.target is _LINEAR:
-            return x.reshape(-1, x.shape[-1])[rows].unsqueeze(0)
+            return x.reshape(-1, x.shape[-1])[rows].T.contiguous()
         kernel = self.shape[2:]
         dims = len(kernel)
         if self.transposed:
@@ -96,9 +115,21 @@ class Layer:
             along = torch.arange(out)[:, None] * step + torch.arange(reach)[None, :] * spread
             offset = (offset[:, None, :, None] * size + along[None, :, None, :]).flatten(0, 1).flatten(1)
         sample, place = rows // math.prod(outs), rows % math.prod(outs)
-        flat = x.reshape(-1, channels, math.prod(sizes)).transpose(1, 2)
-        found = flat[sample[:, None], offset.to(rows.device)[place]]  # rows, K, channels
-        return found.transpose(1, 2).reshape(len(rows), self.groups, -1).transpose(0, 1)
+        flat = x.reshape(-1, channels, math.prod(sizes)).transpose(0, 1).flatten(1)
+        where = sample * math.prod(sizes) + offset.to(rows.device).T[:, place]  # K, rows
+        return flat.index_select(1, where.flatten())
+
+
+def squared(rows: torch.Tensor) -> torch.Tensor:
+    """The products of the columns with each other, (G, F, F) in float64, for rows (G, R, F): each one is taken once."""
+    size = rows.shape[2]
+    found = rows.new_empty(len(rows), size, size, dtype=torch.float64)
+    step = max(-(-size // _PARTS), _NARROW)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        found[:, start:end, :end] = rows[:, :, start:end].transpose(1, 2) @ rows[:, :, :end]
+        found[:, :start, start:end] = found[:, start:end, :start].transpose(1, 2)
+    return found
 
 
 def layers_of(traced: Traced) -> dict[fx.Node, Layer]:

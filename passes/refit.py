@@ -31,7 +31,7 @@ from graphzip.graph.values import Values
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
 from graphzip.rewrite.layout import Layout
-from passes.layer_rows import Layer, layers_of, left_alone
+from passes.layer_rows import Layer, layers_of, left_alone, squared
 
 __all__ = ["Effort", "Refit", "norm_behind", "refit", "sampled_rows"]
 
@@ -88,15 +88,14 @@ def refit(
     means: Layout,
     *,
     only: Collection[str] | None = None,
-    batches: int | None = None,
     effort: Effort | None = None,
 ) -> Refit:
     """Fit the layers of the graph of `new`, in place, to what `old` gives; both run as far as they have to.
 
     `layout` says which channels of the original are left, `means` which of these stand for the mean of their cluster.
-    With `only`, the weights with these names are fitted and nothing else; with `batches`, on the first ones alone.
+    With `only`, the weights with these names are fitted and nothing else.
     """
-    return _Walk(old, new, layout, means, only, batches or len(new.batches), effort or Effort()).run()
+    return _Walk(old, new, layout, means, only, effort or Effort()).run()
 
 
 class _Walk:
@@ -107,10 +106,9 @@ class _Walk:
         layout: Layout,
         means: Layout,
         only: Collection[str] | None,
-        batches: int,
         effort: Effort,
     ) -> None:
-        self.old, self.new, self.batches, self.effort = old, new, batches, effort
+        self.old, self.new, self.effort = old, new, effort
         self.layout, self.means = layout, means
         twins = {node.name: node for node in self.old.nodes}
         layers = layers_of(new.traced)
@@ -147,47 +145,60 @@ class _Walk:
             logger.info("%s is not fitted: it %s", name, reason)
         return Refit(tuple(self.fitted), left)
 
-    def _wanted(self, node: fx.Node, dim: int) -> list[torch.Tensor]:
-        """What the original has, for the channels that are left."""
+    def _original(self, node: fx.Node) -> list[torch.Tensor]:
+        """What the original has there, with all its channels."""
         twin = self.twin[node]
         self.old.up_to(twin)
         values = self.old[twin]
         self.old.release(twin)
-        dim %= values[0].dim()
+        return values
+
+    def _left(self, node: fx.Node, dim: int, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Of values (.., channels, ..) of the original's twin, whose channels lie along `dim`: those that are left.
+
+        The channels of `values` are their second dimension.
+        """
+        twin = self.twin[node]
         kept = torch.from_numpy(self.layout.kept(twin, dim))
-        if kept.numel() == values[0].shape[dim]:
+        if kept.numel() == values[0].shape[1]:
             return values
         if not self.means.unchanged:
-            values = [_cluster_means(value, self.means.heirs_along(twin, dim), dim) for value in values]
-        return [value.index_select(dim, kept.to(value.device)) for value in values]
+            values = [_cluster_means(value, self.means.heirs_along(twin, dim), 1) for value in values]
+        return [value.index_select(1, kept.to(value.device)) for value in values]
 
     def _fit(self, target: _Target) -> None:
         layer, new = target.layer, self.new
-        wanted = self._wanted(target.node, layer.dim)
-        given = new[layer.node]
-        if target.norm is not None:
-            norm = target.norm
-            given = new.computed(norm)
-            if target.sum is None:
-                wanted = new.computed(norm, {layer.node: wanted})
-        if target.sum is not None:
-            given = [one + other for one, other in zip(given, new[target.other], strict=True)]
+        outputs = new[layer.node]
+        rows = sampled_rows(layer, outputs, self.effort.rows)
+        wanted, given = self._rows(target, rows)
         if all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)):
             return
-        outputs = new[layer.node][: self.batches]
-        rows = sampled_rows(layer, outputs, self.effort.rows)
-        inputs = zip(new[layer.input], outputs, rows, strict=False)
-        x = torch.cat([layer.read(value, output, chosen) for value, output, chosen in inputs], 1)
-        t, p = (
-            torch.cat([layer.given(value, chosen) for value, chosen in zip(values, rows, strict=False)], 1)
-            for values in (wanted, given)
-        )
+        x = layer.read(new[layer.input], outputs, rows)
+        t, p = (layer.parted(torch.cat(each)) for each in (wanted, given))
         intercept = layer.bias is not None or target.norm is not None
         scale = torch.ones(1, dtype=t.dtype, device=t.device) if target.norm is None else self._scale(target.norm)
         scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)
         change = _solved(x, t, p, scale, intercept=intercept, rounds=self.effort.rounds if target.rectified else 0)
         self._apply(target, change, intercept=intercept)
         self.fitted.append(layer.name)
+
+    def _rows(self, target: _Target, rows: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the original gives and what the slim model gives in those rows of every batch, (R, G * O)."""
+        layer, norm, new = target.layer, target.norm, self.new
+
+        def picked(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [layer.picked(value, chosen) for value, chosen in zip(values, rows, strict=True)]
+
+        original = self._original(target.node)
+        wanted = self._left(target.node, layer.dim % original[0].dim(), picked(original))
+        given = picked(new[layer.node])
+        if norm is not None:
+            given = new.computed(norm, {layer.node: given})
+            if target.sum is None:
+                wanted = new.computed(norm, {layer.node: wanted})
+        if target.sum is not None:
+            given = [one + other for one, other in zip(given, picked(new[target.other]), strict=True)]
+        return wanted, given
 
     def _scale(self, norm: fx.Node) -> torch.Tensor:
         args = bind(norm)
@@ -210,7 +221,7 @@ class _Walk:
     def _estimate(self, norm: fx.Node) -> None:
         """Give a batch norm the statistics that stand to its inputs as the original's stand to the original's."""
         args = bind(norm)
-        wanted, given = self._wanted(norm, 1), self.new[args["input"]]
+        wanted, given = self._left(norm, 1, self._original(norm)), self.new[args["input"]]
         if all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)):
             return
         (mean, var), (new_mean, new_var) = (_statistics(values) for values in (wanted, given))
@@ -291,9 +302,7 @@ def _solved(
 ) -> torch.Tensor:
     """The change (G, I * K [+ 1], O) in float64, for rows read (G, R, I * K) and wanted and given ones (G, R, O)."""
     unknowns = x.shape[2]
-    if intercept:
-        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-    products = (x.transpose(1, 2) @ x).double()
+    products = _bordered(squared(x), x) if intercept else squared(x)
     square = products.diagonal(dim1=1, dim2=2)
     damping = torch.zeros_like(square)
     damping[:, :unknowns] = square[:, :unknowns].mean(1, keepdim=True) * (
@@ -304,9 +313,24 @@ def _solved(
     usable = scale.abs() > 1e-6 * scale.abs().max()
     change = torch.zeros(*damping.shape, t.shape[2], dtype=damping.dtype, device=x.device)
     for turn in range(1 + rounds):
-        now = p + (x @ change.to(x.dtype)) * scale if turn else p
+        now = p + _product(x, change.to(x.dtype)) * scale if turn else p
         goal = torch.where(t > 0, t, now.clamp(max=0)) if turn else t
         error = torch.where(usable, (goal - now) / scale, 0.0)
-        moments = (x.transpose(1, 2) @ error).double() - damping[:, :, None] * change
-        change = change + torch.cholesky_solve(moments, factor)
+        moments = x.transpose(1, 2) @ error
+        if intercept:
+            moments = torch.cat([moments, error.sum(1, keepdim=True)], 1)
+        change = change + torch.cholesky_solve(moments.double() - damping[:, :, None] * change, factor)
     return change
+
+
+def _bordered(products: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The products of the columns, with those of a column of ones behind them."""
+    sums = x.sum(1, keepdim=True).double()
+    lower = torch.cat([sums, sums.new_full((len(x), 1, 1), x.shape[1])], 2)
+    return torch.cat([torch.cat([products, sums.transpose(1, 2)], 2), lower], 1)
+
+
+def _product(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """What rows give, with the last row of `change` for the column of ones, where it has one."""
+    unknowns = x.shape[2]
+    return x @ change[:, :unknowns] + change[:, unknowns:].sum(1, keepdim=True)

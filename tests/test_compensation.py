@@ -134,11 +134,11 @@ def test_a_transposed_convolution_is_a_matrix_product(dims: int, how: tuple[int,
     y = made(x)
     (layer,) = layers_of(trace(made, (x,))).values()
     rows = torch.arange(layer.places(y))
-    read, weight = layer.read(x, y, rows), layer.plain(made.weight)
+    read, weight = layer.read([x], [y], [rows]), layer.plain(made.weight)
     assert weight.shape == layer.shape
     assert torch.equal(layer.plain(weight), made.weight)
     product = read @ weight.reshape(groups, -1, read.shape[2]).transpose(1, 2)
-    assert relative(layer.given(y, rows), product + made.bias.reshape(groups, 1, -1)) < 1e-12
+    assert relative(layer.parted(layer.picked(y, rows)), product + made.bias.reshape(groups, 1, -1)) < 1e-12
 
 
 @pytest.mark.parametrize("clustering", ["kmeans", "reconstruction"])
