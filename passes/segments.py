@@ -67,6 +67,8 @@ def slices_of(groups: ChannelGroups, partitions: Mapping[str, Partition], traced
     prefix = f"{traced.scope}." if traced.scope else ""
     found: dict[tuple[str, int, bool], Slices] = {}
     for number, (name, parts) in enumerate(partitions.items()):
+        channels = [channel for part in parts for channel in part]
+        firsts = [part[0] for part in parts for _ in part]
         for param in groups[name].params:
             if param.role == "consumer":
                 continue
@@ -74,11 +76,9 @@ def slices_of(groups: ChannelGroups, partitions: Mapping[str, Partition], traced
             if key not in found:
                 size = get_tensor(traced.module, key[0]).shape[param.dim]
                 found[key] = Slices(key[0], key[1], np.arange(size), np.full(size, -1, dtype=np.int64), key[2])
-            held = found[key]
-            for part in parts:
-                places = param.indices[list(part)]
-                held.owner[places] = number
-                held.cluster[places] = places[0]
+            places = param.indices[channels]
+            found[key].owner[places] = number
+            found[key].cluster[places] = param.indices[firsts]
     return list(found.values())
 
 

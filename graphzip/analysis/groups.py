@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level
@@ -412,16 +414,16 @@ def _local(traced: Traced, name: str) -> str:
 def _shares(traced: Traced, groups: Sequence[ChannelGroup]) -> tuple[int, int]:
     """Parameters of the model, and those with at least one slice in a group that can shrink."""
     sizes = dict(traced.module.named_parameters())
-    touched: dict[str, list[tuple[int, IntArray]]] = {}
+    touched: dict[str, dict[int, NDArray[np.bool_]]] = {}
     for group in groups:
         for param in group.params if group.mergeable else ():
             entries = param.indices.ravel() % param.size if param.groups > 1 else param.indices.ravel()
-            touched.setdefault(_local(traced, param.param), []).append((param.dim, entries))
+            name = _local(traced, param.param)
+            if name in sizes:
+                free = touched.setdefault(name, {})
+                free.setdefault(param.dim, np.ones(sizes[name].shape[param.dim], dtype=bool))[entries] = False
     shrinkable = 0
-    for name, places in touched.items():
-        if name in sizes:
-            free = np.ones(tuple(sizes[name].shape), dtype=bool)
-            for dim, entries in places:
-                free[(slice(None),) * dim + (np.unique(entries),)] = False
-            shrinkable += int((~free).sum())
+    for name, free in touched.items():
+        left = [int(free[dim].sum()) if dim in free else size for dim, size in enumerate(sizes[name].shape)]
+        shrinkable += sizes[name].numel() - math.prod(left)
     return sum(parameter.numel() for parameter in sizes.values()), shrinkable

@@ -33,7 +33,7 @@ def to_module(traced: Traced, own: dict[int, torch.Tensor] | None = None) -> fx.
     All tensors are copies; `own` keeps those made, by the `id` of the tensor, for modules that share them. Inputs whose
     shape the graph was not made for raise `InputShapeError`.
     """
-    module = traced.copy().module
+    module = traced.copy(compiled=False).module
     _own_state(module, {} if own is None else own)
     _Restorer(module, traced.module_types).run()
     _check_inputs(module, traced)

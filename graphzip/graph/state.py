@@ -76,15 +76,22 @@ def is_persistent(root: nn.Module, name: str) -> bool:
     return leaf not in root.get_submodule(owner)._non_persistent_buffers_set
 
 
-def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A graph module that takes over the whole state of `root`, read by the graph or not."""
+def graph_module(root: nn.Module, graph: fx.Graph, name: str, *, compiled: bool = True) -> fx.GraphModule:
+    """A graph module that takes over the whole state of `root`, read by the graph or not.
+
+    Where it is not `compiled`, the graph is still going to change, and `recompile` comes after that.
+    """
     module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
     module._modules.update(root._modules)
     module._parameters.update(root._parameters)
     module._buffers.update(root._buffers)
     module._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
     module.training = root.training
-    module.graph = graph
+    if compiled:
+        module.graph = graph
+    else:
+        module._graph = graph
+        graph.owning_module = module
     return module
 
 

@@ -82,10 +82,10 @@ class Traced:
         """The name of a parameter or module in the user's model: inside `scope`, where one was given."""
         return f"{self.scope}.{name}" if self.scope else name
 
-    def copy(self) -> Traced:
-        """A graph of its own that shares all tensors with this one."""
+    def copy(self, *, compiled: bool = True) -> Traced:
+        """A graph of its own that shares all tensors with this one; `recompile` it where it is not `compiled`."""
         graph = copy.deepcopy(self.module.graph, _fake_memo(self.module))
-        module = graph_module(share_tree(self.module), graph, type(self.module).__name__)
+        module = graph_module(share_tree(self.module), graph, type(self.module).__name__, compiled=compiled)
         return replace(self, module=module)
 
     def adopt_state(self, module: nn.Module, *, copies: bool = True) -> bool:
@@ -416,7 +416,7 @@ def _to_traced(program: ExportedProgram, source: nn.Module, call: Call, scope: s
     aliases = find_aliases(source)
     graph = unlifted.graph
     root = rebuild_state(source, unlifted, aliases)
-    module = graph_module(root, graph, type(source).__name__)
+    module = graph_module(root, graph, type(source).__name__, compiled=False)
     clean(module, aliases)
     types = module_types(source)
     settle_modes(module, source, types, aliases, lambda: _training_graph(source, call))

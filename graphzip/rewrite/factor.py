@@ -34,7 +34,7 @@ def factor(
     Returns a new graph, and `model` with its submodules replaced (`made[""]` itself where the model is a convolution).
     `traced` stays as it is.
     """
-    result = traced.copy()
+    result = traced.copy(compiled=False)
     result.module_types = dict(traced.module_types)
     counterpart = dict(zip(traced.graph.nodes, result.graph.nodes, strict=True))
     for layer in layers:

@@ -31,7 +31,7 @@ def fold_batch_norm(traced: Traced) -> tuple[Traced, list[str]]:
     Returns it with the names of the layers that took one in. A batch norm that uses the statistics of the batch, or
     whose layer is read elsewhere or shares its weight, stays.
     """
-    result = traced.copy()
+    result = traced.copy(compiled=False)
     folded: list[str] = []
     tied = {*traced.aliases, *traced.aliases.values()}
     for node in list(result.graph.nodes):

@@ -86,7 +86,7 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
 
 def atoms_first(traced: Traced, names: Iterable[str]) -> Traced:
     """A graph in which these factored convolutions run their atoms first. `traced` stays as it is."""
-    result = traced.copy()
+    result = traced.copy(compiled=False)
     calls = atom_calls(result, names)
     rewritten = {*names, *(str(call.node.meta.get("owner", "")) for call in calls)}
     for call in calls:

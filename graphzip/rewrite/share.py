@@ -47,7 +47,7 @@ class SharedWeight:
 
 def share_weights(traced: Traced, shared: Sequence[SharedWeight]) -> Traced:
     """A new graph in which the layers read the shared weights; the given graph stays as it is."""
-    result = traced.copy()
+    result = traced.copy(compiled=False)
     readers = {str(bind(node)["weight"].target): node for node in result.graph.nodes if _reads_weight(node)}
     for each in shared:
         for name in each.names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor
 
     Raises `RewriteError` where an operator does not fit them.
     """
-    result = traced.copy()
+    result = traced.copy(compiled=False)
     _patch(result, traced, layout)
     for name, value in changed.items():
         for alias in [name, *(alias for alias, first in traced.aliases.items() if first == name)]:
@@ -100,11 +100,25 @@ def refresh(traced: Traced) -> None:
             if node.op == "placeholder":
                 values[node] = node.meta["val"]
             elif node.op == "get_attr":
-                values[node] = mode.from_tensor(get_tensor(traced.module, str(node.target)), static_shapes=True)
+                tensor = get_tensor(traced.module, str(node.target))
+                values[node] = _like_known(tensor, known, lambda each: mode.from_tensor(each, static_shapes=True))
             elif node.op == "call_function":
                 like = _like(node, before)
                 values[node] = _run(node, values, known) if like is None else values[like]
             node.meta["val"] = values.get(node)
+
+
+def _like_known(
+    tensor: torch.Tensor, known: dict[Any, Any], make: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The fake value of a parameter or buffer; those that differ in nothing but their numbers share one."""
+    if tensor.layout != torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return make(tensor)
+    key = (type(tensor), tensor.requires_grad, _kind(tensor))
+    if key not in known:
+        known[key] = make(tensor)
+    found: torch.Tensor = known[key]
+    return found
 
 
 def _like(node: fx.Node, before: dict[fx.Node, Any]) -> fx.Node | None:
@@ -160,8 +174,9 @@ class _Proof:
     def unify(self, left: IntArray, right: IntArray) -> None:
         left, right = np.broadcast_arrays(left, right)
         known = (left >= 0) & (right >= 0)
-        found = np.unique(np.stack([self.classes[left[known]], self.classes[right[known]]]), axis=1)
-        for a, b in found[:, found[0] != found[1]].T.tolist():
+        one, other = self.classes[left[known]], self.classes[right[known]]
+        apart = one != other
+        for a, b in sorted(set(zip(one[apart].tolist(), other[apart].tolist(), strict=True))):
             held = self.holders.get(a, {a}) & self.holders.get(b, {b})  # a block's last channel stands for the block
             if not held and not {a, b} <= self.lone:
                 raise RewriteError("channels that belong together no longer meet; nothing was changed")
