@@ -40,7 +40,7 @@ def collapse(axis: IntArray) -> IntArray:
 def ranks(classes: IntArray) -> IntArray | None:
     """For each position its rank among the positions of the same class; `None` where every class occurs once."""
     flat = classes.ravel()
-    if not flat.size:
+    if (flat[1:] > flat[:-1]).all():
         return None
     order = np.argsort(flat, kind="stable")
     ordered = flat[order]
@@ -53,7 +53,7 @@ def ranks(classes: IntArray) -> IntArray | None:
     return rank.reshape(classes.shape)
 
 
-def mix(*parts: int | IntArray) -> Hashes:
+def mix(*parts: int | IntArray | Hashes) -> Hashes:
     """Hash integers (broadcast against each other) to 64 bits with the finaliser of splitmix64."""
     state = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):

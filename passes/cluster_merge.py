@@ -96,10 +96,16 @@ class ClusterMergePass(Tying):
             if isinstance(width, Clusters):
                 self.clusters[name] = width.clusters
             else:
-                how = "kmeans" if name in self._to_order else options.clustering
+                how = self._first_clustering(name)
                 self.clusters[name] = _cluster(self.groups[name], width.count, how, seed, traced)
             logger.info("%s: %d channels in %d clusters", name, self.groups[name].size, len(self.clusters[name]))
         self._decide()
+
+    def _first_clustering(self, name: str) -> str:
+        """What clusters a group until data decides: the cheapest there is, where it is known that data will."""
+        if name not in self._to_order:
+            return self.options.clustering
+        return "even" if self.known is not None and name in self.known.orders else "kmeans"
 
     def _decide(self) -> None:
         self._slices = slices_of(self.groups, self.clusters, self.traced)
@@ -238,8 +244,8 @@ class ClusterMergePass(Tying):
         numbers = [np.zeros(0, dtype=np.int64)]
         for name, parts in self.clusters.items():
             group = np.empty(self.groups[name].size, dtype=np.int64)
-            for number, part in enumerate(parts):
-                group[list(part)] = number
+            channels = [channel for part in parts for channel in part]
+            group[channels] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
             if name in self.kept:
                 goes = ~np.isin(np.arange(group.size), list(self.kept[name]))
                 group[goes] = -1 - group[goes]
@@ -297,8 +303,7 @@ def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Trace
     features = features_of(group, traced) if how not in {"even", "imbalanced"} else np.zeros((group.size, 1))
     parts: list[tuple[int, ...]] = []
     for block in group.blocks:
-        members = np.array(block)
         share = count // len(group.blocks)
-        found = cluster(how, features[members], share, seed=seed, what=f"group {group.name!r}")
-        parts.extend(tuple(members[part].tolist()) for part in found)
+        found = cluster(how, features[np.array(block)], share, seed=seed, what=f"group {group.name!r}")
+        parts.extend(tuple(block[place] for place in part) for part in found)
     return tuple(sorted(parts))

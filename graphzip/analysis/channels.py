@@ -106,32 +106,33 @@ def _roles(space: LabelSpace, propagation: Propagation) -> NDArray[np.int8]:
 
 def _signatures(propagation: Propagation, solution: Solution) -> Hashes:
     signature = np.zeros(solution.count, dtype=np.uint64)
-    rank_of: dict[int, IntArray | None] = {}
-
-    def rank(axis: IntArray) -> IntArray | None:
-        if id(axis) not in rank_of:
-            rank_of[id(axis)] = ranks(solution.classes[axis])
-        return rank_of[id(axis)]
-
-    def add(axis: IntArray, hashes: Hashes) -> None:
-        np.add.at(signature, solution.classes[axis].ravel(), np.broadcast_to(hashes, axis.shape).ravel())
-
-    where: dict[int, tuple[IntArray, int]] = {}
-    with np.errstate(over="ignore"):
-        for position, axes in enumerate(propagation.axes.values()):
-            outputs = axes if isinstance(axes, list) else [axes]
-            for output, found in enumerate(outputs):
-                for axis in found:
-                    place = int(mix(position, output, *support(axis)))
-                    where[id(axis)] = (axis, (where.get(id(axis), (axis, 0))[1] + place) % _WORD)
-        for axis, place in where.values():
-            occurrence = rank(axis)
-            add(axis, mix(place, 0 if occurrence is None else occurrence))
-        for number, owned in enumerate(propagation.params):
-            occurrence = ranks(solution.classes[owned.labels])
-            add(owned.labels, mix(_PARAM + number, 0 if occurrence is None else occurrence))
+    axes = list(_places(propagation).values())
+    axes += [(owned.labels, _PARAM + number) for number, owned in enumerate(propagation.params)]
+    if axes:
+        channels = [solution.classes[axis].ravel() for axis, _ in axes]
+        places = np.repeat(np.array([place for _, place in axes], dtype=np.uint64), [axis.size for axis, _ in axes])
+        occurrences = [np.zeros(each.size, np.int64) if (found := ranks(each)) is None else found for each in channels]
+        np.add.at(signature, np.concatenate(channels), mix(places, np.concatenate(occurrences)))
     _add_moves(propagation, solution, signature)
     return signature
+
+
+def _places(propagation: Propagation) -> dict[int, tuple[IntArray, int]]:
+    """Every axis, by its `id`, and a hash of where it occurs: at which nodes, along which of their dimensions."""
+    keys: dict[int, list[tuple[int, ...]]] = {}
+    found: dict[int, list[IntArray]] = {}
+    for position, axes in enumerate(propagation.axes.values()):
+        for output, held in enumerate(axes if isinstance(axes, list) else [axes]):
+            for axis in held:
+                key = position, output, *support(axis)
+                keys.setdefault(len(key), []).append(key)
+                found.setdefault(len(key), []).append(axis)
+    where: dict[int, tuple[IntArray, int]] = {}
+    for length, listed in keys.items():
+        hashes = mix(*np.array(listed, dtype=np.int64).T).tolist()
+        for axis, place in zip(found[length], hashes, strict=True):
+            where[id(axis)] = axis, (where.get(id(axis), (axis, 0))[1] + place) % _WORD
+    return where
 
 
 def _add_moves(propagation: Propagation, solution: Solution, signature: Hashes) -> None:
