@@ -3,8 +3,9 @@
     python tools/bench/footprint.py resnet50 --repeats 3
 
 Every cell is measured in child processes of its own, the methods in turns, on one thread: seconds of processor time of
-the first call in a process (with imports) and of a second one, and by how much the first call raised the peak of resident memory.
-Medians of the repeats. Both methods get the model on the CPU with random weights and leave it as it is.
+the first call in a process (with imports) and of a second one, and by how much the first call raised the peak of
+resident memory. Medians of the repeats. Both methods get the model on the CPU with random weights and leave it as it
+is.
 """
 
 from __future__ import annotations
