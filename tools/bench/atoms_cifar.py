@@ -69,6 +69,7 @@ def train(prepared: gz.Prepared, images: Tensor, labels: Tensor, epochs: int, ra
             down, right = torch.randint(0, 9, (2,), generator=random).tolist()
             x = F.pad(x, (4, 4, 4, 4))[:, :, down : down + 32, right : right + 32]
             optimizer.zero_grad()
+            x = x.contiguous(memory_format=torch.channels_last)  # faster on a CPU
             F.cross_entropy(prepared(x), labels[chosen]).backward()
             optimizer.step()
             schedule.step()

@@ -70,6 +70,12 @@ def read_images(archive: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.from_numpy(labels[chosen].astype(np.int64))
 
 
+def drawn(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Some images and their labels in a random order, the same each time: the files are sorted by class."""
+    order = torch.randperm(len(data[1]), generator=torch.Generator().manual_seed(0))[:count]
+    return data[0][order], data[1][order]
+
+
 def normalised(images: Tensor) -> Tensor:
     """What the trained networks expect: RGB in [0, 1], mean and spread of ImageNet."""
     mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (MEAN, STD))

@@ -22,7 +22,7 @@ from typing import Any
 import onnxruntime
 import torch
 import torchvision
-from compare import evenly
+from compare_methods import evenly
 from rich.console import Console
 from rich.table import Table
 from side_by_side import side_by_side
