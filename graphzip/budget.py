@@ -29,8 +29,7 @@ from graphzip.graph.state import named_state
 from graphzip.graph.trace import Traced, share_copy, trace
 from graphzip.graph.values import Values
 from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
-from passes.cluster_merge import ClusterMergePass, Known
-from passes.elimination import elimination_orders
+from passes.cluster_merge import ClusterMergePass, Known, known_of
 from passes.layer_rows import layers_of
 from passes.refit import Effort, refit
 from passes.widths import resolve
@@ -262,7 +261,7 @@ class WidthStudy:
 
     def _latency(self, widths: Mapping[str, int]) -> float:
         merge = ClusterMerge(keep=dict(self._merge(widths).keep), clustering="even", norms=self.options.norms)  # type: ignore[arg-type]
-        found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self.known({}))
+        found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self.nothing_known)
         return latency_of(found.merged(self.traced).traced)
 
     def _for_latency(self, amount: float) -> dict[str, int]:
@@ -289,9 +288,10 @@ class WidthStudy:
 
     # ------------------------------------------------------------------------------------------------- bookkeeping
 
-    def known(self, orders: Mapping[str, tuple[int, ...]]) -> Known:
-        """What passes need not find out again."""
-        return Known(self.analysis, self.groups, orders)
+    @property
+    def nothing_known(self) -> Known:
+        """The analysis, which passes need not repeat, and nothing of the data."""
+        return Known(self.analysis, self.groups, {}, {})
 
     def _fingerprint(self) -> str:
         """Changes with the weights, the data and all that decides what a measurement gives."""
@@ -313,8 +313,9 @@ class _Laboratory:
 
     def __init__(self, study: WidthStudy) -> None:
         self.study, self.traced = study, study.traced
-        wanted = list(study.choices) if study.options.clustering == RECONSTRUCTION else []
-        self.known = study.known(elimination_orders(self.traced, study.groups, study.batches, wanted))
+        self.known = known_of(
+            study.options, self.traced, study.analysis, study.groups, list(study.choices), study.batches
+        )
         self.score = study.evaluate(_module(self.traced)) if study.evaluate is not None else 0.0
         self.layers = [layer.name for layer in layers_of(self.traced).values()]
         fitted, judged = _parts(study.batches)

@@ -191,9 +191,12 @@ class ClusterMerge(PassOptions):
       int of at least 1 is a number of channels: 1 keeps one channel, 1.0 keeps all. A mapping from group-name globs
       (`fnmatch.fnmatchcase`) to either: the first match wins and groups that no key matches stay whole. Default 0.5;
       but `{}`, every group whole, when `clusters` is given and `keep` is not.
-    - `clustering`: `"kmeans"` (on the flattened kernels), `"even"`, `"imbalanced"`, or a registered name; or
+    - `clustering`: `"kmeans"` (on `features`), `"even"`, `"imbalanced"`, or a registered name; or
       `"reconstruction"`, which needs calibration data: the channels stay from which what reads the group can best be
       computed, each as it is, and every other one joins the most similar of these.
+    - `features`: what `"kmeans"` and registered clusterings compare channels by: `"weights"`, the flattened kernels;
+      `"activations"`, what the layer that reads them sees on calibration data; or `"both"`. Where no convolution or
+      linear layer reads a group, kernels are compared.
     - `clusters`: clusters by hand, group name to lists of channels, `{"conv1": [[0, 3], [1], [2, 5, 4]]}`; every
       channel of the group once.
     - `exclude`: globs of the groups that stay whole.
@@ -218,6 +221,7 @@ class ClusterMerge(PassOptions):
         default_factory=lambda given: 0.5 if given.get("clusters") is None else {}
     )
     clustering: Annotated[str, BeforeValidator(check_name)] = "kmeans"
+    features: Annotated[str, BeforeValidator(one_of("weights", "activations", "both"))] = "weights"
     exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
     round_to: Annotated[int, BeforeValidator(check_multiple)] = 1
     strength: Annotated[float | Literal["auto"], BeforeValidator(check_strength)] = 3e-3

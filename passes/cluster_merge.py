@@ -12,12 +12,13 @@ Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pru
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from graphzip.analysis.channels import Analysis, analyse
@@ -30,6 +31,7 @@ from graphzip.plan import RECONSTRUCTION, ClusterMerge
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.params import spread_parameters
 from graphzip.rewrite.shrink import merge_channels
+from passes.activations import activations
 from passes.centripetal import attach
 from passes.clustering import check_clustering, cluster
 from passes.elimination import elimination_orders, partition_of
@@ -38,18 +40,26 @@ from passes.segments import Partition, Place, Slices, Tying, features_of, rows_o
 from passes.variance import correct_variances_
 from passes.widths import Clusters, resolve
 
-__all__ = ["ClusterMergePass", "Known", "Merged"]
+__all__ = ["ClusterMergePass", "Known", "Merged", "known_of"]
 
 logger = logging.getLogger(__name__)
+
+Features = NDArray[np.floating[Any]]
+
+_BLIND = {"even", "imbalanced"}
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model already, for one that is merged again and again: `orders` of elimination by group."""
+    """What is known of a model already, for one that is merged again and again.
+
+    By group, and only where they are asked for: the `orders` of elimination, the `features` of its channels.
+    """
 
     analysis: Analysis
     groups: ChannelGroups
     orders: Mapping[str, tuple[int, ...]]
+    features: Mapping[str, Features]
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ class ClusterMergePass(Tying):
     ) -> None:
         if options.clustering != RECONSTRUCTION:
             check_clustering(options.clustering, f"{where}.clustering")
+        if options.features != "weights" and options.clustering in {*_BLIND, RECONSTRUCTION}:
+            raise PlanError(
+                f"{where}.features: {options.features!r} means nothing to clustering {options.clustering!r}; leave it "
+                "out, or use clustering='kmeans'"
+            )
         self.options, self.seed = options, seed
         self.where = where
         self.left_plain: list[str] = []
@@ -92,20 +107,23 @@ class ClusterMergePass(Tying):
         self._corrected: list[str] = []
         counts = {name: width.count for name, width in decided.items() if not isinstance(width, Clusters)}
         self._to_order = counts if options.clustering == RECONSTRUCTION else {}
+        self._to_compare = counts if options.features != "weights" else {}
         for name, width in decided.items():
             if isinstance(width, Clusters):
                 self.clusters[name] = width.clusters
             else:
                 how = self._first_clustering(name)
-                self.clusters[name] = _cluster(self.groups[name], width.count, how, seed, traced)
+                blind = how in _BLIND
+                rows = np.zeros((self.groups[name].size, 1)) if blind else features_of(self.groups[name], traced)
+                self.clusters[name] = _cluster(self.groups[name], rows, width.count, how, seed)
             logger.info("%s: %d channels in %d clusters", name, self.groups[name].size, len(self.clusters[name]))
         self._decide()
 
     def _first_clustering(self, name: str) -> str:
         """What clusters a group until data decides: the cheapest there is, where it is known that data will."""
-        if name not in self._to_order:
-            return self.options.clustering
-        return "even" if self.known is not None and name in self.known.orders else "kmeans"
+        if self.known is not None and (name in self.known.orders or name in self.known.features):
+            return "even"
+        return "kmeans" if name in self._to_order else self.options.clustering
 
     def _decide(self) -> None:
         self._slices = slices_of(self.groups, self.clusters, self.traced)
@@ -114,29 +132,24 @@ class ClusterMergePass(Tying):
     @property
     def wants_data(self) -> bool:
         """Whether it makes use of calibration data."""
-        return self.options.compensate == "data" or self.options.clustering == RECONSTRUCTION
+        options = self.options
+        return options.compensate == "data" or options.clustering == RECONSTRUCTION or options.features != "weights"
 
     def calibrate(self, batches: Sequence[tuple[Any, ...]]) -> None:
         """Decide with the inputs of the graph on calibration data; raises `PlanError` where there are none."""
         if not batches:
-            key, way_out = (
-                ("compensate: 'data'", "compensate='free'")
-                if self.options.compensate == "data"
-                else (f"clustering: {RECONSTRUCTION!r}", "clustering='kmeans'")
-            )
-            raise PlanError(
-                f"{self.where}.{key} needs calibration data; pass calibration=, a list of batches, or use {way_out}"
-            )
+            raise PlanError(_without_data(self.options, self.where))
         self._batches = batches
-        orders = (
-            elimination_orders(self.traced, self.groups, batches, list(self._to_order))
-            if self.known is None
-            else self.known.orders
-        )
+        names = [*self._to_order, *self._to_compare]
+        known = self.known or known_of(self.options, self.traced, self.analysis, self.groups, names, batches)
         for name, count in self._to_order.items():
-            if name in orders:
-                self.clusters[name], kept = partition_of(self.groups[name], orders[name], count, self.traced)
+            if name in known.orders:
+                self.clusters[name], kept = partition_of(self.groups[name], known.orders[name], count, self.traced)
                 self.kept[name] = frozenset(kept)
+        for name, count in self._to_compare.items():
+            if name in known.features:
+                features, how = known.features[name], self.options.clustering
+                self.clusters[name] = _cluster(self.groups[name], features, count, how, self.seed)
         self._decide()
 
     def convert(self, traced: Traced) -> Traced:
@@ -298,9 +311,35 @@ def _first_names(traced: Traced) -> dict[str, torch.Tensor]:
     return {name: value for name, value in named_state(traced.module) if name not in traced.aliases}
 
 
-def _cluster(group: ChannelGroup, count: int, how: str, seed: int, traced: Traced) -> Partition:
-    """Cluster a group block by block on the flattened kernels of its first producer, the pacesetter."""
-    features = features_of(group, traced) if how not in {"even", "imbalanced"} else np.zeros((group.size, 1))
+def known_of(
+    options: ClusterMerge,
+    traced: Traced,
+    analysis: Analysis,
+    groups: ChannelGroups,
+    names: Collection[str],
+    batches: Sequence[tuple[Any, ...]],
+) -> Known:
+    """What calibration data says of the named groups, as far as the options ask for it."""
+    orders = elimination_orders(traced, groups, batches, list(names)) if options.clustering == RECONSTRUCTION else {}
+    features = {}
+    if options.features != "weights":
+        features = activations(traced, groups, batches, names, with_kernels=options.features == "both")
+    return Known(analysis, groups, orders, features)
+
+
+def _without_data(options: ClusterMerge, where: str) -> str:
+    """What is said where there is no calibration data: the option that needs it, and the way out."""
+    if options.compensate == "data":
+        key, way_out = "compensate: 'data'", "compensate='free'"
+    elif options.clustering == RECONSTRUCTION:
+        key, way_out = f"clustering: {RECONSTRUCTION!r}", "clustering='kmeans'"
+    else:
+        key, way_out = f"features: {options.features!r}", "features='weights'"
+    return f"{where}.{key} needs calibration data; pass calibration=, a list of batches, or use {way_out}"
+
+
+def _cluster(group: ChannelGroup, features: Features, count: int, how: str, seed: int) -> Partition:
+    """Cluster a group block by block on a row of features per channel."""
     parts: list[tuple[int, ...]] = []
     for block in group.blocks:
         share = count // len(group.blocks)

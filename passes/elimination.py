@@ -35,7 +35,7 @@ from passes.layer_rows import Layer, layers_of, squared
 from passes.refit import sampled_rows
 from passes.segments import Partition
 
-__all__ = ["Moments", "elimination_orders", "partition_of"]
+__all__ = ["Moments", "duplicates", "elimination_orders", "partition_of", "readers_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def elimination_orders(
     leading part of the order. Groups that no layer reads which can be re-fitted are left out.
     """
     layers = {traced.qualified(layer.name): layer for layer in layers_of(traced).values()}
-    readable = {name: found for name in names if (found := _consumers(groups[name], layers))}
+    readable = {name: found for name in names if (found := readers_of(groups[name], layers))}
     if not readable:
         return {}
     wanted = {layers[param.param].node for params in readable.values() for param in params}
@@ -76,7 +76,7 @@ def elimination_orders(
             for param in params
             for reader in _readers(groups[name], param, layers[param.param], moments[layers[param.param].node], traced)
         ]
-        orders[name] = _order(groups[name], readers, _duplicates(groups[name], traced))
+        orders[name] = _order(groups[name], readers, duplicates(groups[name], traced))
     return orders
 
 
@@ -94,7 +94,7 @@ def partition_of(group: ChannelGroup, order: Sequence[int], count: int, traced: 
     return tuple(sorted(tuple(sorted(each)) for each in members.values())), kept
 
 
-def _consumers(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[GroupParam]:
+def readers_of(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[GroupParam]:
     """The layers that read the group, if those are all that do."""
     found = [param for param in group.params if param.role == "consumer"]
     usable = all(param.param in layers and param.dim == layers[param.param].input_dim for param in found)
@@ -116,7 +116,7 @@ def _own_slices(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype
     return np.concatenate(rows, axis=1)
 
 
-def _duplicates(group: ChannelGroup, traced: Traced) -> IntArray:
+def duplicates(group: ChannelGroup, traced: Traced) -> IntArray:
     """For every channel the number of the set of identical channels, of its block, that it belongs to."""
     blocks = np.zeros((group.size, 1))
     for number, block in enumerate(group.blocks):

@@ -78,6 +78,22 @@ def test_identical_channels_are_merged_without_loss(name: str, clustering: str, 
     assert relative(model(x), compiled.module(x)) < 1e-9
 
 
+@pytest.mark.parametrize("features", ["activations", "both"])
+@pytest.mark.parametrize("name", ["cifar_resnet_pad", "bottleneck", "flatten_norm_linear"])
+def test_identical_channels_are_found_by_what_they_do(name: str, features: str) -> None:
+    model, (x,) = NETS[name]()
+    model, x = model.double().eval(), x.double()
+    randomize_(model, 0)
+    groups = [each for each in gz.channel_groups(model, (x,)) if each.mergeable]
+    for group in groups:
+        plant(model, group)
+    keep = {group.name: -(-group.size // 2) for group in groups}
+    calibration = [torch.randn(8, *x.shape[1:], dtype=torch.float64) for _ in range(2)]
+    compiled = merged(model, (x,), calibration, keep=keep, features=features)
+    assert compiled.report.after.params < compiled.report.before.params
+    assert relative(model(x), compiled.module(x)) < 1e-9
+
+
 @torch.no_grad()
 def plant(model: nn.Module, group: gz.ChannelGroup) -> None:
     """Channel 2 k + 1 becomes a copy of channel 2 k."""
@@ -90,6 +106,24 @@ def plant(model: nn.Module, group: gz.ChannelGroup) -> None:
 
 
 # --- what is lossy gets better ----------------------------------------------------------------------------------------
+
+
+def test_channels_that_do_alike_are_merged_though_their_kernels_differ() -> None:
+    """An input channel is always zero: what kernels read of it says nothing about what channels do."""
+    model = Net(lambda m, x: m.last(m.first(x).relu()), first=nn.Conv2d(3, 8, 3), last=nn.Conv2d(8, 4, 3)).eval()
+    first = model.first
+    with torch.no_grad():
+        first.weight[4:, :2], first.bias[4:] = first.weight[:4, :2], first.bias[:4]
+        first.weight[:, 2] = 10 * torch.randn(8, 3, 3)
+    x = torch.randn(16, 3, 8, 8)
+    x[:, 2] = 0
+    by_kernel, by_doing, by_both = (
+        merged(model, (x[:2],), [x], keep={"first": 4}, features=features)
+        for features in ("weights", "activations", "both")
+    )
+    (clusters,) = by_doing.report.passes[0]["cluster_merge"]["clusters"].values()
+    assert sorted(map(sorted, clusters)) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert distance(model, by_doing, x) < 1e-10 < distance(model, by_both, x) <= distance(model, by_kernel, x)
 
 
 @pytest.mark.parametrize("name", ["resnext_block", "channel_shuffle_module", "grouped_conv"])
@@ -231,6 +265,29 @@ def test_data_is_asked_for() -> None:
     )
     with pytest.raises(gz.PlanError, match=re.escape(message)):
         merged(model, x, clustering="reconstruction")
+    message = (
+        "passes[0].cluster_merge.features: 'both' needs calibration data; pass calibration=, a list of batches, or "
+        "use features='weights'"
+    )
+    with pytest.raises(gz.PlanError, match=re.escape(message)):
+        merged(model, x, features="both")
+
+
+@pytest.mark.parametrize("clustering", ["even", "imbalanced", "reconstruction"])
+def test_features_that_a_clustering_does_not_look_at_are_refused(clustering: str) -> None:
+    model, x = net()
+    message = (
+        f"passes[0].cluster_merge.features: 'activations' means nothing to clustering '{clustering}'; leave it out, or "
+        "use clustering='kmeans'"
+    )
+    with pytest.raises(gz.PlanError, match=re.escape(message)):
+        merged(model, x, data(1), clustering=clustering, features="activations")
+
+
+def test_unknown_features_are_refused() -> None:
+    message = "cluster_merge.features: 'gradients' is not one of 'weights', 'activations', 'both'"
+    with pytest.raises(gz.PlanError, match=re.escape(message)):
+        gz.ClusterMerge(features="gradients")
 
 
 def test_an_unknown_compensation_is_refused() -> None:

@@ -46,6 +46,7 @@ FOR_PEOPLE = ("graphzip.models", "graphzip.report", "graphzip.demo", "graphzip.c
 """What people see: built on the public names and on the two lowest floors alone."""
 
 SHARED_BY_PASSES = (
+    "passes.activations",
     "passes.atom_fit",
     "passes.base",
     "passes.centripetal",
