@@ -378,7 +378,7 @@ def pictures(run: Run, data: Data, folder: Path) -> dict[str, Any]:
 def measure(options: argparse.Namespace, train_data: Data, test: Data) -> dict[str, Any]:
     """Every method at every cut with every seed."""
     found: dict[str, Any] = {}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         torch.manual_seed(seed)
         models: dict[str, nn.Module] = {name: lenet() for name in TASKS}
         run = Run(models, models, train_data, options, CLUSTERS[4], seed)
@@ -386,7 +386,7 @@ def measure(options: argparse.Namespace, train_data: Data, test: Data) -> dict[s
         run = replace(run, continued=copy.deepcopy(models))
         fit_plainly(run, run.continued, epochs=options.epochs, lr=options.lr, seed=1)
         found.setdefault("uncut", {}).setdefault(1, []).append(accuracies(run.continued, test))
-        if options.pictures is not None and seed == 0:
+        if options.pictures is not None and seed == options.first_seed:
             found["correlation"] = pictures(run, test, options.pictures)
             print(json.dumps(found["correlation"], indent=2), file=sys.stderr)
         for times in options.times:
@@ -428,6 +428,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--finetune-lr", type=float, default=0.03)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--times", type=int, nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--regularizer", choices=("normalized", "plain", "simple", "growl"), default="normalized")
