@@ -383,9 +383,9 @@ def _passes_of(passes: Sequence[PassOptions], *, has_data: bool) -> tuple[list[P
     fixed = {"keep", "clusters"} & given.model_fields_set
     if fixed:
         raise PlanError(f"passes[{number}].cluster_merge.{min(fixed)}: widths are found here; leave it out")
-    defaults: dict[str, Any] = (
-        {"compensate": "data", "clustering": RECONSTRUCTION} if has_data else {"compensate": "free"}
-    )
+    defaults: dict[str, Any] = {"compensate": "data" if has_data else "free"}
+    if has_data and "features" not in given.model_fields_set:  # these are for clusterings that compare channels
+        defaults["clustering"] = RECONSTRUCTION
     options = ClusterMerge(**(defaults | given.to_dict()))
     listed[number] = options
     return listed, options

@@ -191,6 +191,17 @@ def test_measurements_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         gz.plan_for(model, x, macs=0.5, calibration=calibration, cache=cache)
 
 
+@pytest.mark.parametrize("features", ["activations", "both"])
+def test_channels_can_be_compared_by_what_they_do(features: str) -> None:
+    model, x = net()
+    calibration = data()
+    plan = gz.plan_for(model, x, macs=0.6, calibration=calibration, passes=[gz.ClusterMerge(features=features)])
+    (merge,) = plan.passes
+    assert (merge.clustering, merge.features, merge.compensate) == ("kmeans", features, "data")
+    compiled = gz.compile(model, plan, x, calibration=calibration)
+    assert compiled.report.after.macs <= 0.6 * compiled.report.before.macs
+
+
 def test_the_options_of_a_pass_hold() -> None:
     model, x = net()
     passes = [gz.ClusterMerge(exclude=["stem.0"], round_to=2, compensate="none", clustering="even"), gz.FoldBatchNorm()]
