@@ -221,12 +221,12 @@ class ClusterMerge(PassOptions):
         default_factory=lambda given: 0.5 if given.get("clusters") is None else {}
     )
     clustering: Annotated[str, BeforeValidator(check_name)] = "kmeans"
-    features: Annotated[str, BeforeValidator(one_of("weights", "activations", "both"))] = "weights"
     exclude: Annotated[Sequence[str], BeforeValidator(check_globs)] = ()
     round_to: Annotated[int, BeforeValidator(check_multiple)] = 1
     strength: Annotated[float | Literal["auto"], BeforeValidator(check_strength)] = 3e-3
     norms: Annotated[Literal["exact", "plain"], BeforeValidator(check_norms)] = "exact"
     compensate: Annotated[str, BeforeValidator(one_of("none", "free", "data"))] = "none"
+    features: Annotated[str, BeforeValidator(one_of("weights", "activations", "both"))] = "weights"
 
 
 class FoldBatchNorm(PassOptions):
