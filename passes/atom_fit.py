@@ -24,6 +24,7 @@ Moments = Sequence[torch.Tensor | None]
 
 _PLAIN = 0.3  # share of the plain squared error in a weighted one
 _PATIENCE = 1e-4  # relative fall of the error below which the alternation ends
+_SINGULAR = 1e-2  # of the largest singular value of the atoms: below it coefficients would be large and cancel
 
 
 def fit_atoms(
@@ -142,7 +143,7 @@ def _coefficients(
             if all(scales[n] is None for n in here):
                 basis = torch.cat([bases[n] for n in here], dim=1)
                 values = torch.cat([kernels[n][top:bottom, left:right] for n in here], dim=2)
-                made[top:bottom, left:right] = values @ torch.linalg.pinv(basis)
+                made[top:bottom, left:right] = values @ torch.linalg.pinv(basis, rtol=_SINGULAR)
                 continue
             for column in range(left, right):
                 weighted = [_weighted(kernels[n][top:bottom, column], bases[n], scales[n], column) for n in here]

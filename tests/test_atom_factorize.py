@@ -16,11 +16,25 @@ from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip.graph.factored import AtomConv
+from passes.atom_fit import fit_atoms
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # ---------------------------------------------------------------------------------------------------- the fit
+
+
+def test_coefficients_do_not_cancel_where_kernels_hardly_differ() -> None:
+    """Large coefficients that cancel compute the same, but no training holds them together."""
+    basis = torch.linalg.qr(torch.randn(54, 54))[0]
+    alike = (torch.randn(16, 16, 54) * torch.logspace(0, -3, 54)) @ basis
+    kernels = [*(torch.randn(8, 8, 9) for _ in range(6)), *alike.split(9, 2)]
+    coefficients, atoms = fit_atoms(kernels, 54)
+    size = torch.stack([kernel.norm() for kernel in kernels]).norm()
+    made = [coefficients[: len(kernel), : kernel.shape[1]] @ each for kernel, each in zip(kernels, atoms, strict=True)]
+    missed = torch.stack([(one - other).norm() for one, other in zip(kernels, made, strict=True)]).norm()
+    assert missed < 0.06 * size
+    assert coefficients.norm() < size
 
 
 @pytest.mark.parametrize(("share", "atoms"), [(None, 9), ("layer", 12), ("net", 27), ("block", 18)])
