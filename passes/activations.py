@@ -62,7 +62,7 @@ def activations(
     for name, param in readers.items():
         wanted.setdefault(layers[param.param].node, []).append(name)
     found: dict[str, Features] = {}
-    for node in values.steps(len(values.nodes)):
+    for node in values.steps(max((values.place[node] for node in wanted), default=-1)):
         for name in wanted.get(node, ()):
             param = readers[name]
             doing = _scaled(_rows(values[layers[param.param].input], layers[param.param], param))
