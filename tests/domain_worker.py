@@ -26,11 +26,12 @@ def train(prepared: gz.Prepared, model: nn.Module, rank: int) -> None:
         optimizer.step()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, fitted: bool) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     plan = gz.Plan([gz.CrossDomainShare(clusters=CLUSTERS)])
-    prepared = gz.prepare(models(), plan, EXAMPLE)
+    own = {name: [batch.chunk(2)[rank] for batch in each] for name, each in DATA.items()}
+    prepared = gz.prepare(models(), plan, EXAMPLE, calibration=own if fitted else None)
     found: dict[str, Any] = {}
     for stage in prepared.steps():
         train(prepared, DistributedDataParallel(prepared), rank)
@@ -42,4 +43,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] == "fitted")

@@ -421,10 +421,12 @@ def test_one_dimension_and_linear_layers_on_positions() -> None:
 
 
 @pytest.mark.slow
-def test_data_parallel_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["centres", "fitted"])
+def test_data_parallel_training(weights: str, tmp_path: Path) -> None:
     """Two processes that see different data agree on clusters, which stay together exactly, and on all parameters."""
     worker = Path(__file__).with_name("domain_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, tmp_path]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, worker, tmp_path, weights]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
