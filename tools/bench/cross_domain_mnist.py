@@ -432,7 +432,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--regularizer", choices=("normalized", "plain", "simple", "growl"), default="normalized")
-    parser.add_argument("--strength", type=float, default=100.0)
+    parser.add_argument("--strength", type=float, default=10.0)
     parser.add_argument("--growl", type=float, default=1e-3, help="strength of GrOWL in the pictures")
     parser.add_argument("--pictures", type=Path, help="draw the correlations into this folder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
