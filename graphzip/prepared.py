@@ -40,7 +40,8 @@ _NOT_FINITE = "outputs on the calibration data are not finite, so how far they m
 class _Progress:
     """Where in the plan a prepared model stands.
 
-    The graph is `ahead` where its tensors are the ones that count: the model is out of date, or only borrowed.
+    The graph is `ahead` where its tensors are the ones that count: the model is out of date, or only borrowed. The
+    `turn` counts up where what is trained, or under which constraint, changes: an optimizer made before is of no use.
     """
 
     traced: Traced
@@ -50,6 +51,7 @@ class _Progress:
     taken: int = 0
     stage: int = 0
     ahead: bool = False
+    turn: int = 0
 
 
 class Prepared(nn.Module):
@@ -164,17 +166,22 @@ class Prepared(nn.Module):
         `strength` of its own. `steps` is the planned number of optimizer steps, which `strength="auto"` needs: then
         the deviation falls evenly, whatever the learning rate does, and is gone after three quarters of them.
 
-        Make it anew for every stage of a plan. Raises `PlanError` for "auto" without `steps`, `GraphZipError` for an
-        optimizer that evaluates the model within its step (LBFGS).
+        Make it anew for every stage of a plan: a step with that of an earlier stage raises `GraphZipError`. So does an
+        optimizer that evaluates the model within its step (LBFGS); "auto" without `steps` raises `PlanError`.
         """
         active = self._synced()
         optimizer = cls(self.parameters() if params is None else params, **options)
         if active is None:
             return optimizer
         active.bind(optimizer, self._inner(), steps=steps)
-        bound = optimizer.step
+        bound, turn = optimizer.step, self._progress.turn
 
         def step(_: Optimizer, *args: Any, **given: Any) -> Any:
+            if self._progress.turn != turn:
+                raise GraphZipError(
+                    "this optimizer was made for a stage that has ended, and would train nothing or break what the "
+                    "plan ties; make a new one with prepared.optimizer(...) in every stage"
+                )
             if self._progress.taken == 0:
                 self._synced()  # DistributedDataParallel has told every process the clusters of the first one by now
                 self.record()
@@ -256,6 +263,7 @@ class Prepared(nn.Module):
         progress.taken = progress.stage = 0
         state = torch.zeros(0, dtype=torch.int64) if progress.active is None else progress.active.state()
         self.clusters = state.to(self.clusters.device)
+        progress.turn += 1
 
     def _entered(self, active: Stepwise) -> Iterator[str]:
         """The stages that are left of a pass, each begun before it is given."""
@@ -283,6 +291,7 @@ class Prepared(nn.Module):
         module = module_of(self._progress.traced)
         follow_modes(module, self.model)
         self.model = module
+        self._progress.turn += 1
 
     def _feeds(self) -> Feeds:
         calibration, inputs = self._hidden["calibration"], self._hidden["inputs"]
@@ -323,6 +332,7 @@ class Prepared(nn.Module):
             with torch.inference_mode(False):
                 active.end_stage(stage, self._inner())
             self.clusters = active.state().to(self.clusters.device)
+            self._progress.turn += 1
 
     def _graph_inputs(self) -> list[tuple[Any, ...]]:
         """What the traced graph takes on every batch of the calibration data."""

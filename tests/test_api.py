@@ -206,6 +206,29 @@ def test_training_after_the_last_stage_counts() -> None:
     assert equal_states(prepared.convert().module, prepared.model)
 
 
+def test_an_optimizer_of_an_earlier_stage_is_refused() -> None:
+    prepared = gz.prepare(Small(), gz.Plan([gz.ClusterMerge(keep=0.5), gz.FoldBatchNorm()]), (image(),))
+    steps = prepared.steps()
+    next(steps)
+    optimizer = prepared.optimizer(torch.optim.SGD, lr=0.1)
+    prepared(image()).sum().backward()
+    optimizer.step()
+    next(steps)
+    with pytest.raises(
+        gz.GraphZipError, match=r"made for a stage that has ended.*prepared\.optimizer\(\.\.\.\) in every"
+    ):
+        optimizer.step()
+    prepared.optimizer(torch.optim.SGD, lr=0.1).step()
+
+
+def test_an_optimizer_is_refused_after_convert() -> None:
+    prepared = gz.prepare(Small(), HALF, (image(),))
+    optimizer = prepared.optimizer(torch.optim.SGD, lr=0.1)
+    prepared.convert()
+    with pytest.raises(gz.GraphZipError, match="made for a stage that has ended"):
+        optimizer.step()
+
+
 def test_two_merges_in_a_row_keep_names() -> None:
     model, x = Small().eval(), image()
     compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(keep=0.5), gz.ClusterMerge(keep=2)]), (x,))

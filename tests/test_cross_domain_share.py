@@ -173,6 +173,18 @@ def test_without_a_regularizer_the_term_is_zero() -> None:
     assert float(ready.regularizer()) == 0.0
 
 
+def test_an_optimizer_made_before_there_are_clusters_is_refused() -> None:
+    ready = prepared()
+    steps = ready.steps()
+    next(steps)
+    optimizer = ready.optimizer(torch.optim.SGD, lr=0.1)
+    optimizer.step()
+    next(steps)
+    with pytest.raises(gz.GraphZipError, match="made for a stage that has ended"):
+        optimizer.step()
+    assert_exactly_tied(ready)
+
+
 def test_the_term_is_zero_while_fine_tuning() -> None:
     ready = tied()
     ready(**inputs())

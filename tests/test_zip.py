@@ -324,6 +324,19 @@ def test_without_training_the_networks_are_not_copied_first(share: float) -> Non
         assert all(torch.equal(before[name][key], tensor) for key, tensor in net.state_dict().items())
 
 
+def test_an_optimizer_of_an_earlier_layer_is_refused() -> None:
+    nets, x = {"a": mlp().double(), "b": mlp().double()}, torch.randn(3, 12, dtype=torch.float64)
+    data = {name: batches(3, 12) for name in nets}
+    prepared = gz.prepare(nets, gz.Plan([gz.Zip()]), dict.fromkeys(nets, (x,)), calibration=data)
+    steps = prepared.steps()
+    next(steps)
+    optimizer = prepared.optimizer(torch.optim.SGD, lr=0.1)
+    optimizer.step()
+    next(steps)
+    with pytest.raises(gz.GraphZipError, match="made for a stage that has ended"):
+        optimizer.step()
+
+
 def test_rows_in_parts_are_zipped_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     nets = {"a": randomized(residual()), "b": randomized(residual())}
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64)
