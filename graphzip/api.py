@@ -16,7 +16,7 @@ from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
 from graphzip.graph.tasks import check_task_names, joined_module
-from graphzip.graph.trace import share_copy, trace
+from graphzip.graph.trace import trace
 from graphzip.plan import Plan
 from graphzip.prepared import Prepared
 from graphzip.rewrite.join import join
@@ -91,16 +91,16 @@ def _prepare(
     *,
     trained: bool,
 ) -> Prepared:
-    """`prepare`; where nothing is `trained`, models need no copy for a first pass that works on the graph alone."""
+    """`prepare`; where nothing is `trained`, weights need no copy for a first pass that leaves the model alone."""
     _check(model, plan)
+    borrowed = not trained and _keeps_off(plan)
     with torch.inference_mode(False):
         if isinstance(model, Mapping):
             if scope is not None:
                 raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
-            borrowed = not trained and _keeps_off(plan)
             return _prepare_several(model, plan, example_inputs, calibration, seed, dynamic_shapes, borrowed=borrowed)
         inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
-        trainable = _copy(model)
+        trainable = _copy(model, borrowed=borrowed)
         traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes)
         check_calibration(calibration, model, len(inputs))
         return Prepared(
@@ -111,6 +111,7 @@ def _prepare(
             example_inputs=inputs,
             calibration=calibration,
             seed=seed,
+            borrowed=borrowed,
         )
 
 
@@ -165,8 +166,8 @@ def compile(
     """Carry out a plan: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
 
     Arguments and errors are those of `prepare`. The model itself stays as it is. A plan that changes nothing returns
-    normally and says so in the report. Models that are zipped without training are not copied first: weights that are
-    mapped from files are read where they lie.
+    normally and says so in the report. Without training, weights are not copied before they change where the first
+    pass allows it: those that are mapped from files are read where they lie.
     """
     trained = train is not None
     prepared = _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, trained=trained)
@@ -177,8 +178,9 @@ def compile(
 
 
 def _keeps_off(plan: Plan) -> bool:
-    """Whether the first pass works on the graph alone."""
-    return bool(plan.passes) and hasattr(PASSES[type(plan.passes[0])], "enter")
+    """Whether the first pass leaves the module alone, so that its weights may be those of the user's model."""
+    first = PASSES[type(plan.passes[0])] if plan.passes else None
+    return first is not None and not any(hasattr(first, name) for name in ("restructure", "end_stage"))
 
 
 def _check(model: Models, plan: Plan) -> None:
@@ -219,9 +221,14 @@ def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str
 
 
 def _copy(model: Any, *, borrowed: bool = False) -> Any:
-    """A deep copy of a model, or of several, in which what they share stays shared; `borrowed`, with its tensors."""
+    """A deep copy of a model, or of several, in which what they share stays shared; `borrowed`, with its parameters.
+
+    Buffers are always copied: the copy is run, and a model may write to them.
+    """
+    models = model.values() if isinstance(model, dict) else [model]
+    kept = {id(each): each for inner in models for each in inner.parameters()} if borrowed else {}
     try:
-        return {name: share_copy(each) for name, each in model.items()} if borrowed else copy.deepcopy(model)
+        return copy.deepcopy(model, kept)
     except Exception as error:
         what = "one of the models" if isinstance(model, dict) else type(model).__name__
         raise GraphZipError(

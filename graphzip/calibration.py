@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, GraphZipError
-from graphzip.graph.trace import share_copy
+from graphzip.graph.trace import eval_copy
 
 __all__ = ["batch_arguments", "check_calibration", "drift", "placed", "run_batch"]
 
@@ -27,7 +27,7 @@ def drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any] | None
     """
     if calibration is None:
         return None
-    old, new = share_copy(before).eval(), share_copy(after).eval()
+    old, new = eval_copy(before), eval_copy(after)
     worst = scale = 0.0
     for batch in calibration:
         args = batch_arguments(batch, inputs)
@@ -77,7 +77,7 @@ def check_calibration(calibration: Iterable[Any] | None, model: nn.Module, input
     if first is None:
         raise ExampleInputError("calibration yields no batch; pass at least one")
     with torch.no_grad():
-        run_batch(share_copy(model).eval(), batch_arguments(first, inputs))
+        run_batch(eval_copy(model), batch_arguments(first, inputs))
 
 
 def batch_arguments(batch: Any, inputs: int) -> tuple[Any, ...]:

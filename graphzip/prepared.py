@@ -20,7 +20,7 @@ from graphzip.analysis.cost import Cost, cost_of
 from graphzip.calibration import batch_arguments, drift, placed, run_batch
 from graphzip.compiled import Compiled, task_module
 from graphzip.errors import ExampleInputError, GraphZipError, RewriteError
-from graphzip.graph.trace import Traced
+from graphzip.graph.trace import Traced, flags_kept
 from graphzip.history import History, Record
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report, TaskChange
@@ -40,8 +40,9 @@ _NOT_FINITE = "outputs on the calibration data are not finite, so how far they m
 class _Progress:
     """Where in the plan a prepared model stands.
 
-    The graph is `ahead` where its tensors are the ones that count: the model is out of date, or only borrowed. The
-    `turn` counts up where what is trained, or under which constraint, changes: an optimizer made before is of no use.
+    The graph is `ahead` where its tensors are the ones that count: the model is out of date, or only borrowed for a
+    pass that copies what it changes. The `turn` counts up where what is trained, or under which constraint, changes:
+    an optimizer made before is of no use.
     """
 
     traced: Traced
@@ -80,7 +81,7 @@ class Prepared(nn.Module):
         self.plan = plan
         self.seed = seed
         self._hidden: dict[str, Any] = {"original": original, "calibration": calibration, "inputs": example_inputs}
-        self._progress = _Progress(traced, seed, ahead=borrowed)
+        self._progress = _Progress(traced, seed)
         self._before = _cost(traced)
         self._before_tasks = _task_costs(traced)
         self._changes: list[Pass] = []
@@ -90,6 +91,7 @@ class Prepared(nn.Module):
         self.register_load_state_dict_pre_hook(_keep_clusters)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_take_clusters)  # type: ignore[no-untyped-call]
         self._begin()
+        self._progress.ahead = borrowed and isinstance(self._progress.active, Stepwise)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
@@ -316,8 +318,9 @@ class Prepared(nn.Module):
     def _run_calibration(self) -> None:
         """Run the model in eval mode on the calibration data."""
         modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
         calibration, inputs = self._hidden["calibration"], self._hidden["inputs"]
+        with flags_kept(self.model):
+            self.model.eval()
         for name in self.tasks or ("",):
             module = self.model.get_submodule(name)
             for batch in calibration[name] if name else calibration:

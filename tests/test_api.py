@@ -257,6 +257,65 @@ def test_the_result_shares_no_storage_with_the_users_model() -> None:
             assert not held & {tensor.untyped_storage().data_ptr() for tensor in holder.state_dict().values()}
 
 
+LEAVE_THE_MODEL = {
+    "merged": gz.ClusterMerge(keep=0.5),
+    "even": gz.ClusterMerge(keep=0.5, clustering="even"),
+    "fitted": gz.ClusterMerge(keep=0.5, compensate="data"),
+    "chosen": gz.ClusterMerge(keep=0.5, clustering="reconstruction", compensate="data"),
+    "free": gz.ClusterMerge(keep=0.5, compensate="free"),
+    "folded": gz.FoldBatchNorm(),
+    "pruned": gz.PruneChannels(keep=0.5),
+}
+
+
+@pytest.mark.parametrize("options", LEAVE_THE_MODEL.values(), ids=LEAVE_THE_MODEL.keys())
+@pytest.mark.parametrize("scope", [None, "0"])
+def test_without_training_weights_are_not_copied_first(options: Any, scope: str | None) -> None:
+    """The result is that of a prepared copy, has none of the model's tensors, and leaves them as they were."""
+    model = nn.Sequential(Small()).eval()
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    plan, calibration = gz.Plan([options]), [image(8), image(8)]
+    compiled = gz.compile(model, plan, (image(),), calibration=calibration, scope=scope)
+    prepared = gz.prepare(model, plan, (image(),), calibration=calibration, scope=scope)
+    assert equal_states(compiled.module, prepared.convert().module)
+    held = {value.untyped_storage().data_ptr() for value, _ in before.values()}
+    for holder in (compiled.module, compiled.traced.module):
+        assert not held & {value.untyped_storage().data_ptr() for value in holder.state_dict().values()}
+    assert all(value is before[name][0] for name, value in model.state_dict(keep_vars=True).items())
+    assert all(torch.equal(value, was) for value, was in before.values())
+
+
+def test_a_model_that_freezes_itself_keeps_its_flags() -> None:
+    class Freezing(Small):
+        def train(self, mode: bool = True) -> Freezing:
+            for parameter in self.bn1.parameters():
+                parameter.requires_grad_(mode)
+            super().train(mode)
+            return self
+
+    model = Freezing()
+    gz.compile(model, gz.Plan([gz.ClusterMerge(keep=0.5, compensate="data")]), (image(),), calibration=[image(8)])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_counts_its_calls_keeps_its_count() -> None:
+    class Counting(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting():
+                self.calls += 1
+            return super().forward(x)
+
+    model = Counting()
+    fitted = gz.compile(model, gz.Plan([gz.ClusterMerge(compensate="data")]), (image(),), calibration=[image(8)])
+    assert fitted.report.drift is not None
+    gz.channel_groups(model, (image(),))
+    assert model.calls.item() == 0
+
+
 def test_the_same_seed_gives_the_same_result() -> None:
     model, x = Small(), image()
     first, again = (gz.compile(model, HALF, (x,), seed=3) for _ in range(2))

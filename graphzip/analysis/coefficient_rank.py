@@ -19,6 +19,7 @@ from torch import nn
 
 from graphzip.analysis.patches import patches
 from graphzip.errors import GraphZipError
+from graphzip.graph.trace import eval_copy
 
 __all__ = ["CoefficientRank", "RankPair", "coefficient_rank", "effective_rank"]
 
@@ -86,19 +87,13 @@ def coefficient_rank(model: nn.Module, calibration: Iterable[Any]) -> Coefficien
 
     Raises `GraphZipError` where no two layers can be compared.
     """
-    layers = {name: layer for name, layer in model.named_modules() if _counts(layer)}
+    watched = eval_copy(model)
+    layers = {name: layer for name, layer in watched.named_modules() if _counts(layer)}
     seen = {name: _factors(layer) for name, layer in layers.items()}
-    hooks = [layer.register_forward_pre_hook(_watch(seen[name])) for name, layer in layers.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for batch in calibration:
-            model(batch[0] if isinstance(batch, tuple | list) else batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(_watch(seen[name]))
+    for batch in calibration:
+        watched(batch[0] if isinstance(batch, tuple | list) else batch)
     pairs = [
         _compare((one, two), seen[one], seen[two])
         for one, two in combinations(seen, 2)

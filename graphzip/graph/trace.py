@@ -44,7 +44,7 @@ from graphzip.graph.state import (
 )
 from graphzip.graph.tasks import Task
 
-__all__ = ["Traced", "share_copy", "trace"]
+__all__ = ["Traced", "eval_copy", "flags_kept", "share_copy", "trace"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +160,16 @@ def _fake_memo(module: fx.GraphModule) -> dict[int, Any]:
     return {id(value): value for value in values}
 
 
-def share_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the module structure that shares every parameter and buffer with `model`."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)
+def share_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
+    """A deep copy of the module structure that shares every parameter, and the `buffers`, with `model`."""
+    shared = [*model.parameters(), *(model.buffers() if buffers else ())]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def eval_copy(model: nn.Module) -> nn.Module:
+    """A copy to run in eval mode: the model's parameters, and buffers of its own, for a model may write to them."""
+    with flags_kept(model):
+        return share_copy(model, buffers=False).eval()
 
 
 @contextmanager
@@ -208,7 +214,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def flags_kept(model: nn.Module) -> Iterator[None]:
     """Undo what an overridden `train` or `eval` of the copy does to the parameters that it shares."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -246,8 +252,8 @@ def trace(
             f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
             "for a single input write (x,)"
         )
-    with torch.inference_mode(False), _untouched(model):
-        skeleton = _eval_copy(model)
+    with torch.inference_mode(False), flags_kept(model):
+        skeleton = _skeleton(model)
         given: Call = (_separate(example_inputs), {})
         if scope:
             skeleton, given = _enter_scope(model, skeleton, scope, given[0])
@@ -266,7 +272,7 @@ def _separate(inputs: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
 
 
-def _eval_copy(model: nn.Module) -> nn.Module:
+def _skeleton(model: nn.Module) -> nn.Module:
     try:
         return share_copy(model).eval()
     except Exception as error:
