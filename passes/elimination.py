@@ -27,6 +27,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, GroupParam
+from graphzip.errors import WeightsError
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
@@ -149,8 +150,18 @@ def _covariance(layer: Layer, values: Values) -> torch.Tensor:
         product = product + squared(read)
         mean = mean + read.sum(1).double()
         count += read.shape[1]
-    mean = mean / count
-    return product / count - mean[:, :, None] * mean[:, None, :]
+        noise = torch.finfo(read.dtype).eps
+    mean, product = mean / count, product / count
+    if not bool(product.isfinite().all()):
+        raise WeightsError(
+            f"{layer.name!r} reads values that are NaN or infinite on the calibration data; check the data and the "
+            "model's weights"
+        )
+    unknowns = product.shape[1]
+    rounding = 4 * unknowns**0.5 * noise * product.diagonal(dim1=1, dim2=2).mean()  # of the difference of large numbers
+    covariance = product - mean[:, :, None] * mean[:, None, :]
+    covariance.diagonal(dim1=1, dim2=2).add_(rounding)
+    return covariance
 
 
 class _Watched(fx.Interpreter):
@@ -197,33 +208,57 @@ def _sensitivities(
 
 
 class _Reader:
-    """A layer (one group of a convolution) that reads some channels, less those that are gone."""
+    """A layer (one group of a convolution) that reads some channels, less those that are gone.
+
+    `M` is never written anew, for it is large: it stays `inverse - factor factor^T`, whose blocks on the diagonal, one
+    per channel, are kept up to date. What goes is pivots of a Cholesky factorisation then, column after column.
+    """
 
     def __init__(self, weight: torch.Tensor, covariance: torch.Tensor, columns: IntArray) -> None:
         """`weight` (O, F), scaled by sensitivities, `covariance` (F, F), `columns` (channels, c): -1 where not read."""
-        scale = float(covariance.diagonal().mean()) or 1.0
-        self.weight = weight
-        self.inverse = torch.linalg.inv(covariance + _DAMPING * scale * torch.eye(len(covariance), dtype=torch.float64))
+        self.weight = weight.clone()
+        self.inverse = _damped_inverse(covariance)
+        self.factor, self.gone = torch.empty_like(self.inverse), 0
         self.columns = torch.from_numpy(columns)
         self.read = self.columns[:, 0] >= 0
+        self.blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]]
 
     def costs(self, channels: torch.Tensor) -> torch.Tensor:
         """What taking out each one of these channels alone costs."""
         costs = torch.zeros(len(channels), dtype=self.weight.dtype)
         read = self.read[channels]
-        columns = self.columns[channels[read]]
-        weight = self.weight[:, columns].permute(1, 2, 0)
-        block = self.inverse[columns[:, :, None], columns[:, None, :]]
-        costs[read] = (weight * torch.linalg.solve(block, weight)).sum((1, 2))
+        weight = self.weight[:, self.columns[channels[read]]].permute(1, 2, 0)
+        costs[read] = (weight * torch.linalg.solve(self.blocks[channels[read]], weight)).sum((1, 2))
         return costs
 
     def remove(self, channels: torch.Tensor) -> None:
         """Take channels out and re-fit the rest."""
         gone = self.columns[channels[self.read[channels]]].flatten()
-        if gone.numel():
-            pull = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
-            self.weight = self.weight - self.weight[:, gone] @ pull
-            self.inverse = self.inverse - self.inverse[:, gone] @ pull
+        if not gone.numel():
+            return
+        past = self.factor[:, : self.gone]
+        rows = torch.addmm(self.inverse[gone], past[gone], past.t(), alpha=-1)
+        root = torch.linalg.cholesky(rows[:, gone])
+        pull = torch.linalg.solve_triangular(root, torch.cat([rows, self.weight[:, gone].t()], 1), upper=False)
+        new, share = pull[:, : len(self.inverse)], pull[:, len(self.inverse) :]
+        self.weight.addmm_(share.t(), new, alpha=-1)
+        self.factor[:, self.gone : self.gone + len(gone)] = new.t()
+        self.gone += len(gone)
+        part = new.t()[self.columns]
+        self.blocks.baddbmm_(part, part.transpose(1, 2), alpha=-1)
+
+
+def _damped_inverse(covariance: torch.Tensor) -> torch.Tensor:
+    """`(covariance + lambda I)^-1`, with a larger lambda where rounding leaves it indefinite."""
+    scale = float(covariance.diagonal().mean())
+    damping = _DAMPING * scale if scale > 0.0 else 1.0
+    while True:
+        damped = covariance.clone()
+        damped.diagonal().add_(damping)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return torch.cholesky_inverse(root)
+        damping *= 10.0
 
 
 def _readers(group: ChannelGroup, param: GroupParam, layer: Layer, moments: Moments, traced: Traced) -> list[_Reader]:
