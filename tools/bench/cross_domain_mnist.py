@@ -423,7 +423,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=0, help="how many more to measure on in place of test data")
     parser.add_argument("--start", type=int, default=4, help="epochs of the networks that are cut")
     parser.add_argument("--epochs", type=int, default=2, help="epochs with the regulariser, or of plain training")
-    parser.add_argument("--finetune", type=int, default=2, help="epochs after the cut")
+    parser.add_argument("--finetune", type=int, default=10, help="epochs after the cut")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--finetune-lr", type=float, default=0.03)
     parser.add_argument("--batch", type=int, default=64)
