@@ -27,7 +27,7 @@ from graphzip.analysis.groups import ChannelGroups, GroupParam
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from passes.elimination import duplicates, readers_of
-from passes.layer_rows import Layer, layers_of
+from passes.layer_rows import Layer, check_finite, layers_of
 from passes.segments import features_of
 
 __all__ = ["activations"]
@@ -65,7 +65,9 @@ def activations(
     for node in values.steps(max((values.place[node] for node in wanted), default=-1)):
         for name in wanted.get(node, ()):
             param = readers[name]
-            doing = _scaled(_rows(values[layers[param.param].input], layers[param.param], param))
+            layer = layers[param.param]
+            check_finite(layer.name, *values[layer.input])
+            doing = _scaled(_rows(values[layer.input], layer, param))
             kernels = _scaled(features_of(groups[name], traced))
             rows = np.concatenate([kernels if with_kernels else _ALIKE * kernels, doing], axis=1)
             same = duplicates(groups[name], traced)

@@ -27,12 +27,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, GroupParam
-from graphzip.errors import WeightsError
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray
-from passes.layer_rows import Layer, layers_of, squared
+from passes.layer_rows import Layer, check_finite, layers_of, squared
 from passes.refit import sampled_rows
 from passes.segments import Partition
 
@@ -152,11 +151,7 @@ def _covariance(layer: Layer, values: Values) -> torch.Tensor:
         count += read.shape[1]
         noise = torch.finfo(read.dtype).eps
     mean, product = mean / count, product / count
-    if not bool(product.isfinite().all()):
-        raise WeightsError(
-            f"{layer.name!r} reads values that are NaN or infinite on the calibration data; check the data and the "
-            "model's weights"
-        )
+    check_finite(layer.name, product)
     unknowns = product.shape[1]
     rounding = 4 * unknowns**0.5 * noise * product.diagonal(dim1=1, dim2=2).mean()  # of the difference of large numbers
     covariance = product - mean[:, :, None] * mean[:, None, :]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from graphzip.analysis.patches import patches
+from passes.layer_rows import check_finite
 
 __all__ = ["input_moments"]
 
@@ -21,7 +22,10 @@ _CHUNK = 16  # samples whose patches are laid out at once
 
 @torch.no_grad()
 def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, torch.Tensor]:
-    """`(in channels / groups, L, L)` for each layer that `run`, which feeds the data, comes through, in float64."""
+    """`(in channels / groups, L, L)` for each layer that `run`, which feeds the data, comes through, in float64.
+
+    Raises `WeightsError` where what one of them reads is not finite.
+    """
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -29,6 +33,7 @@ def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> d
         def remember(conv: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             for chunk in torch.split(inputs[0], _CHUNK):
                 read = patches(conv, chunk)
+                check_finite(name, read)
                 sums[name] = sums.get(name, 0.0) + torch.einsum("bclp,bckp->clk", read, read).double().cpu()
                 counts[name] = counts.get(name, 0) + read.shape[0] * read.shape[3]
 

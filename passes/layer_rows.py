@@ -18,11 +18,12 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from graphzip.errors import WeightsError
 from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 
-__all__ = ["Layer", "layers_of", "left_alone", "sliding", "squared"]
+__all__ = ["Layer", "check_finite", "layers_of", "left_alone", "sliding", "squared"]
 
 aten = torch.ops.aten
 
@@ -118,6 +119,15 @@ class Layer:
         flat = x.reshape(-1, channels, math.prod(sizes)).transpose(0, 1).flatten(1)
         where = sample * math.prod(sizes) + offset.to(rows.device).T[:, place]  # K, rows
         return flat.index_select(1, where.flatten())
+
+
+def check_finite(layer: str, *values: torch.Tensor) -> None:
+    """Raises `WeightsError` where what a layer of that name reads or gives on the calibration data is not finite."""
+    if not all(bool(value.sum(dtype=torch.float64).isfinite()) for value in values):
+        raise WeightsError(
+            f"{layer!r} reads or gives values that are NaN or infinite on the calibration data; check the data "
+            "and the model's weights"
+        )
 
 
 def squared(rows: torch.Tensor) -> torch.Tensor:

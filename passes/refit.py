@@ -31,7 +31,7 @@ from graphzip.graph.values import Values
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
 from graphzip.rewrite.layout import Layout
-from passes.layer_rows import Layer, layers_of, left_alone, squared
+from passes.layer_rows import Layer, check_finite, layers_of, left_alone, squared
 
 __all__ = ["Effort", "Refit", "norm_behind", "refit", "sampled_rows"]
 
@@ -175,6 +175,7 @@ class _Walk:
             return
         x = layer.read(new[layer.input], outputs, rows)
         t, p = (layer.parted(torch.cat(each)) for each in (wanted, given))
+        check_finite(layer.name, x, t, p)
         intercept = layer.bias is not None or target.norm is not None
         scale = torch.ones(1, dtype=t.dtype, device=t.device) if target.norm is None else self._scale(target.norm)
         scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)

@@ -15,6 +15,7 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
 from passes.base import Feeds
+from passes.layer_rows import check_finite
 from passes.zip_inputs import Feed, Kept, rows_of, values_of
 from passes.zip_layers import Layer
 from passes.zip_solve import ChannelMoments, CrossMoments, Moments, Spread, gathered
@@ -158,6 +159,7 @@ class Readings:
         for values in values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept):
             for (layer, node), value in zip(calls, values, strict=True):
                 rows = rows_of(node, value, layer.shape, self.places, draws[layer.name])
+                check_finite(layer.name, rows)
                 yield layer, rows.detach().to("cpu", torch.float64)
         self._batches[task] = sums or self._batches.get(task, sums)
 

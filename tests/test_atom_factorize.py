@@ -37,6 +37,13 @@ def test_coefficients_do_not_cancel_where_kernels_hardly_differ() -> None:
     assert coefficients.norm() < size
 
 
+def test_a_weighted_fit_refuses_data_that_is_not_finite() -> None:
+    images = torch.randn(IMAGE[0].shape)
+    images[0, 0, 0, 0] = torch.nan
+    with pytest.raises(gz.WeightsError, match="reads or gives values that are NaN or infinite"):
+        prepared(small(), calibration=[images], weighted=True)
+
+
 @pytest.mark.parametrize(("share", "atoms"), [(None, 9), ("layer", 12), ("net", 27), ("block", 18)])
 def test_enough_atoms_are_exact(share: str | None, atoms: int) -> None:
     model, x = small().eval(), torch.randn(3, 4, 9, 9)

@@ -316,3 +316,23 @@ def test_channels_that_were_chosen_are_part_of_a_checkpoint() -> None:
     other.load_state_dict(one.state_dict())
     kept = [each.convert().report.passes[0]["cluster_merge"]["kept"] for each in (one, other)]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compensate": "data"},
+        {"features": "activations"},
+        {"features": "both"},
+        {"compensate": "data", "clustering": "reconstruction"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_calibration_that_is_not_finite_is_refused(options: dict[str, Any]) -> None:
+    model, x = net()
+    batches = data(2)
+    batches[1][3, 0, 2, 2] = torch.nan
+    with pytest.raises(
+        gz.WeightsError, match=r"weight' reads or gives values that are NaN or infinite.*check the data"
+    ):
+        merged(model, x, batches, keep=0.5, **options)

@@ -337,6 +337,13 @@ def test_an_optimizer_of_an_earlier_layer_is_refused() -> None:
         optimizer.step()
 
 
+def test_calibration_that_is_not_finite_is_refused() -> None:
+    nets, x = {"a": mlp().double(), "b": mlp().double()}, torch.randn(3, 12, dtype=torch.float64)
+    data = {"a": batches(3, 12), "b": [torch.full((3, 12), torch.inf, dtype=torch.float64)]}
+    with pytest.raises(gz.WeightsError, match="reads or gives values that are NaN or infinite"):
+        gz.compile(nets, gz.Plan([gz.Zip()]), dict.fromkeys(nets, (x,)), calibration=data)
+
+
 def test_rows_in_parts_are_zipped_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     nets = {"a": randomized(residual()), "b": randomized(residual())}
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64)
