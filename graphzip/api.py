@@ -16,10 +16,11 @@ from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
 from graphzip.graph.tasks import check_task_names, joined_module
-from graphzip.graph.trace import trace
+from graphzip.graph.trace import borrow, trace
 from graphzip.plan import Plan
 from graphzip.prepared import Prepared
 from graphzip.rewrite.join import join
+from passes.base import Restructuring, Staged
 from passes.table import PASSES
 
 __all__ = ["Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"]
@@ -180,7 +181,7 @@ def compile(
 def _keeps_off(plan: Plan) -> bool:
     """Whether the first pass leaves the module alone, so that its weights may be those of the user's model."""
     first = PASSES[type(plan.passes[0])] if plan.passes else None
-    return first is not None and not any(hasattr(first, name) for name in ("restructure", "end_stage"))
+    return first is not None and not issubclass(first, (Restructuring, Staged))
 
 
 def _check(model: Models, plan: Plan) -> None:
@@ -221,14 +222,9 @@ def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str
 
 
 def _copy(model: Any, *, borrowed: bool = False) -> Any:
-    """A deep copy of a model, or of several, in which what they share stays shared; `borrowed`, with its parameters.
-
-    Buffers are always copied: the copy is run, and a model may write to them.
-    """
-    models = model.values() if isinstance(model, dict) else [model]
-    kept = {id(each): each for inner in models for each in inner.parameters()} if borrowed else {}
+    """A deep copy of a model, or of several, in which what they share stays shared; `borrowed`, with its parameters."""
     try:
-        return copy.deepcopy(model, kept)
+        return borrow(model) if borrowed else copy.deepcopy(model)
     except Exception as error:
         what = "one of the models" if isinstance(model, dict) else type(model).__name__
         raise GraphZipError(

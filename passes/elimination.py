@@ -31,7 +31,7 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray
-from passes.layer_rows import Layer, check_finite, layers_of, squared
+from passes.layer_rows import Layer, check_finite, damped_cholesky, layers_of, squared
 from passes.refit import sampled_rows
 from passes.segments import Partition
 
@@ -149,10 +149,10 @@ def _covariance(layer: Layer, values: Values) -> torch.Tensor:
         product = product + squared(read)
         mean = mean + read.sum(1).double()
         count += read.shape[1]
-        noise = torch.finfo(read.dtype).eps
     mean, product = mean / count, product / count
     check_finite(layer.name, product)
     unknowns = product.shape[1]
+    noise = torch.finfo(inputs[0].dtype).eps
     rounding = 4 * unknowns**0.5 * noise * product.diagonal(dim1=1, dim2=2).mean()  # of the difference of large numbers
     covariance = product - mean[:, :, None] * mean[:, None, :]
     covariance.diagonal(dim1=1, dim2=2).add_(rounding)
@@ -244,16 +244,11 @@ class _Reader:
 
 
 def _damped_inverse(covariance: torch.Tensor) -> torch.Tensor:
-    """`(covariance + lambda I)^-1`, with a larger lambda where rounding leaves it indefinite."""
+    """`(covariance + lambda I)^-1`."""
     scale = float(covariance.diagonal().mean())
-    damping = _DAMPING * scale if scale > 0.0 else 1.0
-    while True:
-        damped = covariance.clone()
-        damped.diagonal().add_(damping)
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return torch.cholesky_inverse(root)
-        damping *= 10.0
+    damped = covariance.clone()
+    damped.diagonal().add_(_DAMPING * scale if scale > 0.0 else 1.0)
+    return torch.cholesky_inverse(damped_cholesky(damped))
 
 
 def _readers(group: ChannelGroup, param: GroupParam, layer: Layer, moments: Moments, traced: Traced) -> list[_Reader]:

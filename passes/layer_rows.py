@@ -8,6 +8,7 @@ between the places.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 
-__all__ = ["Layer", "check_finite", "layers_of", "left_alone", "sliding", "squared"]
+__all__ = ["Layer", "check_finite", "damped_cholesky", "layers_of", "left_alone", "sliding", "squared"]
+
+logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -128,6 +131,21 @@ def check_finite(layer: str, *values: torch.Tensor) -> None:
             f"{layer!r} reads or gives values that are NaN or infinite on the calibration data; check the data "
             "and the model's weights"
         )
+
+
+def damped_cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """The factor; where rounding makes that impossible, with as much more on the diagonal as it takes, in place."""
+    added = 0.0
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed):
+            break
+        more = max(added * 10.0, 1e-12 * float(matrix.diagonal().abs().mean()))
+        matrix.diagonal().add_(more - added)
+        added = more
+        logger.warning("an ill-conditioned Hessian was damped by %.1e more", added)
+    made: torch.Tensor = factor
+    return made
 
 
 def squared(rows: torch.Tensor) -> torch.Tensor:

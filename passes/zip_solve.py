@@ -12,7 +12,6 @@ Source: He, Zhou and Thiele, "Multi-Task Zipping via Layer-wise Neuron Sharing" 
 from __future__ import annotations
 
 import heapq
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ from scipy.optimize import linear_sum_assignment
 
 from graphzip.labels import IntArray
 from graphzip.ops.spec import FloatArray
+from passes.layer_rows import damped_cholesky
 
 __all__ = ["BLOCK", "ChannelMoments", "CrossMoments", "Moments", "Pairs", "Solver", "Spread", "gathered", "pair"]
-
-logger = logging.getLogger(__name__)
 
 BLOCK = 512
 """Rows of weights that are worked on at once, so that the memory that takes does not grow with the layer."""
@@ -317,26 +315,12 @@ class Solver:
             self.rows: torch.Tensor | None = torch.cat([one.rows, two.rows])
             inner = self.rows @ self.rows.T
             inner.diagonal().add_(self.ridge)
-            self.factor = self._cholesky(inner)
+            self.factor = damped_cholesky(inner)
             return
         self.rows = None
         whole = _dense(one) + _dense(two)
         whole.diagonal().add_(self.ridge)
-        self.factor = self._cholesky(whole)
-
-    def _cholesky(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The factor; where rounding makes that impossible, with as much more on the diagonal as it takes."""
-        added = 0.0
-        while True:
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            if not int(failed):
-                break
-            more = max(added * 10.0, 1e-12 * float(matrix.diagonal().abs().mean()))
-            matrix.diagonal().add_(more - added)
-            added = more
-            logger.warning("an ill-conditioned Hessian was damped by %.1e more", added)
-        made: torch.Tensor = factor
-        return made
+        self.factor = damped_cholesky(whole)
 
     def solve(self, columns: torch.Tensor) -> torch.Tensor:
         """`(H_A + H_B)^{-1} V`."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -44,9 +44,11 @@ from graphzip.graph.state import (
 )
 from graphzip.graph.tasks import Task
 
-__all__ = ["Traced", "eval_copy", "flags_kept", "share_copy", "trace"]
+__all__ = ["Traced", "borrow", "eval_copy", "flags_kept", "share_copy", "trace"]
 
 logger = logging.getLogger(__name__)
+
+Models = TypeVar("Models", nn.Module, dict[str, nn.Module])
 
 _TORCH_HOME = str(Path(torch.__file__).parent)
 
@@ -160,16 +162,25 @@ def _fake_memo(module: fx.GraphModule) -> dict[int, Any]:
     return {id(value): value for value in values}
 
 
-def share_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
-    """A deep copy of the module structure that shares every parameter, and the `buffers`, with `model`."""
-    shared = [*model.parameters(), *(model.buffers() if buffers else ())]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+def share_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of the module structure that shares every parameter and buffer with `model`."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def borrow(model: Models) -> Models:
+    """A deep copy of a model, or of several, with their parameters; what they share stays shared.
+
+    Buffers are copied: it is there to be run, and a model may write to them.
+    """
+    models = model.values() if isinstance(model, dict) else [model]
+    return copy.deepcopy(model, {id(each): each for inner in models for each in inner.parameters()})
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
-    """A copy to run in eval mode: the model's parameters, and buffers of its own, for a model may write to them."""
+    """A copy to run in eval mode, with the model's parameters, whose flags stay as they are."""
     with flags_kept(model):
-        return share_copy(model, buffers=False).eval()
+        return borrow(model).eval()
 
 
 @contextmanager
