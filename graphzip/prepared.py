@@ -414,7 +414,7 @@ class Prepared(nn.Module):
                 for summary in summaries
             ),
             drift=moved if finite else None,
-            notes=traced.training_only if finite else (*traced.training_only, _NOT_FINITE),
+            notes=traced.notes if finite else (*traced.notes, _NOT_FINITE),
             passes=summaries,
             tasks={
                 name: TaskChange(self._before_tasks[name], cost, drifts[name])

@@ -174,7 +174,7 @@ def test_tied_parameters_are_stored_once_and_tied_again(saved: Saved) -> None:
 
 def test_the_description_is_kept(saved: Saved) -> None:
     assert saved.report == {"kept": 0.5, "groups": ["a"]}
-    for name in ("inputs", "aliases", "module_types", "scope", "training_only", "batch_dynamic"):
+    for name in ("inputs", "aliases", "module_types", "scope", "notes", "batch_dynamic"):
         assert getattr(saved.loaded, name) == getattr(saved.traced, name), name
     assert saved.loaded.module.code == saved.traced.module.code
     assert type(saved.loaded.module).__name__ == type(saved.traced.module).__name__

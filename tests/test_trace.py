@@ -378,7 +378,7 @@ def test_a_transformer_encoder_traces_into_a_visible_graph() -> None:
     assert not any("_transformer_encoder" in target for target in targets)
     assert {"aten.layer_norm.default", "aten.scaled_dot_product_attention.default"} <= targets
     torch.testing.assert_close(model(x), compiled(model, x)(x))
-    assert "'layers.0.self_attn' (MultiheadAttention) drops out 0.1 only in training" in "\n".join(traced.training_only)
+    assert "'layers.0.self_attn' (MultiheadAttention) drops out 0.1 only in training" in "\n".join(traced.notes)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def test_autocast_inside_the_model() -> None:
     x = torch.randn(2, 4)
     off = net(lambda m, x: run(m, x, False))
     assert same(off, compiled(off, x), x)
-    (note,) = trace(off, (x,)).training_only
+    (note,) = trace(off, (x,)).notes
     assert "a block turns autocast off; the result does not" in note
     with pytest.raises(
         gz.TraceError, match=r"^\S+\.py:\d+ in \w+: a block runs under torch.autocast\('cpu', torch.bfl"

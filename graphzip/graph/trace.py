@@ -61,7 +61,8 @@ class Traced:
     was traced from). `node.meta["val"]` is a fake tensor whose batch dimension is symbolic, `node.meta["owner"]` the
     name of the submodule that ran the operator, `node.meta["source"]` its line in the model's source. The graph is the
     model only for inputs that fit `inputs` and `conditions`. Where several models were joined, `tasks` lists them, and
-    the names of modules and parameters begin with the name of the task.
+    the names of modules and parameters begin with the name of the task. `notes` are sentences on what the graph does
+    not hold of the model, such as branches that exist only in training; they become the report's.
     """
 
     module: fx.GraphModule
@@ -71,7 +72,7 @@ class Traced:
     aliases: Aliases = field(default_factory=dict)
     module_types: dict[str, str] = field(default_factory=dict)
     scope: str = ""
-    training_only: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     batch_dynamic: bool = True
     conditions: tuple[str, ...] = ()
     tasks: tuple[Task, ...] = ()
@@ -451,7 +452,7 @@ def _to_traced(program: ExportedProgram, source: nn.Module, call: Call, scope: s
         aliases=aliases,
         module_types=types,
         scope=scope,
-        training_only=(*_training_only(source, module.graph), *lost_in_training(source), *notes),
+        notes=(*_training_only(source, module.graph), *lost_in_training(source), *notes),
         batch_dynamic=any(None in spec.shape for spec in specs),
         conditions=conditions,
     )

@@ -66,7 +66,7 @@ def join(models: Mapping[str, Traced]) -> Traced:
         module_types={
             f"{name}.{key}": kind for name, each in models.items() for key, kind in each.module_types.items()
         },
-        training_only=tuple(f"{name}: {note}" for name, each in models.items() for note in each.training_only),
+        notes=tuple(f"{name}: {note}" for name, each in models.items() for note in each.notes),
         batch_dynamic=all(each.batch_dynamic for each in models.values()),
         conditions=tuple(
             _renamed(text, {spec.name: f"{name}_{spec.name}" for spec in each.inputs})
@@ -113,8 +113,8 @@ def task_of(joint: Traced, name: str) -> Traced:
         module_types={
             key.removeprefix(f"{name}."): kind for key, kind in joint.module_types.items() if key.startswith(f"{name}.")
         },
-        training_only=tuple(
-            note.removeprefix(f"{name}: ") for note in joint.training_only if note.startswith(f"{name}: ")
+        notes=tuple(
+            note.removeprefix(f"{name}: ") for note in joint.notes if note.startswith(f"{name}: ")
         ),
         batch_dynamic=joint.batch_dynamic,
         conditions=tuple(_renamed(text, names) for text in joint.conditions if any(key in text for key in names)),
