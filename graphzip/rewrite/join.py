@@ -113,9 +113,7 @@ def task_of(joint: Traced, name: str) -> Traced:
         module_types={
             key.removeprefix(f"{name}."): kind for key, kind in joint.module_types.items() if key.startswith(f"{name}.")
         },
-        notes=tuple(
-            note.removeprefix(f"{name}: ") for note in joint.notes if note.startswith(f"{name}: ")
-        ),
+        notes=tuple(note.removeprefix(f"{name}: ") for note in joint.notes if note.startswith(f"{name}: ")),
         batch_dynamic=joint.batch_dynamic,
         conditions=tuple(_renamed(text, names) for text in joint.conditions if any(key in text for key in names)),
     )
