@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from graphzip.version import __version__
+
 if TYPE_CHECKING:
     from graphzip.analysis.code_size import suggest_code_size
     from graphzip.analysis.coefficient_rank import CoefficientRank, coefficient_rank
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
     from graphzip.widening import widen
     from passes.clustering import register_clustering
 
-__version__ = "0.1.0"
 
 __all__ = [
     "ArchiveError",
