@@ -47,6 +47,7 @@ CASES.together("dropouts", {
     "drop": nn.Dropout(), "alpha": nn.AlphaDropout(), "feature": nn.Dropout1d(), "both": nn.FeatureAlphaDropout(),
 })  # fmt: skip
 CASES.together("of the same shape", plain("ones_like zeros_like") | {
+    "empty_like": lambda m, x: aten.fill.Scalar(aten.empty_like.default(x), 2.0),
     "full_like": (2.0,),
     "fill.Scalar": (2.0,),
     "fill.Tensor": lambda m, x: aten.fill.Tensor(x, torch.full((), 0.7, dtype=x.dtype)),

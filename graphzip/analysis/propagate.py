@@ -12,9 +12,11 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.randomness import is_random
 from graphzip.labels import IntArray
 from graphzip.ops import MOVES, OPS
 from graphzip.ops.conv import blocked_weights
+from graphzip.ops.randomness import hold_draws
 from graphzip.ops.rules import opaque
 from graphzip.ops.site import Move, Site, Space, bind, describe
 
@@ -127,7 +129,12 @@ class _Walk:
         args = bind(node) if hasattr(node.target, "_schema") else {}
         site = Site(node, args, self.space, self.result.axes, self.raw, self.blocked, self.derived)
         operands = site.tensors()
-        if spec is None:
+        random = is_random(node)
+        if random:
+            hold_draws(site)
+        if spec is None and random:
+            self.result.axes[node] = ()
+        elif spec is None:
             self.result.unknown.append(node)
             self.result.axes[node] = opaque(site)
             for operand in operands:

@@ -36,6 +36,10 @@ _MAY_ALIAS = {
 """Composite operators whose result may share memory with their input although their schema does not say so."""
 
 _SPECIAL = {"copy_": aten.expand_as.default, "zero_": aten.zeros_like.default}
+_OTHER_NAMES = {
+    aten.normal_.default: aten.normal_functional.default,
+    aten.bernoulli_.float: aten.bernoulli.p,
+}
 
 
 def functionalize(graph: fx.Graph) -> None:
@@ -114,6 +118,8 @@ def _functional(node: fx.Node) -> Any:
         raise TraceError(f"{_at(node)} copies into a tensor of another dtype; cast it with .to() first")
     if name in _SPECIAL:
         return _SPECIAL[name]
+    if node.target in _OTHER_NAMES:
+        return _OTHER_NAMES[node.target]
     packet = getattr(aten, name.removesuffix("_"), None)
     overload = getattr(packet, node.target._overloadname, None)  # type: ignore[union-attr]
     if not name.endswith("_") or overload is None or overload._schema.is_mutable:

@@ -18,7 +18,7 @@ from graphzip.graph.conditions import check_sizes, parse
 from graphzip.graph.factored import FACTORED, AtomConv
 from graphzip.graph.inputs import check_constant, check_input
 from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
-from graphzip.graph.operators import CONVOLUTIONS
+from graphzip.graph.operators import CONVOLUTIONS, arguments_of
 from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
 from graphzip.graph.trace import Traced
 
@@ -111,7 +111,7 @@ class _Restorer:
         """Convolutions whose kernel is built from the state of one module are called as that module."""
         found = {node: _kernel_builders(node) for node in self.module.graph.nodes if node.target in CONVOLUTIONS}
         for node, builders in found.items():
-            args = _bound(node)
+            args = arguments_of(node)
             names = {str(each.target) for each in builders if each.op == "get_attr"}
             owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in ("atoms", "codes")}
             owner = self._holder(node, owners.pop()) if len(owners) == 1 else ""
@@ -141,7 +141,7 @@ class _Restorer:
 
     def _norm(self, node: fx.Node, layer: _Layer) -> None:
         """A norm with running statistics follows the mode, unless it never uses them or always does."""
-        args = _bound(node)
+        args = arguments_of(node)
         mean = args["running_mean"]
         always = bool(args.get("training", args.get("use_input_stats")))
         if mean is not None and (always or self.types.get(str(mean.target)) == FROZEN):
@@ -151,7 +151,7 @@ class _Restorer:
 
     def _layer(self, node: fx.Node, layer: _Layer) -> bool:
         """Call a module instead, where all that the operator reads is the state of one; whether that was so."""
-        args = _bound(node)
+        args = arguments_of(node)
         tensors = {name: value for name, value in args.items() if name in _STATE and isinstance(value, fx.Node)}
         owner = self._owner(tensors, layer.kinds)
         if owner is None:
@@ -201,7 +201,7 @@ class _Restorer:
         self._call(node, name, tuple(args[key] for key in ("input", "weight", "bias", "running_mean", "running_var")))
 
     def _dropout(self, node: fx.Node) -> None:
-        args = _bound(node)
+        args = arguments_of(node)
         if args["train"]:
             return  # in the eval graph: it drops in every mode
         owner = str(node.meta.get("owner", ""))
@@ -210,7 +210,7 @@ class _Restorer:
         self._stateless(node, owner if kind in _DROPOUT_CLASSES else "", "dropout", layer, args["input"])
 
     def _random_relu(self, node: fx.Node) -> None:
-        args, owner = _bound(node), str(node.meta.get("owner", ""))
+        args, owner = arguments_of(node), str(node.meta.get("owner", ""))
         if self.types.get(owner) == "RReLU":
             self._stateless(node, owner, "rrelu", nn.RReLU(args["lower"], args["upper"]), args["self"])
 
@@ -265,14 +265,6 @@ def _has_submodule(root: nn.Module, name: str) -> bool:
     return any(name == known for known, _ in root.named_modules(remove_duplicate=False))
 
 
-def _bound(node: fx.Node) -> dict[str, Any]:
-    schema = node.target._schema  # type: ignore[union-attr]
-    bound = {argument.name: argument.default_value for argument in schema.arguments}
-    bound.update({argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)})
-    bound.update(node.kwargs)
-    return bound
-
-
 def _convolution(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
     weight, groups = state["weight"], args["groups"]
     options = {"stride": args["stride"], "padding": args["padding"], "dilation": args["dilation"], "groups": groups}
@@ -292,7 +284,7 @@ def _convolution(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]
 
 def _kernel_builders(node: fx.Node) -> list[fx.Node]:
     """The operators that compute the kernel of a convolution, the last one first; none where it is stored."""
-    kernel = _bound(node)["weight"]
+    kernel = arguments_of(node)["weight"]
     found: list[fx.Node] = [kernel] if kernel.op == "call_function" else []
     for each in found:
         found += [operand for operand in each.all_input_nodes if operand not in found]

@@ -1,10 +1,13 @@
-"""Sets of operators that more than one part of the compiler asks for."""
+"""What more than one part of the compiler asks about operators: sets of them, and the arguments of a call."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-__all__ = ["CONVOLUTIONS", "COPIES", "TRANSPOSED"]
+import torch
+from torch import fx
+
+__all__ = ["CONVOLUTIONS", "COPIES", "TRANSPOSED", "arguments_of"]
 
 aten = torch.ops.aten
 
@@ -19,3 +22,12 @@ CONVOLUTIONS = (
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 COPIES = (aten.contiguous.default, aten.clone.default)
 """What returns its input with the same values and shape."""
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an ATen call by name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound = {argument.name: argument.default_value for argument in schema.arguments}
+    bound.update({argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)})
+    bound.update(node.kwargs)
+    return bound

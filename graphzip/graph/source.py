@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["annotate", "owner_of", "source_of"]
+__all__ = ["annotate", "describe", "owner_of", "source_of"]
 
 _TORCH_HOME = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
@@ -20,6 +20,13 @@ def annotate(node: fx.Node) -> None:
     known = {"val": node.meta.get("val"), "owner": owner_of(node), "source": source_of(node)}
     node.meta.clear()
     node.meta.update(known)
+
+
+def describe(node: fx.Node) -> str:
+    """`softmax (node softmax_1, vit.py:88 in forward)`: how an operator is named in a reason."""
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", None) or str(node.target)
+    source = node.meta.get("source")
+    return f"{name} (node {node.name}{f', {source}' if source else ''})"
 
 
 def owner_of(node: fx.Node) -> str:

@@ -31,6 +31,7 @@ from graphzip.graph.clean import clean
 from graphzip.graph.conditions import conditions_of
 from graphzip.graph.inputs import InputSpec, input_specs, with_batch_of_two
 from graphzip.graph.modes import lost_in_training, mark_cumulative, module_types, settle_modes
+from graphzip.graph.randomness import random_notes
 from graphzip.graph.state import (
     Aliases,
     attach,
@@ -452,7 +453,7 @@ def _to_traced(program: ExportedProgram, source: nn.Module, call: Call, scope: s
         aliases=aliases,
         module_types=types,
         scope=scope,
-        notes=(*_training_only(source, module.graph), *lost_in_training(source), *notes),
+        notes=(*_training_only(source, module.graph), *lost_in_training(source), *random_notes(module.graph), *notes),
         batch_dynamic=any(None in spec.shape for spec in specs),
         conditions=conditions,
     )

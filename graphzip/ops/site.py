@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import concrete_shape, hint
+from graphzip.graph.source import describe
 from graphzip.labels import IntArray, collapse
 from graphzip.ops.spec import Axes
 
@@ -183,10 +184,3 @@ def bind(node: fx.Node) -> dict[str, Any]:
         else:
             bound[argument.name] = argument.default_value if argument.has_default_value() else None
     return bound
-
-
-def describe(node: fx.Node) -> str:
-    """`softmax (node softmax_1, vit.py:88 in forward)`: how an operator is named in a reason."""
-    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", None) or str(node.target)
-    source = node.meta.get("source")
-    return f"{name} (node {node.name}{f', {source}' if source else ''})"
