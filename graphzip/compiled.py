@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphzip.errors import GraphZipError
-from graphzip.export.archive import load_archive, save_archive
+from graphzip.errors import ArchiveError, GraphZipError
+from graphzip.export.archive import Archive, load_archive, save_archive
 from graphzip.export.joint import export_joint, export_tasks
 from graphzip.export.onnx import ExportReport, export_onnx
 from graphzip.graph.trace import Traced
@@ -33,10 +34,19 @@ class Compiled:
     module: nn.Module
     report: Report
     traced: Traced
-    example_inputs: Any
+    given: Any = field(default=None, repr=False)
+    archive: Archive | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._sync()
+
+    @cached_property
+    def example_inputs(self) -> Any:
+        """The inputs to export with: those of the compilation, or ones like them where the model was loaded."""
+        if self.archive is None:
+            return self.given
+        self.archive.fill_example(self.traced)
+        return inputs_of(self.traced)
 
     def _sync(self) -> None:
         """Let the graph hold the very tensors of the module."""
@@ -117,10 +127,16 @@ def load(path: str | os.PathLike[str]) -> Compiled:
     The module is in eval mode. Raises `ArchiveError` for a file that is missing, damaged or of another format.
     """
     with torch.inference_mode(False):
-        traced, report = load_archive(path)
-        traced = replace(traced, scope="")  # what was a submodule is the whole model here
-        module = module_of(traced).eval()
-    return Compiled(module, Report.from_dict(report), traced, inputs_of(traced))
+        archive = load_archive(path)
+        traced = replace(archive.traced, scope="")  # what was a submodule is the whole model here
+        try:
+            module, report = module_of(traced).eval(), Report.from_dict(archive.report)
+        except Exception as error:
+            raise ArchiveError(
+                f"{path} cannot be loaded: its graph or its report is not that of a compiled model "
+                f"({type(error).__name__}: {str(error)[:200]}); save the model again"
+            ) from error
+        return Compiled(module, report, traced, archive=archive)
 
 
 def task_module(module: nn.Module, tasks: tuple[str, ...], name: str) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from graphzip.analysis.cost import Cost
 from graphzip.tables import (
     Before,
@@ -100,18 +102,8 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """The report that `to_dict` described."""
-        return cls(
-            before=Cost(**data["before"]),
-            after=Cost(**data["after"]),
-            groups=tuple(GroupChange(**group) for group in data["groups"]),
-            changed=data["changed"],
-            exact=data["exact"],
-            drift=data["drift"],
-            notes=tuple(data["notes"]),
-            passes=tuple(data["passes"]),
-            tasks={
-                name: TaskChange(Cost(**task["before"]), Cost(**task["after"]), task["drift"])
-                for name, task in data.get("tasks", {}).items()
-            },
-        )
+        """The report that `to_dict` described. Raises `pydantic.ValidationError` for anything else."""
+        return _REPORT.validate_python(data)
+
+
+_REPORT = TypeAdapter(Report)

@@ -2,17 +2,30 @@
 
 The tensors are the parameters and buffers, each once, and the example inputs that are not floating point. The document
 holds everything else: the graph (see `graph_json`), the call signature, names of tied tensors, and the report. It loads
-in a fresh process without the model's source, on the CPU, and nothing in it is unpickled or evaluated.
+in a fresh process without the model's source, on the CPU.
+
+Reading it is safe with a file from a stranger. Nothing in it is unpickled, imported, evaluated or run, operators come
+from a list, what is read has the shape that `_Document` gives, and memory is taken for the tensors that the file holds
+and no others. Floating-point example inputs, which the file only describes, are made when they are asked for.
+
+Format version 2 has checksums: of each tensor (its dtype, shape and bytes) in the document, of the document and the
+versions in the metadata. They guard against accidents; whoever crafts a file can compute them. Version 1 had none and
+is still read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import safetensors
 import safetensors.torch
 import torch
@@ -21,36 +34,57 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from graphzip.errors import ArchiveError
-from graphzip.export.graph_json import (
-    GraphFormatError,
-    check_state_name,
-    graph_from_json,
-    graph_to_json,
-    spec_from_json,
-    spec_to_json,
-)
+from graphzip.errors import ArchiveError, GraphZipError
+from graphzip.export.document import Described, Document, State, TaskEntry
+from graphzip.export.graph_json import check_state_name, dtype_named, graph_from_json, graph_to_json, identifier
+from graphzip.export.tree_json import GraphFormatError, spec_from_json, spec_to_json
 from graphzip.files import check_target, staged
+from graphzip.graph.conditions import parse, sizes_of
 from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.state import attach, get_tensor
 from graphzip.graph.tasks import Task, check_task_names
 from graphzip.graph.trace import Traced
-from graphzip.rewrite.shrink import refresh
+from graphzip.version import __version__
 
-__all__ = ["FORMAT", "VERSION", "load_archive", "save_archive"]
+__all__ = ["FORMAT", "VERSION", "Archive", "load_archive", "save_archive", "sealed"]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "graphzip"
-VERSION = 1
+VERSION = 2
 
 _EXAMPLE = "example.."
 """Prefix of the example inputs among the tensors; no parameter has a name with two dots in a row."""
+
+_LARGEST_EXAMPLE = 2**28
+"""Numbers in an example input that a file may ask for."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What a file holds: the model, on the CPU, and the report.
+
+    In `traced` the floating-point example inputs have the right shape and no memory of their own.
+    """
+
+    traced: Traced
+    report: dict[str, Any]
+    described: Mapping[int, Described]
+
+    def fill_example(self, traced: Traced) -> None:
+        """Give `traced`, this model, example inputs of the mean, spread and range of those it was saved with."""
+        leaves, spec = pytree.tree_flatten((traced.example_inputs, traced.example_kwargs))
+        generator = torch.Generator().manual_seed(0)
+        for number, like in self.described.items():
+            leaves[number] = _random(like, generator).to(leaves[number].device, leaves[number].dtype)
+        traced.example_inputs, traced.example_kwargs = pytree.tree_unflatten(leaves, spec)
 
 
 def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[str, Any]) -> None:
     """Write `traced` and a JSON-ready `report` into one file, whole or not at all.
 
     Raises `ArchiveError` where the place cannot be written to, or where the model holds something that a file cannot
-    name: an operator that is not PyTorch's own, a result type that is not registered.
+    name: an operator that is not a function of tensors of PyTorch's own, a result type that is not registered.
     """
     target = check_target(path, ArchiveError)
     tensors: dict[str, torch.Tensor] = {}
@@ -71,45 +105,52 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
             "report": report,
             "tasks": [_task_to_json(task) for task in traced.tasks],
         }
-        graph_from_json(document["graph"])
         text = json.dumps(document, allow_nan=False)
+        graph_from_json(_document(text).graph)
     except GraphFormatError as error:
         raise ArchiveError(f"the model cannot be saved: {error}") from error
     except (TypeError, ValueError) as error:
         raise ArchiveError(
             f"the model cannot be saved: its report or options are not plain JSON data ({error})"
         ) from error
-    metadata = {"format": FORMAT, "version": str(VERSION), "torch": torch.__version__, "document": text}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "torch": torch.__version__,
+        "graphzip": __version__,
+        "document": text,
+    }
     with staged(target, ArchiveError) as temporary:
         try:
-            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+            safetensors.torch.save_file(tensors, temporary, metadata=sealed(metadata))
         except safetensors.SafetensorError as error:
             raise ArchiveError(f"cannot write {target}: {error}; free some space or choose another place") from error
 
 
-def load_archive(path: str | os.PathLike[str]) -> tuple[Traced, dict[str, Any]]:
-    """What `save_archive` wrote: the model on the CPU, and the report.
+def load_archive(path: str | os.PathLike[str]) -> Archive:
+    """What `save_archive` wrote.
 
-    Integer example inputs come back as they were, floating-point ones as random numbers of the same mean, spread and
-    range. Raises `ArchiveError` for a file that is missing, damaged, of another format, or of a newer version.
+    Raises `ArchiveError` for a file that is missing, damaged, of another format, of a newer version, or that holds
+    what a saved model does not.
     """
     source = Path(path)
-    document, tensors = _read(source)
     try:
-        traced = _traced_from_json(document, tensors)
-        report = document["report"]
-        if not isinstance(report, dict):
-            raise GraphFormatError("the report is not an object")
-    except GraphFormatError as error:
-        raise ArchiveError(f"{source} cannot be loaded: {error}") from error
+        document, tensors, made_by = _read(source)
+    except RecursionError as error:
+        raise ArchiveError(f"{source} cannot be loaded: its document is nested too deep") from error
+    try:
+        return _archive(document, tensors)
+    except (GraphFormatError, GraphZipError) as error:
+        raise ArchiveError(f"{source} cannot be loaded: {error}{made_by}") from error
     except Exception as error:
         raise ArchiveError(
-            f"{source} is damaged ({type(error).__name__}: {error}); save the model again from where it was made"
+            f"{source} is damaged ({type(error).__name__}: {error}){made_by}; save the model again from where it was "
+            "made"
         ) from error
-    return traced, report
 
 
-def _read(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(source: Path) -> tuple[Document, dict[str, torch.Tensor], str]:
+    """The document, the tensors, and what to add to an error where another version wrote the file."""
     if not source.is_file():
         raise ArchiveError(f"there is no file {source}; pass the path that the model was saved to")
     try:
@@ -117,27 +158,80 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             metadata = file.metadata() or {}
             _check_version(source, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        document = json.loads(metadata["document"])
+        document = _document(metadata["document"])
+        _check_sums(metadata, document, tensors)
+    except GraphFormatError as error:
+        raise ArchiveError(
+            f"{source} is damaged: {error}; copy it again, as a binary file, or save it again"
+        ) from error
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
         raise ArchiveError(
             f"{source} is not a model that graphzip saved, or it is damaged ({error}); save it again, and copy it as a "
             "binary file"
         ) from error
-    return document, tensors
+    return document, tensors, _made_by(metadata)
 
 
-def _check_version(source: Path, metadata: dict[str, str]) -> None:
+def _document(text: str) -> Document:
+    """The document, once its form has been checked."""
+    try:
+        return Document.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise GraphFormatError(f"{place[:200]}: {first['msg'][:200]}") from error
+
+
+def _check_version(source: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ArchiveError(
             f"{source} is a safetensors file, but not a model that graphzip saved; pass weights alone where a model is "
             "asked for together with its weights"
         )
     version = metadata.get("version", "")
-    if not version.isdigit() or int(version) > VERSION:
+    if version not in {str(number) for number in range(1, VERSION + 1)}:
         raise ArchiveError(
-            f"{source} has format version {version or 'unknown'}, newer than the {VERSION} that this graphzip reads; "
-            "run: pip install --upgrade graphzip"
+            f"{source} has format version {version[:20] or 'unknown'}, newer than the {VERSION} that this graphzip "
+            "reads; run: pip install --upgrade graphzip"
         )
+
+
+def _made_by(metadata: Mapping[str, str]) -> str:
+    """` (it was written by ...)` where the versions differ from those at hand; told to the log as well."""
+    here = {"graphzip": __version__, "torch": torch.__version__}
+    other = [f"{name} {metadata.get(name, 'unknown')[:40]}" for name in here if metadata.get(name) != here[name]]
+    if not other:
+        return ""
+    logger.info("the file was written by %s; here are graphzip %s and torch %s", " and ".join(other), *here.values())
+    return f" (it was written by {' and '.join(other)}; here are graphzip {__version__} and torch {torch.__version__})"
+
+
+def _check_sums(metadata: Mapping[str, str], document: Document, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises `GraphFormatError` where a part of the file is not what was written; version 1 cannot tell."""
+    if metadata["version"] == "1":
+        return
+    if metadata != sealed(metadata):
+        raise GraphFormatError("its description does not match its checksum")
+    named = {entry.name: entry.sha256 for entry in document.state if entry.same_as is None}
+    named |= {leaf.tensor: leaf.sha256 for leaf in document.example.leaves if leaf.tensor is not None}
+    if set(named) != set(tensors):
+        raise GraphFormatError("it holds other tensors than its description says")
+    for name, tensor in tensors.items():
+        if named[name] != _sum_of(tensor):
+            raise GraphFormatError(f"the tensor {name!r} does not match its checksum")
+
+
+def sealed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of an archive with its checksum."""
+    parts = {name: text for name, text in metadata.items() if name != "sha256"}
+    return {**parts, "sha256": hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()}
+
+
+def _sum_of(tensor: torch.Tensor) -> str:
+    """The checksum of a contiguous tensor: of its dtype, its shape and its bytes."""
+    found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _state_to_json(module: nn.Module, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -154,9 +248,10 @@ def _state_to_json(module: nn.Module, tensors: dict[str, torch.Tensor]) -> list[
         else:
             first[id(tensor)] = name
             entry["requires_grad"] = tensor.requires_grad
-            if not tensor.is_contiguous() and _is_dense(tensor):
+            if not tensor.is_contiguous() and _is_dense(tensor.shape, tensor.stride()):
                 entry["strides"] = list(tensor.stride())
             tensors[name] = tensor.detach().cpu().contiguous().clone()
+            entry["sha256"] = _sum_of(tensors[name])
         entries.append(entry)
     return entries
 
@@ -169,59 +264,79 @@ def _state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
                 yield f"{dot}{leaf}", tensor, leaf not in owner._non_persistent_buffers_set
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the strides only order the dimensions (channels last), without gaps or overlaps."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1 and stride != expected:
             return False
         expected *= size
     return True
 
 
-def _attach_state(module: nn.Module, entries: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
+def _attach_state(module: nn.Module, entries: Sequence[State], tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Put the tensors under their names; all those names."""
     made: dict[str, torch.Tensor] = {}
     for entry in entries:
-        name = check_state_name(entry["name"])
-        if "same_as" in entry:
-            value = made[entry["same_as"]]
+        name = check_state_name(entry.name)
+        if name in made or (entry.same_as is None and name not in tensors):
+            raise GraphFormatError(f"the parameter or buffer {name!r} is there twice, or without its tensor")
+        if entry.same_as is not None:
+            if entry.same_as not in made:
+                raise GraphFormatError(f"{name!r} is tied to {entry.same_as!r}, which does not come before it")
+            value = made[entry.same_as]
         else:
-            value = _with_strides(tensors[name], entry.get("strides"))
-            if entry["parameter"]:
-                value = nn.Parameter(value, requires_grad=bool(entry["requires_grad"]))
+            value = _with_strides(name, tensors[name], entry.strides)
+            if entry.parameter:
+                value = nn.Parameter(value, requires_grad=entry.requires_grad)
         made[name] = value
-        attach(module, name, value, persistent=bool(entry.get("persistent", True)))
+        try:
+            attach(module, name, value, persistent=entry.persistent)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise GraphFormatError(f"{name!r} cannot name a parameter or buffer ({error})") from error
+    return set(made)
 
 
-def _with_strides(value: torch.Tensor, strides: list[int] | None) -> torch.Tensor:
+def _with_strides(name: str, value: torch.Tensor, strides: Sequence[int] | None) -> torch.Tensor:
     if strides is None:
         return value
+    if len(strides) != value.dim() or not _is_dense(value.shape, strides):
+        raise GraphFormatError(f"{name!r} has strides that leave gaps or overlap")
     return torch.empty_strided(tuple(value.shape), tuple(strides), dtype=value.dtype).copy_(value)
 
 
-def _traced_from_json(document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Traced:
-    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=_class_name(document["class_name"]))
-    _attach_state(module, document["state"], tensors)
-    module.graph = graph_from_json(document["graph"])
-    args, kwargs = _example_from_json(document["example"], tensors)
+def _archive(document: Document, tensors: Mapping[str, torch.Tensor]) -> Archive:
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=_class_name(document.class_name))
+    state = _attach_state(module, document.state, tensors)
+    module.graph = graph_from_json(document.graph, state)
+    args, kwargs, described = _example(document, tensors)
+    _check_conditions(document)
     traced = Traced(
         module=module,
         inputs=tuple(
-            InputSpec(name, tuple(shape), None if dtype is None else _dtype(dtype))
-            for name, shape, dtype in document["inputs"]
+            InputSpec(identifier(name), tuple(shape), None if dtype is None else dtype_named(dtype))
+            for name, shape, dtype in document.inputs
         ),
         example_inputs=args,
         example_kwargs=kwargs,
-        aliases=dict(document["aliases"]),
-        module_types=dict(document["module_types"]),
-        scope=str(document["scope"]),
-        notes=tuple(document["training_only"]),
-        batch_dynamic=bool(document["batch_dynamic"]),
-        conditions=tuple(document["conditions"]),
-        tasks=tuple(_task_from_json(task) for task in document.get("tasks", ())),
+        aliases=dict(document.aliases),
+        module_types=dict(document.module_types),
+        scope=document.scope,
+        notes=tuple(document.training_only),
+        batch_dynamic=document.batch_dynamic,
+        conditions=tuple(document.conditions),
+        tasks=tuple(_task(task) for task in document.tasks),
     )
-    _restore_metadata(traced, set(document["numbers"]))
-    return traced
+    _restore_metadata(traced, set(document.numbers))
+    return Archive(traced, document.report, described)
+
+
+def _check_conditions(document: Document) -> None:
+    ranks = {name: len(shape) for name, shape, _ in document.inputs}
+    for text in document.conditions:
+        for name, dim in sizes_of(parse(text)):
+            if not isinstance(dim, int) or not -ranks.get(name, 0) <= dim < ranks.get(name, 0):
+                raise GraphFormatError(f"the condition {text[:80]!r} reads a size that no input has")
 
 
 def _task_to_json(task: Task) -> dict[str, Any]:
@@ -234,40 +349,48 @@ def _task_to_json(task: Task) -> dict[str, Any]:
     }
 
 
-def _task_from_json(data: dict[str, Any]) -> Task:
-    check_task_names([data["name"]])
-    if not all(isinstance(name, str) and name.isidentifier() for name in data["arguments"]):
-        raise GraphFormatError(f"{data['arguments']!r} are not names of arguments")
-    outputs = None if data["outputs"] is None else spec_from_json(data["outputs"])
-    return Task(data["name"], tuple(data["arguments"]), spec_from_json(data["inputs"]), outputs)
+def _task(entry: TaskEntry) -> Task:
+    check_task_names([entry.name])
+    arguments = tuple(identifier(name) for name in entry.arguments)
+    outputs = None if entry.outputs is None else spec_from_json(entry.outputs)
+    return Task(entry.name, arguments, spec_from_json(entry.inputs), outputs)
 
 
-def _class_name(name: Any) -> str:
-    return name if isinstance(name, str) and name.isidentifier() else "GraphModule"
+def _class_name(name: str) -> str:
+    return name if name.isidentifier() else "GraphModule"
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
-        raise GraphFormatError(f"torch has no dtype {name!r}")
-    return found
-
-
 def _restore_metadata(traced: Traced, numbers: set[str]) -> None:
-    """Fake values of every node, with the dimensions that `inputs` leaves open symbolic, and constant indices."""
+    """Fake values of the inputs, with the dimensions that `inputs` leaves open symbolic, and constant indices.
+
+    Those of the other nodes would take running the operators, and nobody asks for them.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     leaves = pytree.tree_leaves((traced.example_inputs, traced.example_kwargs))
+    if not len(placeholders) == len(traced.inputs) == len(leaves):
+        raise GraphFormatError("the graph, its inputs and the example inputs differ in number")
     for node, spec, leaf in zip(placeholders, traced.inputs, leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) != (spec.dtype is not None) or not _fits(leaf, spec):
+            raise GraphFormatError(f"the example input {spec.name!r} is not what the graph was made for")
         node.meta["val"] = fake_input(mode, leaf, spec)
     for node in traced.graph.nodes:
         if node.name in numbers:
+            if node.op != "get_attr":
+                raise GraphFormatError(f"node {node.name!r} is no constant")
             node.meta["numbers"] = get_tensor(traced.module, str(node.target)).numpy()
-    refresh(traced)
+
+
+def _fits(leaf: Any, spec: InputSpec) -> bool:
+    if not isinstance(leaf, torch.Tensor):
+        return True
+    return leaf.dim() == len(spec.shape) and all(
+        want in (None, size) for want, size in zip(spec.shape, leaf.shape, strict=True)
+    )
 
 
 def _example_to_json(traced: Traced, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -281,8 +404,9 @@ def _example_to_json(traced: Traced, tensors: dict[str, torch.Tensor]) -> dict[s
         elif leaf.is_floating_point():
             described.append({"random": _describe(leaf)})
         else:
-            tensors[f"{_EXAMPLE}{number}"] = leaf.detach().cpu().contiguous().clone()
-            described.append({"tensor": f"{_EXAMPLE}{number}"})
+            name = f"{_EXAMPLE}{number}"
+            tensors[name] = leaf.detach().cpu().contiguous().clone()
+            described.append({"tensor": name, "sha256": _sum_of(tensors[name])})
     return {"structure": spec_to_json(spec), "leaves": described}
 
 
@@ -299,24 +423,33 @@ def _describe(leaf: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _example_from_json(
-    data: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
+def _example(
+    document: Document, tensors: Mapping[str, torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Described]]:
+    """Arguments of the right structure, and which of them are only described."""
     leaves: list[Any] = []
-    for leaf in data["leaves"]:
-        if "tensor" in leaf:
-            leaves.append(tensors[leaf["tensor"]])
-        elif "random" in leaf:
-            leaves.append(_random(leaf["random"], generator))
+    described: dict[int, Described] = {}
+    for number, leaf in enumerate(document.example.leaves):
+        if leaf.random is not None:
+            dtype = dtype_named(leaf.random.dtype)
+            if math.prod(leaf.random.shape) > _LARGEST_EXAMPLE or not dtype.is_floating_point:
+                raise GraphFormatError(
+                    f"an example input is {leaf.random.dtype}{leaf.random.shape}, which it cannot be"
+                )
+            described[number] = leaf.random
+            leaves.append(torch.zeros((), dtype=dtype).expand(leaf.random.shape))
         else:
-            leaves.append(leaf["value"])
-    args, kwargs = pytree.tree_unflatten(leaves, spec_from_json(data["structure"]))
-    return args, kwargs
+            leaves.append(leaf.value if leaf.tensor is None else tensors[leaf.tensor])
+    spec = spec_from_json(document.example.structure)
+    if spec.num_leaves != len(leaves) or spec.type is not tuple or spec.num_children != 2:
+        raise GraphFormatError("the example inputs do not fit their structure")
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        raise GraphFormatError("the example inputs are not positional and keyword arguments")
+    return args, kwargs, described
 
 
-def _random(like: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(like["shape"], generator=generator, dtype=torch.float64) * like["spread"] + like["mean"]
-    low, high = like["range"]
-    clamped: torch.Tensor = values.clamp(low, high)
-    return clamped.to(_dtype(like["dtype"]))
+def _random(like: Described, generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(like.shape, generator=generator, dtype=torch.float64) * like.spread + like.mean
+    clamped: torch.Tensor = values.clamp(*like.range)
+    return clamped.to(dtype_named(like.dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -19,12 +19,13 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from graphzip.errors import InputShapeError, TraceError
 
-__all__ = ["Term", "check_sizes", "conditions_of", "parse"]
+__all__ = ["Term", "check_sizes", "conditions_of", "parse", "sizes_of"]
 
 Term = int | float | tuple[Any, ...]
 """A parsed condition: a number, `("size", input, dimension)`, or an operation followed by its terms."""
 
 _SMALLEST_TRACED = 2
+_LARGEST_POWER = 64
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -136,7 +137,7 @@ def parse(text: str) -> Term:
     """The condition as nested tuples. Raises `TraceError` for anything but arithmetic and comparisons of sizes."""
     try:
         return _term(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, ValueError) as error:
+    except (SyntaxError, KeyError, ValueError, RecursionError, MemoryError) as error:
         raise TraceError(
             f"the model takes a path that depends on a size ({text}) and graphzip cannot check that; fix this size"
         ) from error
@@ -164,7 +165,19 @@ def _operation(kind: ast.AST, *terms: ast.expr) -> Term:
     name = type(kind).__name__
     if name not in _OPERATIONS:
         raise ValueError(f"{name} is not known")
-    return name, *(_term(term) for term in terms)
+    found = name, *(_term(term) for term in terms)
+    if name == "Pow" and not (isinstance(found[2], int) and abs(found[2]) <= _LARGEST_POWER):
+        raise ValueError("sizes are raised to small powers only")
+    return found
+
+
+def sizes_of(term: Term) -> Iterator[tuple[str, int]]:
+    """The sizes that a parsed condition reads: names of inputs, and their dimensions."""
+    if isinstance(term, tuple) and term[0] == "size":
+        yield term[1], term[2]
+    elif isinstance(term, tuple):
+        for part in term[1:]:
+            yield from sizes_of(part)
 
 
 def _value(term: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -293,7 +293,7 @@ def _kernel_builders(node: fx.Node) -> list[fx.Node]:
 
 def _factored(kind: str, args: dict[str, Any], held: nn.Module, builders: list[fx.Node]) -> nn.Module:
     """The layer that builds its kernel as these operators do, around the tensors that `held` has."""
-    weight = args["weight"].meta["val"]
+    weight = torch.empty(_built_shape(args["weight"]), device="meta")
     state = {leaf: tensor for leaf, tensor in (held._parameters | held._buffers).items() if tensor is not None}
     like = _convolution(kind.removeprefix("Atom").removeprefix("Slice"), args, {**state, "weight": weight})
     like.register_parameter("bias", state.get("bias"))  # type: ignore[arg-type]
@@ -308,6 +308,16 @@ def _factored(kind: str, args: dict[str, Any], held: nn.Module, builders: list[f
     reshapes = [tuple(each.args[1]) for each in builders if each.target is aten.reshape.default]  # type: ignore[arg-type]
     (tiles,) = [sizes for sizes in reshapes if len(sizes) == 2 * weight.dim()]
     return made(like, first, second, size=tiles[weight.dim() :])  # type: ignore[no-any-return]
+
+
+def _built_shape(kernel: fx.Node) -> list[int]:
+    """The shape of a kernel that is built from factors, read off the reshape and the cuts that end it."""
+    if kernel.target is aten.reshape.default:
+        return list(kernel.args[1])  # type: ignore[arg-type]
+    args = arguments_of(kernel)
+    shape = _built_shape(args["self"])
+    shape[args["dim"]] = args["end"] - args["start"] if "end" in args else args["length"]
+    return shape
 
 
 def _spread(value: Any, weight: torch.Tensor) -> Any:
@@ -369,7 +379,8 @@ def _embedding(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) 
 
 def _dropout_class(node: fx.Node) -> str:
     if node.target is aten.feature_dropout.default:
-        return {3: "Dropout1d", 5: "Dropout3d"}.get(len(node.meta["val"].shape), "Dropout2d")
+        value = node.meta.get("val")  # absent where a file does not tell it
+        return {3: "Dropout1d", 5: "Dropout3d"}.get(0 if value is None else value.dim(), "Dropout2d")
     if node.target is aten.alpha_dropout.default:
         return "AlphaDropout"
     return "FeatureAlphaDropout" if node.target is aten.feature_alpha_dropout.default else "Dropout"
