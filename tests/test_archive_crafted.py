@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -274,3 +275,14 @@ def test_a_flipped_bit_of_a_weight_is_noticed(seed: int, tmp_path: Path) -> None
     (tmp_path / "flipped").write_bytes(data)
     with pytest.raises(ArchiveError, match="does not match its checksum"):
         load_archive(tmp_path / "flipped")
+
+
+def test_random_damage_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("fuzz_archives", HERE.parent / "tools" / "fuzz_archives.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["fuzz_archives.py", "--cases", "120", "--seed", "7"])
+    assert tool.main() == 0
+    assert "'ArchiveError': " in capsys.readouterr().out
