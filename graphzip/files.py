@@ -1,33 +1,43 @@
-"""Write files whole or not at all.
+"""Write files whole or not at all, whenever the process is killed.
 
-Everything is written into a hidden directory beside the target and moved into place at the end, so a reader never
-sees half a file, a failure leaves what was there before, and nothing is left over.
+Everything is written into a hidden directory beside the target, forced to the disk, and moved into place at the end.
+One file replaces another in a single step. Of several, those that the main file points to have names that no earlier
+write used (`companion`), and the main file is moved last: until then the old one stands with its own companions, which
+go when the new one is there. A whole directory is exchanged for the old one in one step where the system can.
+
+What a killed process left behind is removed by the next write to the same place: a live writer holds a lock on its
+hidden directory, a dead one does not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from graphzip.errors import GraphZipError
+from graphzip.locks import held, hold, locked
 
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+__all__ = ["check_target", "companion", "staged", "write_bytes", "write_text"]
 
-__all__ = ["check_target", "staged", "write_bytes", "write_text"]
+_LOCK, _NEW = "lock", "new"
 
 
 def check_target(path: str | os.PathLike[str], error: type[GraphZipError]) -> Path:
-    """`path` as a `Path`, once it is clear that a file can be created there.
+    """Where to write for `path`, once it is clear that a file can be created there: what it is a link to, if it is one.
 
     Call it before the long work starts. Raises `error` where the directory does not exist or is not writable, or
     where `path` is a directory itself.
     """
     target = Path(path)
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
     folder = target.parent
     if target.is_dir():
         raise error(f"{target} is a directory; give the name of a file in it")
@@ -40,28 +50,29 @@ def check_target(path: str | os.PathLike[str], error: type[GraphZipError]) -> Pa
     return target
 
 
+def companion(name: str) -> str:
+    """A name for the file of weights that belongs to a file `name`, which no other write uses."""
+    return f"{name}.{uuid.uuid4().hex[:8]}.data"
+
+
 @contextlib.contextmanager
 def staged(path: str | os.PathLike[str], error: type[GraphZipError]) -> Iterator[Path]:
     """Yield a path to write to; files beside it move to the target's directory when the block ends without an error.
 
     The yielded path has the target's file name and lies in an empty directory of its own. What the block writes into
-    that directory (the file, and companions such as `<name>.data`) replaces files of the same names together: where
-    one of them cannot be moved, the ones already moved are put back. An `OSError` in the block becomes `error`.
+    that directory besides (names from `companion`) is put in place before the file itself, and companions of earlier
+    writes of the same file are removed after it. The mode of a file that is replaced is kept. An `OSError` in the block
+    becomes `error`.
     """
     target = check_target(path, error)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with _scratch(target) as fresh:
+            yield fresh / target.name
+            _settle(fresh)
+            with locked(target.parent):
+                _move_together(fresh, target)
     except OSError as reason:
         raise _unwritable(target, reason, error) from reason
-    try:
-        fresh = folder / "new"
-        fresh.mkdir()
-        yield fresh / target.name
-        _move_together(sorted(fresh.iterdir()), target.parent, folder)
-    except OSError as reason:
-        raise _unwritable(target, reason, error) from reason
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, error: type[GraphZipError]) -> None:
@@ -75,31 +86,79 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[GraphZipE
         temporary.write_bytes(data)
 
 
-def _move_together(files: list[Path], folder: Path, scratch: Path) -> None:
-    replaced: list[tuple[Path, Path | None]] = []
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """An empty directory for what is going to be at `target`; it is gone afterwards, and leftovers are, too."""
+    with locked(target.parent):
+        _sweep(target)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        lock = hold(folder / _LOCK)
     try:
-        for file in files:
-            target = folder / file.name
-            file.chmod(0o666 & ~_UMASK)
-            backup = _set_aside(target, scratch) if len(files) > 1 else None
-            replaced.append((target, backup))
-            os.replace(file, target)
+        fresh = folder / _NEW
+        fresh.mkdir()
+        yield fresh
+    finally:
+        lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what writers that were killed left beside the target."""
+    for folder in target.parent.glob(f".{_escaped(target.name)}.*"):
+        if not held(folder / _LOCK):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _escaped(name: str) -> str:
+    """The name as a pattern that stands for itself."""
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _settle(folder: Path) -> None:
+    """Let the files have the mode that new files have here, and reach the disk."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.iterdir():
+        file.chmod(mode)
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Let renames in a directory reach the disk, where directories can be opened."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _move_together(fresh: Path, target: Path) -> None:
+    """Put the companions in place, then the file itself, and remove the companions of the one it replaces."""
+    added: list[Path] = []
+    names = {file.name for file in fresh.iterdir()} - {target.name}
+    try:
+        for name in sorted(names):
+            place = target.with_name(name)
+            if not place.exists():
+                added.append(place)
+            os.replace(fresh / name, place)
+        _sync(target.parent)
+        with contextlib.suppress(FileNotFoundError):
+            (fresh / target.name).chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(fresh / target.name, target)
+        _sync(target.parent)
     except BaseException:
-        for target, backup in reversed(replaced):
-            if backup is not None:
-                os.replace(backup, target)
-            elif len(files) > 1:
-                target.unlink(missing_ok=True)
+        for place in added:
+            place.unlink(missing_ok=True)
         raise
-
-
-def _set_aside(target: Path, scratch: Path) -> Path | None:
-    """Move an existing file out of the way, where it can be fetched back from."""
-    if not target.exists():
-        return None
-    backup = scratch / f"old-{target.name}"
-    os.replace(target, backup)
-    return backup
+    stale = re.compile(re.escape(target.name) + r"\.[0-9a-f]{8}\.data")
+    for file in target.parent.iterdir():
+        if stale.fullmatch(file.name) and file.name not in names:
+            file.unlink(missing_ok=True)
 
 
 def _unwritable(target: Path, reason: OSError, error: type[GraphZipError]) -> GraphZipError:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("graphzip.errors", "graphzip.version"),
+    ("graphzip.errors", "graphzip.locks", "graphzip.version"),
     ("graphzip.files", "graphzip.tables"),
     ("graphzip.graph",),
     ("graphzip.labels",),
