@@ -12,6 +12,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,6 +78,12 @@ InputOption = Annotated[
     typer.Option("--input", help="shape of an input, such as 1x3x224x224 or 1x16:int64; once per input"),
 ]
 WeightsOption = Annotated[Path | None, typer.Option("--weights", help="state dict to load: .pt, .pth or .safetensors")]
+WeightsKeyOption = Annotated[
+    str | None, typer.Option("--weights-key", help="which of several state dicts of a checkpoint, such as ema")
+]
+StripPrefixOption = Annotated[
+    str | None, typer.Option("--strip-prefix", help="what all names of the weights begin with and the model's do not")
+]
 ScopeOption = Annotated[str | None, typer.Option("--scope", help="name of the submodule to look at, the rest stays")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 SeedOption = Annotated[int, typer.Option("--seed", help="seed of everything random")]
@@ -122,6 +129,8 @@ def inspect(
     model: ModelArgument,
     inputs: InputOption = None,
     weights: WeightsOption = None,
+    weights_key: WeightsKeyOption = None,
+    strip_prefix: StripPrefixOption = None,
     scope: ScopeOption = None,
     explain: Annotated[
         str | None, typer.Option("--explain", metavar="GROUP", help="say which operators a group runs through")
@@ -139,7 +148,7 @@ def inspect(
         spec = _find(model)
         shapes = _shapes(inputs)
         tell(f"building {model}")
-        module = _build(spec, weights)
+        module = _build(spec, Weights(weights, weights_key, strip_prefix))
         example = _example_inputs(spec, module, shapes)
         _check_scope(model, module, scope)
         tell(f"tracing {model}")
@@ -169,6 +178,8 @@ def plan_(
     ] = None,
     inputs: InputOption = None,
     weights: WeightsOption = None,
+    weights_key: WeightsKeyOption = None,
+    strip_prefix: StripPrefixOption = None,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
     verbose: VerboseOption = 0,
@@ -182,7 +193,7 @@ def plan_(
         spec = _find(model)
         shapes = _shapes(inputs)
         tell(f"building {model}")
-        module = _build(spec, weights, seed)
+        module = _build(spec, Weights(weights, weights_key, strip_prefix), seed)
         example = _example_inputs(spec, module, shapes, seed)
         tell(f"tracing {model}")
         study = gz.WidthStudy(module, example, calibration=_calibration(calibration), cache=cache, seed=seed)
@@ -211,6 +222,8 @@ def compile_(
     save: Annotated[Path | None, typer.Option("--save", help="also save the trainable module to this file")] = None,
     inputs: InputOption = None,
     weights: WeightsOption = None,
+    weights_key: WeightsKeyOption = None,
+    strip_prefix: StripPrefixOption = None,
     scope: ScopeOption = None,
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset; default: what the exporter advises")] = None,
     as_json: JsonOption = False,
@@ -230,7 +243,7 @@ def compile_(
         spec = _find(model)
         shapes = _shapes(inputs)
         tell(f"building {model}")
-        module = _build(spec, weights, seed)
+        module = _build(spec, Weights(weights, weights_key, strip_prefix), seed)
         example = None if plan.inputs and not shapes else _example_inputs(spec, module, shapes, seed)
         _check_scope(model, module, scope)
         data = _calibration(calibration)
@@ -378,15 +391,27 @@ def _find(model: str) -> ModelSpec:
         raise UsageError(str(error)) from error
 
 
-def _build(spec: ModelSpec, weights: Path | None, seed: int = 0) -> nn.Module:
+@dataclass(frozen=True)
+class Weights:
+    """What the options on weights say."""
+
+    path: Path | None
+    key: str | None
+    strip_prefix: str | None
+
+
+def _build(spec: ModelSpec, weights: Weights, seed: int = 0) -> nn.Module:
     import torch
 
-    from graphzip.models import load_weights
+    from graphzip.weights import load_weights
 
     torch.manual_seed(seed)
     module = spec.build()
-    if weights is not None:
-        load_weights(module, weights)
+    if weights.path is not None:
+        for sentence in load_weights(module, weights.path, key=weights.key, strip_prefix=weights.strip_prefix):
+            _say(f"{weights.path}: {sentence}")
+    elif weights.key is not None or weights.strip_prefix is not None:
+        raise UsageError("--weights-key and --strip-prefix say how to read --weights, which is not given")
     return module
 
 

@@ -1,8 +1,7 @@
-"""Models, weights and inputs by the names that a command line gives them.
+"""Models and inputs by the names that a command line gives them.
 
-A model is `torchvision:NAME`, `timm:NAME` or `path/to/file.py:factory`, built without downloading weights; weights are
-a `.pt`, `.pth` or `.safetensors` file; an input is a shape such as `2x3x224x224`, with a dtype where it is not the
-model's own: `2x16:int64`.
+A model is `torchvision:NAME`, `timm:NAME` or `path/to/file.py:factory`, built without downloading weights; an input is
+a shape such as `2x3x224x224`, with a dtype where it is not the model's own: `2x16:int64`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError, WeightsError
+from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError
 from graphzip.tables import closest
 
 __all__ = [
@@ -32,16 +31,12 @@ __all__ = [
     "find_model",
     "load_calibration",
     "load_model",
-    "load_weights",
     "make_inputs",
     "parse_shape",
 ]
 
-_LISTED = 5
 _FUNCTIONS = 20
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 _FORMS = "torchvision:NAME, timm:NAME or path/to/file.py:factory"
 
 
@@ -201,85 +196,6 @@ def _built(what: str, factory: Callable[[], Any]) -> nn.Module:
 def _cause(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------- weights
-
-
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a state dict into `module`, in place; every name and shape must fit.
-
-    `.pt` and `.pth` files hold a state dict, or a checkpoint that has one under `state_dict`, `model_state_dict` or
-    `model`; nothing but tensors is unpickled. Prefixes that wrappers put before every name (`module.`) are taken off.
-
-    Raises `WeightsError` where the file cannot be read, or its names or shapes do not fit the model.
-    """
-    path = Path(path)
-    state = _unwrapped(_read_state(path), path)
-    own = module.state_dict()
-    shapes = [
-        f"{name}: {_shape(value)} in the file, {_shape(own[name])} in the model"
-        for name, value in state.items()
-        if name in own and own[name].shape != value.shape
-    ]
-    if shapes:
-        raise WeightsError(_misfit(path, {"other shapes": shapes}))
-    try:
-        result = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit the model: {_cause(error)}") from error
-    wrong = {"missing": result.missing_keys, "unexpected": result.unexpected_keys}
-    if any(wrong.values()):
-        raise WeightsError(_misfit(path, wrong))
-
-
-def _read_state(path: Path) -> Any:
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist or is not a file; give a .pt, .pth or .safetensors file")
-    if path.suffix not in {".pt", ".pth", ".bin", ".safetensors"}:
-        raise WeightsError(f"{path} is not a weights file; weights are .pt, .pth or .safetensors")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or holds more than tensors; "
-            "write it with torch.save(model.state_dict(), ...) or safetensors"
-        ) from error
-
-
-def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
-    if isinstance(state, Mapping):
-        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
-        if inner and all(isinstance(value, Tensor) for value in inner.values()):
-            return _without_prefix({str(name): value for name, value in inner.items()})
-    raise WeightsError(
-        f"{path} holds no state dict; it must hold names and tensors, as torch.save(model.state_dict(), ...) writes, "
-        f"itself or under one of the keys {', '.join(_WRAPPERS)}"
-    )
-
-
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            return _without_prefix({name.removeprefix(prefix): value for name, value in state.items()})
-    return state
-
-
-def _misfit(path: Path, wrong: Mapping[str, Sequence[str]]) -> str:
-    parts = []
-    for what, names in wrong.items():
-        if names:
-            rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            parts.append(f"{what} ({len(names)}): {', '.join(names[:_LISTED])}{rest}")
-    return f"{path} does not fit the model; {'; '.join(parts)}; give the weights of this very model"
-
-
-def _shape(value: Tensor) -> str:
-    return "x".join(map(str, value.shape)) or "a scalar"
 
 
 # ------------------------------------------------------------------------------------------------- inputs

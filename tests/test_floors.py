@@ -35,14 +35,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.api", "graphzip.budget", "graphzip.widening"),
     ("graphzip.grow",),
     ("graphzip",),
-    ("graphzip.models",),
+    ("graphzip.models", "graphzip.weights"),
     ("graphzip.demo", "graphzip.report"),
     ("graphzip.cli",),
     ("graphzip.__main__",),
 )
 """From the lowest; a package stands for all its modules, `graphzip` alone for its face (`graphzip/__init__.py`)."""
 
-FOR_PEOPLE = ("graphzip.models", "graphzip.report", "graphzip.demo", "graphzip.cli", "graphzip.__main__")
+FOR_PEOPLE = (
+    "graphzip.models",
+    "graphzip.weights",
+    "graphzip.report",
+    "graphzip.demo",
+    "graphzip.cli",
+    "graphzip.__main__",
+)
 """What people see: built on the public names and on the two lowest floors alone."""
 
 SHARED_BY_PASSES = (

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError, WeightsError
-from graphzip.models import InputShape, find_model, load_model, load_weights, make_inputs, parse_shape
+from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError
+from graphzip.models import InputShape, find_model, load_model, make_inputs, parse_shape
 
 NETWORK = """
 import torch
@@ -220,130 +219,6 @@ def test_factory_that_fails(file: Path, name: str, message: str, cause: type) ->
         spec.build()
     assert str(error.value) == f"{file}:{name} {message}"
     assert isinstance(error.value.__cause__, cause)
-
-
-# ------------------------------------------------------------------------------------------------- weights
-
-
-def wrapped(state: dict[str, torch.Tensor], form: str) -> object:
-    if form == "plain":
-        return state
-    if form.endswith("."):
-        return {f"{form}{name}": value for name, value in state.items()}
-    return {form: state, "epoch": 3}
-
-
-@pytest.mark.parametrize(
-    "form", ["plain", "state_dict", "model_state_dict", "model", "module.", "_orig_mod.", "_orig_mod.module."]
-)
-@pytest.mark.parametrize("suffix", [".pt", ".pth"])
-def test_load_pickled_weights(tmp_path: Path, form: str, suffix: str) -> None:
-    source, target = small(), small()
-    torch.save(wrapped(source.state_dict(), form), tmp_path / f"weights{suffix}")
-    load_weights(target, tmp_path / f"weights{suffix}")
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-
-
-def test_load_safetensors(tmp_path: Path) -> None:
-    source, target = small(), small()
-    save_file(source.state_dict(), tmp_path / "w.safetensors")
-    load_weights(target, str(tmp_path / "w.safetensors"))
-    assert torch.equal(source[0].weight, target[0].weight)
-
-
-def test_a_prefix_that_only_some_names_have_stays(tmp_path: Path) -> None:
-    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match=r"unexpected \(2\): module\.a, b"):
-        load_weights(small(), tmp_path / "w.pt")
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
-        return print, ("unpickled",)
-
-
-def test_nothing_but_tensors_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "w.pt"
-    torch.save({"weight": Evil()}, path)
-    with pytest.raises(WeightsError) as error:
-        load_weights(small(), path)
-    assert "unpickled" not in capsys.readouterr().out
-    assert str(error.value) == (
-        f"{path} cannot be read as weights (UnpicklingError): it is damaged or holds more than tensors; "
-        "write it with torch.save(model.state_dict(), ...) or safetensors"
-    )
-
-
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_damaged_weights(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"not weights")
-    with pytest.raises(WeightsError, match="cannot be read as weights"):
-        load_weights(small(), tmp_path / name)
-
-
-def test_weights_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError) as error:
-        load_weights(small(), tmp_path / "w.pt")
-    assert str(error.value) == (
-        f"{tmp_path / 'w.pt'} does not exist or is not a file; give a .pt, .pth or .safetensors file"
-    )
-
-
-def test_file_that_is_not_weights(tmp_path: Path) -> None:
-    path = tmp_path / "w.txt"
-    path.write_text("1 2 3")
-    with pytest.raises(WeightsError) as error:
-        load_weights(small(), path)
-    assert str(error.value) == f"{path} is not a weights file; weights are .pt, .pth or .safetensors"
-
-
-@pytest.mark.parametrize("content", [torch.ones(2), {}, {"a": 1}, [torch.ones(1)]])
-def test_no_state_dict(tmp_path: Path, content: object) -> None:
-    path = tmp_path / "w.pt"
-    torch.save(content, path)
-    with pytest.raises(WeightsError) as error:
-        load_weights(small(), path)
-    assert str(error.value) == (
-        f"{path} holds no state dict; it must hold names and tensors, as torch.save(model.state_dict(), ...) writes, "
-        "itself or under one of the keys state_dict, model_state_dict, model"
-    )
-
-
-def test_missing_and_unexpected_names(tmp_path: Path) -> None:
-    path = tmp_path / "w.pt"
-    state = small().state_dict()
-    del state["0.bias"]
-    torch.save(state | {f"extra{i}": torch.ones(1) for i in range(7)}, path)
-    with pytest.raises(WeightsError) as error:
-        load_weights(small(), path)
-    assert str(error.value) == (
-        f"{path} does not fit the model; missing (1): 0.bias; "
-        "unexpected (7): extra0, extra1, extra2, extra3, extra4 and 2 more; give the weights of this very model"
-    )
-
-
-def test_other_shapes(tmp_path: Path) -> None:
-    path = tmp_path / "w.pt"
-    torch.save(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(4)).state_dict(), path)
-    model = small()
-    before = model[0].bias.clone()
-    with pytest.raises(WeightsError) as error:
-        load_weights(model, path)
-    assert str(error.value) == (
-        f"{path} does not fit the model; other shapes (2): 0.weight: 5x3x3x3 in the file, 4x3x3x3 in the model, "
-        "0.bias: 5 in the file, 4 in the model; give the weights of this very model"
-    )
-    assert torch.equal(model[0].bias, before)
-
-
-def test_state_that_the_module_refuses(tmp_path: Path) -> None:
-    class Strict(nn.Linear):
-        def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-            raise RuntimeError("half of it is missing")
-
-    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match=r"w\.pt does not fit the model: RuntimeError: half of it is missing$"):
-        load_weights(Strict(2, 2), tmp_path / "w.pt")
 
 
 # ------------------------------------------------------------------------------------------------- inputs
