@@ -25,7 +25,7 @@ from graphzip.history import History, Record
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report, TaskChange
 from graphzip.rewrite.join import inputs_of, module_of, task_of
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 from passes.base import Calibrated, Feeds, Pass, Restructuring, Staged, Stepwise
 from passes.table import PASSES
 

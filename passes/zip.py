@@ -30,7 +30,7 @@ from graphzip.labels import IntArray
 from graphzip.ops.spec import FloatArray
 from graphzip.plan import Zip, plan_error
 from graphzip.rewrite.blocks import finish, put, share
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 from graphzip.tables import closest
 from passes.base import Feeds, FreeTraining
 from passes.zip_channels import Channels

@@ -26,7 +26,7 @@ from graphzip.export.onnx import export_onnx
 from graphzip.export.tree_json import GraphFormatError
 from graphzip.graph.modules import to_module
 from graphzip.graph.trace import Traced, trace
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ from graphzip.graph.factored import AtomConv, FactoredConv, SliceConv, slice_gri
 from graphzip.graph.state import attach, drop_unread, find_aliases
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 
 __all__ = ["Emitter", "factor", "set_argument"]
 
@@ -53,7 +53,7 @@ def factor(
     result.aliases = find_aliases(result.module)
     fetch_once(result.graph, result.aliases)
     drop_unread(result.module, result.graph)
-    refresh(result)
+    refresh(result, rewritten=True)
     result.module.recompile()
     return result, _replace(model, layers, made)
 

@@ -15,7 +15,7 @@ from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.graph.state import attach, drop_unread, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 
 __all__ = ["fold_batch_norm"]
 
@@ -41,7 +41,7 @@ def fold_batch_norm(traced: Traced) -> tuple[Traced, list[str]]:
         return traced, []
     result.graph.eliminate_dead_code()
     drop_unread(result.module, result.graph)
-    refresh(result)
+    refresh(result, rewritten=True)
     result.module.recompile()
     return result, folded
 

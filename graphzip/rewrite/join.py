@@ -26,7 +26,7 @@ from graphzip.graph.modules import to_module
 from graphzip.graph.state import Aliases, find_aliases, get_tensor, graph_module, named_state, share_tree
 from graphzip.graph.tasks import Task, joined_module
 from graphzip.graph.trace import Traced
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 
 __all__ = ["inputs_of", "join", "module_of", "task_of"]
 

@@ -18,7 +18,7 @@ from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 from graphzip.rewrite.factor import Emitter, set_argument
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 
 __all__ = ["AtomCall", "atom_calls", "atoms_first"]
 
@@ -93,7 +93,7 @@ def atoms_first(traced: Traced, names: Iterable[str]) -> Traced:
         _rewrite(call)
     result.module_types = {name: kind for name, kind in traced.module_types.items() if name not in rewritten}
     result.graph.eliminate_dead_code()
-    refresh(result)
+    refresh(result, rewritten=True)
     result.module.recompile()
     return result
 

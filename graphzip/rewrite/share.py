@@ -25,7 +25,7 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
 from graphzip.rewrite.factor import Emitter, set_argument
-from graphzip.rewrite.shrink import refresh
+from graphzip.rewrite.refresh import refresh
 
 __all__ = ["SharedWeight", "share_weights"]
 
@@ -56,7 +56,7 @@ def share_weights(traced: Traced, shared: Sequence[SharedWeight]) -> Traced:
             _read(result, readers[name], name, column, each.weight.shape[1])
     result.aliases = find_aliases(result.module)
     fetch_once(result.graph, result.aliases)
-    refresh(result)
+    refresh(result, rewritten=True)
     result.module.recompile()
     return result
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils import _pytree as pytree
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.propagate import propagate
@@ -18,14 +14,13 @@ from graphzip.graph.state import attach, get_tensor, is_persistent
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, Solution, support
 from graphzip.ops import OPS
-from graphzip.ops.norm import batch_norm
-from graphzip.ops.rules import same
 from graphzip.ops.site import bind, describe
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.params import shrink_parameters
 from graphzip.rewrite.patch import NodePatch
+from graphzip.rewrite.refresh import refresh
 
-__all__ = ["drop_channels", "merge_channels", "refresh", "rewritten"]
+__all__ = ["drop_channels", "merge_channels", "rewritten"]
 
 
 def merge_channels(
@@ -67,7 +62,7 @@ def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor
         for alias in [name, *(alias for alias, first in traced.aliases.items() if first == name)]:
             attach(result.module, alias, value, persistent=is_persistent(traced.module, alias))
     result.graph.eliminate_dead_code()
-    refresh(result)
+    refresh(result, rewritten=True)
     _prove(result, layout)
     result.module.recompile()
     return result
@@ -83,76 +78,6 @@ def _patch(result: Traced, traced: Traced, layout: Layout) -> None:
             spec.patch(NodePatch(node, bind(node), layout, copy, to_copy, result.module))
         except RewriteError as error:
             raise RewriteError(f"{describe(node)}: {error}") from error
-
-
-def refresh(traced: Traced) -> None:
-    """Recompute every node's fake value, and with it its shape."""
-    mode = next(
-        node.meta["val"].fake_mode
-        for node in traced.graph.nodes
-        if isinstance(node.meta.get("val"), torch._subclasses.FakeTensor)
-    )
-    before = {node: node.meta.get("val") for node in traced.graph.nodes}
-    values: dict[fx.Node, Any] = {}
-    known: dict[Any, Any] = {}
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = node.meta["val"]
-            elif node.op == "get_attr":
-                tensor = get_tensor(traced.module, str(node.target))
-                values[node] = _like_known(tensor, known, lambda each: mode.from_tensor(each, static_shapes=True))
-            elif node.op == "call_function":
-                like = _like(node, before)
-                values[node] = _run(node, values, known) if like is None else values[like]
-            node.meta["val"] = values.get(node)
-
-
-def _like_known(
-    tensor: torch.Tensor, known: dict[Any, Any], make: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """The fake value of a parameter or buffer; those that differ in nothing but their numbers share one."""
-    if tensor.layout != torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return make(tensor)
-    key = (type(tensor), tensor.requires_grad, _kind(tensor))
-    if key not in known:
-        known[key] = make(tensor)
-    found: torch.Tensor = known[key]
-    return found
-
-
-def _like(node: fx.Node, before: dict[fx.Node, Any]) -> fx.Node | None:
-    """The operand whose shape an elementwise operator takes over as it is."""
-    spec = OPS.get(node.target)
-    if spec is None or spec.propagate not in (same, batch_norm) or not isinstance(node.args[0], fx.Node):
-        return None
-    source, result = before[node.args[0]], before[node]
-    known = isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor)
-    return node.args[0] if known and _kind(source) == _kind(result) else None
-
-
-def _run(node: fx.Node, values: dict[fx.Node, Any], known: dict[Any, Any]) -> Any:
-    """The fake value of an operator; repeated layers, which differ in nothing that it depends on, share theirs."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    target: Any = node.target
-    leaves, tree = pytree.tree_flatten((args, kwargs))
-    key = (target, tree, *map(_kind, leaves))
-    try:
-        if key not in known:
-            known[key] = target(*args, **kwargs)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RewriteError(f"{describe(node)} does not fit the shapes after the merge: {reason}") from error
-    return known[key]
-
-
-def _kind(leaf: Any) -> Any:
-    """What the result's shape, dtype and device depend on; the type tells 1 from 1.0 and True."""
-    if isinstance(leaf, torch.Tensor):
-        return (*map(_kind, leaf.shape), None, *map(_kind, leaf.stride()), leaf.dtype, leaf.device)
-    if isinstance(leaf, torch.SymInt):
-        return leaf.node.expr
-    return type(leaf), leaf
 
 
 class _Proof:
