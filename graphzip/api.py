@@ -15,8 +15,9 @@ from graphzip.analysis.groups import ChannelGroups, channel_groups_of
 from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
+from graphzip.graph.copies import borrow
 from graphzip.graph.tasks import check_task_names, joined_module
-from graphzip.graph.trace import borrow, trace
+from graphzip.graph.trace import trace
 from graphzip.plan import Plan
 from graphzip.prepared import Prepared
 from graphzip.rewrite.join import join
@@ -102,7 +103,7 @@ def _prepare(
             return _prepare_several(model, plan, example_inputs, calibration, seed, dynamic_shapes, borrowed=borrowed)
         inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
         trainable = _copy(model, borrowed=borrowed)
-        traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes)
+        traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes, compare=True)
         check_calibration(calibration, model, len(inputs))
         return Prepared(
             trainable,
@@ -136,7 +137,7 @@ def _prepare_several(
     traced = {}
     for name, model in copies.items():
         try:
-            traced[name] = trace(model, inputs[name], dynamic_shapes=shapes[name])
+            traced[name] = trace(model, inputs[name], dynamic_shapes=shapes[name], compare=True)
             check_calibration(None if batches is None else batches[name], models[name], len(inputs[name]))
         except GraphZipError as error:
             raise type(error)(f"task {name!r}: {error}") from error

@@ -24,9 +24,10 @@ from graphzip.calibration import batch_arguments, check_calibration
 from graphzip.errors import PlanError
 from graphzip.export.measure import latency_of
 from graphzip.files import write_text
+from graphzip.graph.copies import share_copy
 from graphzip.graph.modules import to_module
 from graphzip.graph.state import named_state
-from graphzip.graph.trace import Traced, share_copy, trace
+from graphzip.graph.trace import Traced, trace
 from graphzip.graph.values import Values
 from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
 from passes.cluster_merge import ClusterMergePass, Known, known_of

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, GraphZipError
-from graphzip.graph.trace import eval_copy
+from graphzip.graph.copies import eval_copy
 
 __all__ = ["batch_arguments", "check_calibration", "drift", "placed", "run_batch"]
 

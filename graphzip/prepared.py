@@ -20,7 +20,8 @@ from graphzip.analysis.cost import Cost, cost_of
 from graphzip.calibration import batch_arguments, drift, placed, run_batch
 from graphzip.compiled import Compiled, task_module
 from graphzip.errors import ExampleInputError, GraphZipError, RewriteError
-from graphzip.graph.trace import Traced, flags_kept
+from graphzip.graph.copies import flags_kept, in_mode, switches_by_itself
+from graphzip.graph.trace import Traced
 from graphzip.history import History, Record
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report, TaskChange
@@ -317,7 +318,7 @@ class Prepared(nn.Module):
     @torch.no_grad()
     def _run_calibration(self) -> None:
         """Run the model in eval mode on the calibration data."""
-        modes = {module: module.training for module in self.model.modules()}
+        root, modes = self.model.training, {module: module.training for module in self.model.modules()}
         calibration, inputs = self._hidden["calibration"], self._hidden["inputs"]
         with flags_kept(self.model):
             self.model.eval()
@@ -325,6 +326,8 @@ class Prepared(nn.Module):
             module = self.model.get_submodule(name)
             for batch in calibration[name] if name else calibration:
                 run_batch(module, batch_arguments(batch, len(inputs[name] if name else inputs)))
+        if switches_by_itself(self.model):
+            self.model.train(root)
         for module, mode in modes.items():
             module.training = mode
 
@@ -381,7 +384,8 @@ class Prepared(nn.Module):
         traced = self._progress.traced
         if self._progress.ahead:
             return traced
-        if traced.adopt_state(self._inner()):
+        inner = self._inner()
+        if traced.adopt_state(in_mode(inner, False) if switches_by_itself(inner) else inner):
             try:
                 refresh(traced)
             except RewriteError as error:

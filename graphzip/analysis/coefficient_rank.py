@@ -19,7 +19,7 @@ from torch import nn
 
 from graphzip.analysis.patches import patches
 from graphzip.errors import GraphZipError
-from graphzip.graph.trace import eval_copy
+from graphzip.graph.copies import eval_copy
 
 __all__ = ["CoefficientRank", "RankPair", "coefficient_rank", "effective_rank"]
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from graphzip.errors import ExportError
 from graphzip.export.verify import Example, Verification, make_cases, require, tensor_leaves, verify_onnx
 from graphzip.files import check_target, staged
-from graphzip.graph.trace import share_copy
+from graphzip.graph.copies import share_copy
 
 __all__ = ["Built", "ExportReport", "build", "export_mode", "export_onnx"]
 

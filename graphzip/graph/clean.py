@@ -18,7 +18,7 @@ from graphzip.graph.source import annotate
 from graphzip.graph.state import Aliases, get_tensor
 from graphzip.graph.unpack import unpack
 
-__all__ = ["clean", "fetch_once"]
+__all__ = ["clean", "fetch_once", "is_assertion"]
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> None:
     graph = module.graph
     for node in list(graph.nodes):
         annotate(node)
-        if node.op in {"call_function", "call_module"} and any(mark in str(node.target) for mark in _NOTHING_TO_KEEP):
+        if is_assertion(node):
             graph.erase_node(node)
     fetch_once(graph, aliases)
     _drop_constant_copies(module)
@@ -40,6 +40,11 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> None:
     unpack(module)
     graph.eliminate_dead_code()
     module.graph.lint()
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """Whether a node only checks something."""
+    return node.op in {"call_function", "call_module"} and any(mark in str(node.target) for mark in _NOTHING_TO_KEEP)
 
 
 def fetch_once(graph: fx.Graph, aliases: Aliases) -> None:

@@ -7,23 +7,29 @@ of the module around it, or ignore it. Where the eval graph leaves that open, a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
+from graphzip.graph.copies import in_mode, switches_by_itself
 from graphzip.graph.source import owner_of, source_of
 from graphzip.graph.state import Aliases
 
 __all__ = [
     "CUMULATIVE",
     "DROPOUTS",
+    "DROPOUTS_IN_PLACE",
     "FROZEN",
+    "is_inside",
     "lost_in_training",
     "mark_cumulative",
     "module_types",
     "settle_modes",
+    "unread",
 ]
 
 logger = logging.getLogger(__name__)
@@ -42,7 +48,7 @@ DROPOUTS = {
     aten.feature_dropout.default,
     aten.feature_alpha_dropout.default,
 }
-_IN_PLACE = {
+DROPOUTS_IN_PLACE = {
     aten.dropout_.default,
     aten.alpha_dropout_.default,
     aten.feature_dropout_.default,
@@ -130,10 +136,9 @@ def _ask(
 
 def _asleep(model: nn.Module) -> set[str]:
     """Modules that stay in eval mode when the model is put into training mode: their `train` is overridden."""
-    model.train()
-    names = {name for name, module in model.named_modules() if not module.training}
-    model.eval()
-    return names
+    if not switches_by_itself(model):
+        return set()
+    return {name for name, module in in_mode(model, True).named_modules() if not module.training}
 
 
 def _is_exactly(model: nn.Module, name: str, kind: type) -> bool:
@@ -148,7 +153,7 @@ def _is_norm(node: fx.Node, *, training: bool) -> bool:
 
 
 def _is_dropout(node: fx.Node, *, training: bool) -> bool:
-    return (node.target in DROPOUTS or node.target in _IN_PLACE) and bool(node.args[2]) == training
+    return (node.target in DROPOUTS or node.target in DROPOUTS_IN_PLACE) and bool(node.args[2]) == training
 
 
 def _running_mean(node: fx.Node) -> str:
@@ -161,11 +166,36 @@ def _remove(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def lost_in_training(model: nn.Module) -> Iterator[str]:
-    """Sentences on modules that do something in training mode that an eval graph does not have."""
+def unread(model: nn.Module, graph: fx.Graph, aliases: Aliases) -> dict[str, str]:
+    """Sentences on the outermost modules none of whose parameters the eval graph reads, under any name."""
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    found: dict[str, str] = {}
+    told: set[str] = set()
     for name, module in model.named_modules():
+        own = {f"{name}.{key}" if name else key for key, _ in module.named_parameters()}
+        own = {aliases.get(key, key) for key in own}
+        if own - told and used.isdisjoint(own):
+            found[name] = (
+                f"'{name}' ({type(module).__name__}) is not part of the eval graph; its parameters are left out"
+            )
+            told |= own
+    return found
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of `modules`, or part of one."""
+    return any(not outer or name == outer or name.startswith(f"{outer}.") for outer in modules)
+
+
+def lost_in_training(model: nn.Module) -> dict[str, str]:
+    """Sentences on layers of `torch.nn` that do something in training that an eval graph does not have."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        who = f"'{name}' " if name else ""
         share = getattr(module, "dropout", 0.0)
+        hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and share:
-            yield f"'{name}' ({type(module).__name__}) drops out {share:g} only in training and that is left out"
-        elif type(module).__name__ == "_SpectralNorm":
-            yield f"'{name}' (spectral norm) updates its vectors only in training and that is left out"
+            found[name] = f"{who}({type(module).__name__}) drops out {share:g} only in training and that is left out"
+        elif isinstance(module, _SpectralNorm) or SpectralNorm in hooks:
+            found[name] = f"{who}(spectral norm) updates its vectors only in training and that is left out"
+    return found

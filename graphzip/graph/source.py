@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["annotate", "describe", "owner_of", "source_of"]
+__all__ = ["annotate", "describe", "first_line", "owner_of", "source_of"]
 
-_TORCH_HOME = str(Path(torch.__file__).parent)
+_TORCH_HOME = f"{Path(torch.__file__).parent}/"
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""Where `torch.export` lost the module that ran an operator."""
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
 
 
@@ -29,11 +31,16 @@ def describe(node: fx.Node) -> str:
     return f"{name} (node {node.name}{f', {source}' if source else ''})"
 
 
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def owner_of(node: fx.Node) -> str:
     """Name of the submodule that ran the operator, as `torch.export` recorded it; empty for the model itself."""
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
     owner = list(stack.values())[-1][0] if stack else ""
-    return owner.split("@")[0]
+    return "" if owner == _NO_MODULE else owner.split("@")[0]
 
 
 def source_of(node: fx.Node) -> str:

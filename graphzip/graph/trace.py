@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -26,12 +26,16 @@ from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, TraceError
+from graphzip.graph.asked import asked
 from graphzip.graph.blocks import open_blocks
 from graphzip.graph.clean import clean
 from graphzip.graph.conditions import conditions_of
+from graphzip.graph.copies import flags_kept, in_mode
 from graphzip.graph.inputs import InputSpec, input_specs, with_batch_of_two
-from graphzip.graph.modes import lost_in_training, mark_cumulative, module_types, settle_modes
+from graphzip.graph.modes import lost_in_training, mark_cumulative, module_types, settle_modes, unread
+from graphzip.graph.other_forms import OtherForms
 from graphzip.graph.randomness import random_notes
+from graphzip.graph.source import first_line
 from graphzip.graph.state import (
     Aliases,
     attach,
@@ -45,13 +49,11 @@ from graphzip.graph.state import (
 )
 from graphzip.graph.tasks import Task
 
-__all__ = ["Traced", "borrow", "eval_copy", "flags_kept", "share_copy", "trace"]
+__all__ = ["Traced", "trace"]
 
 logger = logging.getLogger(__name__)
 
-Models = TypeVar("Models", nn.Module, dict[str, nn.Module])
-
-_TORCH_HOME = str(Path(torch.__file__).parent)
+_TORCH_HOME = f"{Path(torch.__file__).parent}/"
 
 
 @dataclass
@@ -164,27 +166,6 @@ def _fake_memo(module: fx.GraphModule) -> dict[int, Any]:
     return {id(value): value for value in values}
 
 
-def share_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the module structure that shares every parameter and buffer with `model`."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)
-
-
-def borrow(model: Models) -> Models:
-    """A deep copy of a model, or of several, with their parameters; what they share stays shared.
-
-    Buffers are copied: it is there to be run, and a model may write to them.
-    """
-    models = model.values() if isinstance(model, dict) else [model]
-    return copy.deepcopy(model, {id(each): each for inner in models for each in inner.parameters()})
-
-
-def eval_copy(model: nn.Module) -> nn.Module:
-    """A copy to run in eval mode, with the model's parameters, whose flags stay as they are."""
-    with flags_kept(model):
-        return borrow(model).eval()
-
-
 @contextmanager
 def _tracing_mode() -> Iterator[None]:
     """The fused attention fast path may not hide the graph, and the caller's grad mode may not shape it."""
@@ -226,31 +207,21 @@ def _quiet() -> Iterator[None]:
             chatty.disabled = was
 
 
-@contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what an overridden `train` or `eval` of the copy does to the parameters that it shares."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-
-
 def trace(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
     *,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
+    compare: bool = False,
 ) -> Traced:
     """Trace `model` on `example_inputs` (positional arguments, batch first).
 
     An example batch of one is repeated to two, because `torch.export` bakes a batch of one into the graph; a model that
     takes no batch but one is traced with it. `scope` names a submodule: only it is traced, on the inputs it gets inside
     the model. `dynamic_shapes` is handed to `torch.export.export`; by default the first dimension is dynamic and all
-    others are fixed.
+    others are fixed. `compare` looks for what the model computes otherwise in training, for `Traced.notes`; where its
+    code asks for its mode, that takes a second trace.
 
     Raises `ExampleInputError` where the model does not accept the inputs, `TraceError` where it cannot be traced.
     """
@@ -272,8 +243,12 @@ def trace(
             skeleton, given = _enter_scope(model, skeleton, scope, given[0])
         _check_names(skeleton)
         mark_cumulative(skeleton)
-        program, call = _program(skeleton, given, dynamic_shapes)
-        return _to_traced(program, skeleton, call, scope or "")
+        with asked() as questions:
+            program, call = _program(skeleton, given, dynamic_shapes)
+        other = OtherForms(
+            skeleton, questions, lambda twin: _export(twin, call, dynamic_shapes), lambda twin: _run(twin, call)
+        )
+        return _to_traced(program, skeleton, call, scope or "", other, compare=compare)
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -287,7 +262,7 @@ def _separate(inputs: Any) -> Any:
 
 def _skeleton(model: nn.Module) -> nn.Module:
     try:
-        return share_copy(model).eval()
+        return in_mode(model, False)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
@@ -339,9 +314,9 @@ def _accepts(skeleton: nn.Module, call: Call) -> bool:
     return True
 
 
-def _run(skeleton: nn.Module, call: Call) -> None:
+def _run(skeleton: nn.Module, call: Call) -> Any:
     with torch.no_grad():
-        copy.deepcopy(skeleton)(*_separate(call[0]), **_separate(call[1]))
+        return copy.deepcopy(skeleton)(*_separate(call[0]), **_separate(call[1]))
 
 
 def _check_accepts(skeleton: nn.Module, call: Call) -> None:
@@ -351,12 +326,12 @@ def _check_accepts(skeleton: nn.Module, call: Call) -> None:
         shapes = ", ".join(_describe(arg) for arg in (*call[0], *call[1].values()))
         raise ExampleInputError(
             f"{type(skeleton).__name__} itself fails on the example inputs ({shapes}): "
-            f"{_first_line(error)}{_where(error)}; pass example_inputs that model(*example_inputs) accepts"
+            f"{first_line(error)}{_where(error)}; pass example_inputs that model(*example_inputs) accepts"
         ) from error
 
 
 def _untraceable(skeleton: nn.Module, error: Exception) -> TraceError:
-    text = _first_line(error)
+    text = first_line(error)
     advice = (
         "make the control flow there independent of tensor values (or compile only the part that traces: "
         "scope='name.of.submodule')"
@@ -370,11 +345,6 @@ def _untraceable(skeleton: nn.Module, error: Exception) -> TraceError:
     return TraceError(
         f"{type(skeleton).__name__} runs but torch.export cannot trace it: {text}{_where(error)}; {advice}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _where(error: BaseException) -> str:
@@ -418,7 +388,7 @@ def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[
             runner(*args)
     except Exception as error:
         raise ExampleInputError(
-            f"{type(model).__name__} fails on the example inputs: {_first_line(error)}{_where(error)}"
+            f"{type(model).__name__} fails on the example inputs: {first_line(error)}{_where(error)}"
         ) from error
     if not seen:
         raise TraceError(
@@ -427,21 +397,28 @@ def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[
     return inner, seen[0]
 
 
-def _to_traced(program: ExportedProgram, source: nn.Module, call: Call, scope: str) -> Traced:
+def _to_traced(
+    program: ExportedProgram, source: nn.Module, call: Call, scope: str, other: OtherForms, *, compare: bool
+) -> Traced:
     unlifted = program.module(check_guards=False)
     assert isinstance(unlifted, fx.GraphModule)
     conditions = conditions_of(unlifted.graph)
     notes = open_blocks(unlifted)
+    evaluated = other.eval_form(unlifted) if compare else None
     aliases = find_aliases(source)
     graph = unlifted.graph
     root = rebuild_state(source, unlifted, aliases)
     module = graph_module(root, graph, type(source).__name__, compiled=False)
     clean(module, aliases)
     types = module_types(source)
-    settle_modes(module, source, types, aliases, lambda: _training_graph(source, call))
+    settle_modes(module, source, types, aliases, lambda: other.training().graph)
     module.recompile()
     drop_unread(module, module.graph)
     _mark_constants(module, source)
+    lost = unread(source, module.graph, aliases) | lost_in_training(source)
+    notes += other.draws()
+    if evaluated is not None:
+        notes += other.notes(evaluated, tuple(lost))
     specs = input_specs(module.graph)
     if not any(None in spec.shape for spec in specs):
         logger.warning("%s fixes its batch size to that of the example inputs", type(source).__name__)
@@ -453,19 +430,10 @@ def _to_traced(program: ExportedProgram, source: nn.Module, call: Call, scope: s
         aliases=aliases,
         module_types=types,
         scope=scope,
-        notes=(*_training_only(source, module.graph), *lost_in_training(source), *random_notes(module.graph), *notes),
+        notes=(*lost.values(), *random_notes(module.graph), *notes),
         batch_dynamic=any(None in spec.shape for spec in specs),
         conditions=conditions,
     )
-
-
-def _training_graph(source: nn.Module, call: Call) -> fx.Graph:
-    """The raw graph of the training mode."""
-    twin = share_copy(source).train()
-    unlifted = _export(twin, call, None).module(check_guards=False)
-    assert isinstance(unlifted, fx.GraphModule)
-    open_blocks(unlifted)
-    return unlifted.graph
 
 
 def _mark_constants(module: fx.GraphModule, source: nn.Module) -> None:
@@ -487,20 +455,3 @@ def _check_names(source: nn.Module) -> None:
                 f"{type(source).__name__} has an attribute {name!r}, which torch.fx.GraphModule keeps for itself; "
                 "rename it"
             )
-
-
-def _training_only(source: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
-    """Submodules that hold parameters or drop paths and leave no operator in the eval graph."""
-    used = {node.target for node in graph.nodes if node.op == "get_attr"}
-    owners = {node.meta.get("owner", "") for node in graph.nodes if node.op == "call_function"}
-    notes: list[str] = []
-    for name, module in source.named_modules():
-        own = {f"{name}.{key}" if name else key for key, _ in module.named_parameters()}
-        nested = any(name.startswith(note.split("'")[1] + ".") for note in notes)
-        if own and not own & used and not nested:
-            notes.append(
-                f"'{name}' ({type(module).__name__}) is not part of the eval graph; its parameters are left out"
-            )
-        elif type(module).__name__ in {"StochasticDepth", "DropPath"} and name not in owners:
-            notes.append(f"'{name}' ({type(module).__name__}) acts only in training and is left out")
-    return tuple(notes)
