@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from graphzip.analysis.groups import ChannelGroups, GroupParam
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
+from graphzip.numeric import check_finite
 from passes.elimination import duplicates, readers_of
-from passes.layer_rows import Layer, check_finite, layers_of
+from passes.layer_rows import Layer, layers_of
 from passes.segments import features_of
 
 __all__ = ["activations"]
@@ -78,7 +79,8 @@ def activations(
 
 def _scaled(rows: Features) -> Features:
     centred = rows - rows.mean(axis=0)
-    scaled: Features = centred / max(float(np.linalg.norm(centred)), np.finfo(np.float32).tiny)
+    length = float(np.square(centred, dtype=np.float64).sum()) ** 0.5
+    scaled: Features = centred / max(length, np.finfo(np.float32).tiny)
     return scaled
 
 

@@ -23,6 +23,7 @@ from graphzip.analysis.convs import ConvLayer, conv_layers
 from graphzip.export.measure import ConvCase, milliseconds
 from graphzip.graph.factored import AtomConv, factored_conv
 from graphzip.graph.trace import Traced
+from graphzip.numeric import checked
 from graphzip.ops.site import bind
 from graphzip.plan import AtomFactorize, plan_error
 from graphzip.rewrite.factor import factor
@@ -220,7 +221,7 @@ class AtomFactorizePass(FreeTraining):
     def _block(self, traced: Traced, name: str, number: int) -> torch.Tensor:
         """The part of a trained kernel that a group of filters keeps, `(s, s', positions)`."""
         split = self.splits[name]
-        weight = kernel_of(traced, name).detach().double().cpu()
+        weight = checked(kernel_of(traced, name).detach(), f"the kernel of {self.names[name]!r}").cpu()
         return weight[split.filters(number), split.inputs(number)].flatten(2)
 
     def _relative_error(self, traced: Traced, name: str, layer: AtomConv) -> float:

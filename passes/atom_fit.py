@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from graphzip.numeric import orthonormal, pseudo_inverse, singular, symmetric_eigen
+
 __all__ = ["fit_atoms", "random_atoms"]
 
 Moments = Sequence[torch.Tensor | None]
@@ -65,7 +67,7 @@ def random_atoms(
     made = []
     for _, own, length in shapes:
         square = torch.randn(max(atoms, length), min(atoms, length), generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(square)[0]
+        basis = orthonormal(square, what="the start of atoms")
         basis = basis if atoms > length else basis.t()
         made.append(basis * (columns / own * max(atoms / length, 1.0)) ** 0.5)
     return coefficients, made
@@ -80,7 +82,7 @@ def _root(moment: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     size = torch.einsum("oik,ikl,oil->", kernel, moment, kernel)
     whole = moment * (kernel.square().sum() / size) if size > 0 else torch.zeros_like(moment)
     eye = torch.eye(moment.shape[-1], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh((1.0 - _PLAIN) * whole + _PLAIN * eye)
+    values, vectors = symmetric_eigen((1.0 - _PLAIN) * whole + _PLAIN * eye, what="the fit of atoms")
     root: torch.Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]
     return root
 
@@ -98,7 +100,7 @@ def _start(kernels: list[torch.Tensor], atoms: int, rows: int, columns: int, see
             there = slice(offsets[second], offsets[second] + lengths[second])
             gram[here, there] = one.t() @ two
             gram[there, here] = two.t() @ one
-    vectors = torch.linalg.eigh(gram)[1].flip(1)[:, :atoms].t()
+    vectors = symmetric_eigen(gram, what="the fit of atoms")[1].flip(1)[:, :atoms].t()
     if len(vectors) < atoms:
         generator = torch.Generator().manual_seed(seed)
         more = torch.randn(atoms - len(vectors), vectors.shape[1], generator=generator, dtype=torch.float64)
@@ -112,7 +114,7 @@ def _conditioned(coefficients: torch.Tensor, bases: list[torch.Tensor]) -> tuple
     Least squares may end with atoms that are nearly parallel and coefficients that cancel, which spoils training.
     """
     lengths = [basis.shape[1] for basis in bases]
-    left, values, right = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
+    left, values, right = singular(torch.cat(bases, dim=1), what="the fit of atoms")
     size = len(bases) ** 0.5
     mixed = coefficients @ (left * values) / size
     missing = coefficients.shape[2] - len(values)
@@ -143,13 +145,13 @@ def _coefficients(
             if all(scales[n] is None for n in here):
                 basis = torch.cat([bases[n] for n in here], dim=1)
                 values = torch.cat([kernels[n][top:bottom, left:right] for n in here], dim=2)
-                made[top:bottom, left:right] = values @ torch.linalg.pinv(basis, rtol=_SINGULAR)
+                made[top:bottom, left:right] = values @ pseudo_inverse(basis, rtol=_SINGULAR, what="the fit of atoms")
                 continue
             for column in range(left, right):
                 weighted = [_weighted(kernels[n][top:bottom, column], bases[n], scales[n], column) for n in here]
                 values = torch.cat([value for value, _ in weighted], dim=1)
                 basis = torch.cat([basis for _, basis in weighted], dim=1)
-                made[top:bottom, column] = values @ torch.linalg.pinv(basis, rtol=1e-9)
+                made[top:bottom, column] = values @ pseudo_inverse(basis, rtol=1e-9, what="the fit of atoms")
     return made
 
 
@@ -165,14 +167,14 @@ def _atoms(
     """The best atoms for given coefficients."""
     if scale is None:
         flat = coefficients.flatten(0, 1)
-        best: torch.Tensor = torch.linalg.pinv(flat.t() @ flat, hermitian=True) @ (flat.t() @ kernel.flatten(0, 1))
-        return best
+        inverse = pseudo_inverse(flat.t() @ flat, hermitian=True, what="the fit of atoms")
+        return inverse @ (flat.t() @ kernel.flatten(0, 1))
     moments = scale @ scale.transpose(1, 2)
     grams = torch.einsum("oia,oib->iab", coefficients, coefficients)
     left = torch.einsum("iab,ikl->akbl", grams, moments).reshape(last.numel(), last.numel())
     right = torch.einsum("oia,oik,ikl->al", coefficients, kernel, moments).reshape(-1)
-    best = (torch.linalg.pinv(left, hermitian=True, rtol=1e-12) @ right).reshape(last.shape)
-    return best
+    inverse = pseudo_inverse(left, hermitian=True, rtol=1e-12, what="the fit of atoms")
+    return (inverse @ right).reshape(last.shape)
 
 
 def _error(

@@ -21,10 +21,10 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import get_lapack_funcs
 from threadpoolctl import ThreadpoolController
 
 from graphzip.errors import PlanError, WeightsError
+from graphzip.numeric import pivoted_cholesky
 from graphzip.tables import closest
 
 __all__ = ["Clustering", "check_clustering", "cluster", "clusterings", "register_clustering"]
@@ -171,11 +171,7 @@ def _short(rows: Features, gram: Features) -> Features:
     """
     if rows.shape[1] <= len(rows):
         return rows
-    (factorise,) = get_lapack_funcs(("pstrf",), (gram,))
-    factor, order, rank, _ = factorise(gram, lower=1)
-    short: Features = np.empty((len(rows), rank), dtype=gram.dtype)
-    short[order - 1] = np.tril(factor)[:, :rank]
-    return short
+    return pivoted_cholesky(gram)
 
 
 def _distinct(features: Features) -> tuple[Labels, Labels]:

@@ -31,7 +31,8 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray
-from passes.layer_rows import Layer, check_finite, damped_cholesky, layers_of, squared
+from graphzip.numeric import SecondMoments, check_finite, factorised
+from passes.layer_rows import Layer, layers_of
 from passes.refit import sampled_rows
 from passes.segments import Partition
 
@@ -142,19 +143,14 @@ def _moments(traced: Traced, layers: Sequence[Layer], batches: Sequence[tuple[An
 
 def _covariance(layer: Layer, values: Values) -> torch.Tensor:
     outputs, inputs = values[layer.node], values[layer.input]
-    product = mean = torch.zeros((), dtype=torch.float64)
-    count = 0
+    moments = SecondMoments()
     for x, output, rows in zip(inputs, outputs, sampled_rows(layer, outputs, _ROWS), strict=True):
         read = layer.read([x], [output], [rows])
-        product = product + squared(read)
-        mean = mean + read.sum(1).double()
-        count += read.shape[1]
-    mean, product = mean / count, product / count
-    check_finite(layer.name, product)
-    unknowns = product.shape[1]
-    noise = torch.finfo(inputs[0].dtype).eps
-    rounding = 4 * unknowns**0.5 * noise * product.diagonal(dim1=1, dim2=2).mean()  # of the difference of large numbers
-    covariance = product - mean[:, :, None] * mean[:, None, :]
+        check_finite(layer.name, read)
+        moments.add(read)
+    covariance = moments.covariance()
+    unknowns, noise = covariance.shape[1], torch.finfo(inputs[0].dtype).eps
+    rounding = 4 * unknowns**0.5 * noise * covariance.diagonal(dim1=1, dim2=2).mean()
     covariance.diagonal(dim1=1, dim2=2).add_(rounding)
     return covariance
 
@@ -209,10 +205,13 @@ class _Reader:
     per channel, are kept up to date. What goes is pivots of a Cholesky factorisation then, column after column.
     """
 
-    def __init__(self, weight: torch.Tensor, covariance: torch.Tensor, columns: IntArray) -> None:
+    def __init__(
+        self, weight: torch.Tensor, covariance: torch.Tensor, columns: IntArray, *, what: str = "a layer"
+    ) -> None:
         """`weight` (O, F), scaled by sensitivities, `covariance` (F, F), `columns` (channels, c): -1 where not read."""
+        self.what = what
         self.weight = weight.clone()
-        self.inverse = _damped_inverse(covariance)
+        self.inverse = _damped_inverse(covariance, what)
         self.factor, self.gone = torch.empty_like(self.inverse), 0
         self.columns = torch.from_numpy(columns)
         self.read = self.columns[:, 0] >= 0
@@ -223,7 +222,7 @@ class _Reader:
         costs = torch.zeros(len(channels), dtype=self.weight.dtype)
         read = self.read[channels]
         weight = self.weight[:, self.columns[channels[read]]].permute(1, 2, 0)
-        costs[read] = (weight * torch.linalg.solve(self.blocks[channels[read]], weight)).sum((1, 2))
+        costs[read] = factorised(self.blocks[channels[read]], what=self.what).halved(weight).square().sum((1, 2))
         return costs
 
     def remove(self, channels: torch.Tensor) -> None:
@@ -233,8 +232,8 @@ class _Reader:
             return
         past = self.factor[:, : self.gone]
         rows = torch.addmm(self.inverse[gone], past[gone], past.t(), alpha=-1)
-        root = torch.linalg.cholesky(rows[:, gone])
-        pull = torch.linalg.solve_triangular(root, torch.cat([rows, self.weight[:, gone].t()], 1), upper=False)
+        root = factorised(rows[:, gone], what=self.what)
+        pull = root.halved(torch.cat([rows, self.weight[:, gone].t()], 1))
         new, share = pull[:, : len(self.inverse)], pull[:, len(self.inverse) :]
         self.weight.addmm_(share.t(), new, alpha=-1)
         self.factor[:, self.gone : self.gone + len(gone)] = new.t()
@@ -243,12 +242,10 @@ class _Reader:
         self.blocks.baddbmm_(part, part.transpose(1, 2), alpha=-1)
 
 
-def _damped_inverse(covariance: torch.Tensor) -> torch.Tensor:
+def _damped_inverse(covariance: torch.Tensor, what: str) -> torch.Tensor:
     """`(covariance + lambda I)^-1`."""
     scale = float(covariance.diagonal().mean())
-    damped = covariance.clone()
-    damped.diagonal().add_(_DAMPING * scale if scale > 0.0 else 1.0)
-    return torch.cholesky_inverse(damped_cholesky(damped))
+    return factorised(covariance, _DAMPING * scale if scale > 0.0 else 1.0, what=what).inverse()
 
 
 def _readers(group: ChannelGroup, param: GroupParam, layer: Layer, moments: Moments, traced: Traced) -> list[_Reader]:
@@ -264,7 +261,7 @@ def _readers(group: ChannelGroup, param: GroupParam, layer: Layer, moments: Mome
         local = np.where(inside, param.indices - number * inputs, 0)[:, :, None] * positions + np.arange(positions)
         columns = np.where(inside[:, :, None], local, -1).reshape(group.size, -1)
         columns = -np.sort(-columns, axis=1)[:, : int((columns >= 0).sum(axis=1).max())]
-        found.append(_Reader(weight[number], moments.covariance[number].cpu(), columns))
+        found.append(_Reader(weight[number], moments.covariance[number].cpu(), columns, what=f"layer {layer.name!r}"))
     return found
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphzip.numeric import factorised, leading_left
 from passes.similarity import degrees, spectral_loss
 
 __all__ = ["NODES", "Embedding", "Learned", "orthogonal", "spectral_embedding"]
@@ -40,8 +41,8 @@ def orthogonal(y: Tensor) -> Tensor:
     wide = y.double()
     gram = wide.t() @ wide
     size = gram.diagonal().mean().clamp_min(torch.finfo(wide.dtype).tiny)
-    lower = torch.linalg.cholesky(gram + _JITTER * size * torch.eye(len(gram), dtype=wide.dtype, device=wide.device))
-    columns = torch.linalg.solve_triangular(lower, wide.t(), upper=False)
+    jitter = _JITTER * size * torch.eye(len(gram), dtype=wide.dtype, device=wide.device)
+    columns = factorised(gram + jitter, what="the embedding of a layer's channels").halved(wide.t())
     scaled: Tensor = columns.t() * len(y) ** 0.5
     return scaled.to(y.dtype)
 
@@ -105,9 +106,7 @@ def spectral_embedding(factor: Tensor, size: int, *, seed: int) -> Tensor:
     The first eigenvectors of `D^-1/2 S D^-1/2`, which are the left singular vectors of `D^-1/2 F`, with rows of length
     one (Ng, Jordan and Weiss, "On Spectral Clustering", 2002).
     """
-    from sklearn.utils.extmath import randomized_svd
-
     scale = degrees(factor, factor).rsqrt()[:, None]
-    rows = (scale * factor).double().cpu().numpy()
-    vectors, _, _ = randomized_svd(rows, min(size, *rows.shape), random_state=seed)
-    return F.normalize(torch.from_numpy(vectors), dim=1).to(factor)
+    rows = scale * factor
+    vectors = leading_left(rows, min(size, *rows.shape), seed=seed, what="the similarity graph of a layer's channels")
+    return F.normalize(vectors, dim=1).to(factor)

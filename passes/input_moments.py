@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graphzip.analysis.patches import patches
-from passes.layer_rows import check_finite
+from graphzip.numeric import check_finite
 
 __all__ = ["input_moments"]
 

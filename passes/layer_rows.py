@@ -8,7 +8,6 @@ between the places.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,18 +18,14 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from graphzip.errors import WeightsError
 from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
 
-__all__ = ["Layer", "check_finite", "damped_cholesky", "layers_of", "left_alone", "sliding", "squared"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Layer", "layers_of", "left_alone", "sliding"]
 
 aten = torch.ops.aten
 
-_PARTS, _NARROW = 4, 64  # columns are multiplied in so many parts, none of them narrower
 _LINEAR = aten.linear.default
 _LAYERS = {*CONVOLUTIONS, *TRANSPOSED, _LINEAR}
 _OTHERS = {aten.convolution.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
@@ -122,42 +117,6 @@ class Layer:
         flat = x.reshape(-1, channels, math.prod(sizes)).transpose(0, 1).flatten(1)
         where = sample * math.prod(sizes) + offset.to(rows.device).T[:, place]  # K, rows
         return flat.index_select(1, where.flatten())
-
-
-def check_finite(layer: str, *values: torch.Tensor) -> None:
-    """Raises `WeightsError` where what a layer of that name reads or gives on the calibration data is not finite."""
-    if not all(bool(value.sum(dtype=torch.float64).isfinite()) for value in values):
-        raise WeightsError(
-            f"{layer!r} reads or gives values that are NaN or infinite on the calibration data; check the data "
-            "and the model's weights"
-        )
-
-
-def damped_cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    """The factor; where rounding makes that impossible, with as much more on the diagonal as it takes, in place."""
-    added = 0.0
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            break
-        more = max(added * 10.0, 1e-12 * float(matrix.diagonal().abs().mean()))
-        matrix.diagonal().add_(more - added)
-        added = more
-        logger.warning("an ill-conditioned Hessian was damped by %.1e more", added)
-    made: torch.Tensor = factor
-    return made
-
-
-def squared(rows: torch.Tensor) -> torch.Tensor:
-    """The products of the columns with each other, (G, F, F) in float64, for rows (G, R, F): each one is taken once."""
-    size = rows.shape[2]
-    found = rows.new_empty(len(rows), size, size, dtype=torch.float64)
-    step = max(-(-size // _PARTS), _NARROW)
-    for start in range(0, size, step):
-        end = min(start + step, size)
-        found[:, start:end, :end] = rows[:, :, start:end].transpose(1, 2) @ rows[:, :, :end]
-        found[:, :start, start:end] = found[:, start:end, :start].transpose(1, 2)
-    return found
 
 
 def layers_of(traced: Traced) -> dict[fx.Node, Layer]:

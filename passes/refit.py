@@ -29,9 +29,10 @@ from torch import fx
 
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray
+from graphzip.numeric import Fit, check_finite
 from graphzip.ops.site import bind
 from graphzip.rewrite.layout import Layout
-from passes.layer_rows import Layer, check_finite, layers_of, left_alone, squared
+from passes.layer_rows import Layer, layers_of, left_alone
 
 __all__ = ["Effort", "Refit", "norm_behind", "refit", "sampled_rows"]
 
@@ -40,8 +41,6 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _NUMBERS = 1 << 27  # in the rows that one layer is fitted on, at most
-_DAMPING = 1e-4  # lambda, in mean squares of what a layer reads
-_FEW = 1e-2  # where rows are not many more than unknowns
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,8 @@ class _Walk:
         intercept = layer.bias is not None or target.norm is not None
         scale = torch.ones(1, dtype=t.dtype, device=t.device) if target.norm is None else self._scale(target.norm)
         scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)
-        change = _solved(x, t, p, scale, intercept=intercept, rounds=self.effort.rounds if target.rectified else 0)
+        rounds = self.effort.rounds if target.rectified else 0
+        change = _solved(layer.name, x, t, p, scale, intercept=intercept, rounds=rounds)
         self._apply(target, change, intercept=intercept)
         self.fitted.append(layer.name)
 
@@ -299,39 +299,24 @@ def sampled_rows(layer: Layer, outputs: Sequence[torch.Tensor], most: int) -> li
 
 
 def _solved(
-    x: torch.Tensor, t: torch.Tensor, p: torch.Tensor, scale: torch.Tensor, *, intercept: bool, rounds: int
+    layer: str,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    p: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    intercept: bool,
+    rounds: int,
 ) -> torch.Tensor:
-    """The change (G, I * K [+ 1], O) in float64, for rows read (G, R, I * K) and wanted and given ones (G, R, O)."""
-    unknowns = x.shape[2]
-    products = _bordered(squared(x), x) if intercept else squared(x)
-    square = products.diagonal(dim1=1, dim2=2)
-    damping = torch.zeros_like(square)
-    damping[:, :unknowns] = square[:, :unknowns].mean(1, keepdim=True) * (
-        _DAMPING if x.shape[1] > 20 * unknowns else _FEW
-    )
-    damping += 1e-12 * square.amax(1, keepdim=True) + torch.finfo(square.dtype).tiny
-    factor = torch.linalg.cholesky(products + torch.diag_embed(damping))
+    """The change (G, I * K [+ 1], O) in float64, for rows read (G, R, I * K) and wanted and given ones (G, R, O).
+
+    The rows read are changed.
+    """
+    x, t, p = (each if each.dtype == torch.float64 else each.float() for each in (x, t, p))
+    fit = Fit(x, t.shape[2], intercept=intercept, what=f"layer {layer!r}")
     usable = scale.abs() > 1e-6 * scale.abs().max()
-    change = torch.zeros(*damping.shape, t.shape[2], dtype=damping.dtype, device=x.device)
     for turn in range(1 + rounds):
-        now = p + _product(x, change.to(x.dtype)) * scale if turn else p
+        now = p + fit.given() * scale if turn else p
         goal = torch.where(t > 0, t, now.clamp(max=0)) if turn else t
-        error = torch.where(usable, (goal - now) / scale, 0.0)
-        moments = x.transpose(1, 2) @ error
-        if intercept:
-            moments = torch.cat([moments, error.sum(1, keepdim=True)], 1)
-        change = change + torch.cholesky_solve(moments.double() - damping[:, :, None] * change, factor)
-    return change
-
-
-def _bordered(products: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The products of the columns, with those of a column of ones behind them."""
-    sums = x.sum(1, keepdim=True).double()
-    lower = torch.cat([sums, sums.new_full((len(x), 1, 1), x.shape[1])], 2)
-    return torch.cat([torch.cat([products, sums.transpose(1, 2)], 2), lower], 1)
-
-
-def _product(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """What rows give, with the last row of `change` for the column of ones, where it has one."""
-    unknowns = x.shape[2]
-    return x @ change[:, :unknowns] + change[:, unknowns:].sum(1, keepdim=True)
+        fit.improve(torch.where(usable, (goal - now) / scale, 0.0))
+    return torch.cat([fit.weights, fit.offset], 1) if intercept else fit.weights

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from graphzip.analysis.patches import patches
 from graphzip.labels import IntArray
+from graphzip.numeric import factorised, pseudo_inverse, ridge
 from passes.shared_layers import SharedLayer
 from passes.zip_solve import CrossMoments, Moments, gathered
 
@@ -49,8 +50,7 @@ logger = logging.getLogger(__name__)
 _FEATURES: Final = 8192  # of a layer in one model, at most: their second moments are a matrix of the square of them
 _PLACES: Final = 16  # of the output of one sample that count
 _CHUNK: Final = 64  # samples whose patches are laid out at once
-_DAMPING: Final = 1e-4  # lambda, in mean squares of what a layer reads
-_FEW: Final = 1e-2  # where rows are not many more than unknowns
+_PRECISION: Final = 2.0**-23  # of what layers read, relative
 _ROUNDS: Final = 10  # in which channels change their clusters
 _LEAST: Final = 1e-3  # of a channel's mass: what is left of its cluster without it, at least
 _GAIN: Final = 1e-9  # of a channel's share of the output: what a move has to bring, so that rounding moves nothing
@@ -234,11 +234,12 @@ class _Fit:
         )
         left = sum((self._summed(each, to) for each, to in zip(self.left, spread, strict=True)), torch.zeros(()))
         count = self.weights.shape[0] * self.weights.shape[1]
-        square = gram.diagonal()
-        damping = torch.zeros_like(square)
-        damping[:count] = square[:count].mean() * (_DAMPING if self.rows > 20 * count else _FEW)
-        square += damping + 1e-12 * square.max() + torch.finfo(square.dtype).tiny
-        change = torch.cholesky_solve(left, torch.linalg.cholesky(gram))
+        square = gram.diagonal()[:count]
+        sums, rows = gram[count:, :count], gram.diagonal()[count:]
+        about = square - (sums.square() / rows.clamp_min(1.0)[:, None]).sum(0)
+        damping = torch.zeros_like(gram.diagonal())
+        damping[:count] = ridge(square, about.clamp_min(0.0), self.rows, precision=_PRECISION)
+        change = factorised(gram, damping, what=f"layer {self.layer.name!r}").solve(left)
         self.weights = self.weights + change[:count].reshape(self.weights.shape)
         for task, to in enumerate(spread):
             before, step = self.left[task], change[to]
@@ -288,7 +289,7 @@ class _Fit:
         columns = own[:, None] * kernel + torch.arange(kernel)
         block = self.gram[task][columns[:, :, None], columns[:, None, :]]
         pull = self.left[task][columns] + block @ self.weights[here]
-        best = torch.linalg.pinv(block, hermitian=True) @ pull
+        best = pseudo_inverse(block, hermitian=True, what=f"layer {self.layer.name!r}") @ pull
         squares = (self.weights @ self.weights.transpose(1, 2)).flatten(1)
         distance = block.flatten(1) @ squares.t() - 2.0 * (pull.flatten(1) @ self.weights.flatten(1).t())
         distance = distance + (pull * best).sum((1, 2))[:, None]

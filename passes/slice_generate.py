@@ -25,6 +25,7 @@ from graphzip.analysis.convs import ConvLayer, conv_layers
 from graphzip.errors import WeightsError
 from graphzip.graph.factored import SliceConv, factored_conv, slice_grid
 from graphzip.graph.trace import Traced
+from graphzip.numeric import checked, pseudo_inverse, singular, singular_values, symmetric_eigen
 from graphzip.plan import SliceGenerate, plan_error
 from graphzip.rewrite.factor import factor
 from passes.base import FreeTraining
@@ -121,7 +122,7 @@ class SliceGeneratePass(FreeTraining):
         """Codes `(slices, n_c)` and the generator `(elements, n_c)`, in float64."""
         options = self.options
         size, length = options.code, math.prod(options.slice)
-        cuts = [cut(kernel.detach().double().cpu(), options.slice) for kernel in kernels]
+        cuts = [cut(checked(kernel.detach(), "the kernels").cpu(), options.slice) for kernel in kernels]
         slices, used = (torch.cat([each[number] for each in cuts]) for number in (0, 1))
         if self.given is not None:
             return _codes(slices, used, self.given), self.given
@@ -175,7 +176,7 @@ def _codes(slices: torch.Tensor, used: torch.Tensor, generator: torch.Tensor) ->
     patterns, which = torch.unique(used, dim=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
         rows = which == number
-        codes[rows] = slices[rows][:, pattern] @ torch.linalg.pinv(generator[pattern]).t()
+        codes[rows] = slices[rows][:, pattern] @ pseudo_inverse(generator[pattern], what="a generator").t()
     return codes
 
 
@@ -201,16 +202,16 @@ def _best(
         extra -= generator @ (generator.t() @ extra)
         generator = torch.cat([generator, extra / extra.norm(dim=0).clamp_min(1e-12)], dim=1)
     codes = _codes(slices, used, generator)
-    scale = float(torch.linalg.matrix_norm(codes, 2)) ** 0.5 or 1.0
+    scale = float(singular_values(codes, what="the codes of slices").max()) ** 0.5 or 1.0
     return codes / scale, (generator * scale).contiguous()
 
 
 def _leading(rows: torch.Tensor, size: int) -> torch.Tensor:
     """The first right singular vectors as columns; of a tall matrix from its Gram matrix, which is far quicker."""
     if rows.shape[0] <= rows.shape[1]:
-        vectors: torch.Tensor = torch.linalg.svd(rows, full_matrices=False).Vh.t()
+        vectors = singular(rows, what="the slices of kernels")[2].t()
     else:
-        vectors = torch.linalg.eigh(rows.t() @ rows).eigenvectors.flip(1)
+        vectors = symmetric_eigen(rows.t() @ rows, what="the slices of kernels")[1].flip(1)
     return vectors[:, :size]
 
 

@@ -27,6 +27,7 @@ from torch import nn
 from graphzip.graph.state import attach, named_state
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
+from graphzip.numeric import factorised
 from graphzip.ops.spec import FloatArray
 from graphzip.plan import Zip, plan_error
 from graphzip.rewrite.blocks import finish, put, share
@@ -53,6 +54,7 @@ class _Line:
     shared, and their places there; `count` of them.
     """
 
+    layer: str
     part: int
     owners: tuple[str, ...]
     rows: dict[str, IntArray]
@@ -334,7 +336,7 @@ class ZipPass(FreeTraining):
                 feature = np.append(feature[0], layers[each].features), np.append(feature[1], shared.size * positions)
             found[each] = feature
         count = shared.size * positions + int(self._joins_bias(layers))
-        return _Line(part, owners, rows, found, count)
+        return _Line(layers[task].name, part, owners, rows, found, count)
 
     def _joins_bias(self, layers: Mapping[str, Layer]) -> bool:
         return all(layer.bias is not None and layer.norm is None for layer in layers.values())
@@ -362,10 +364,11 @@ class ZipPass(FreeTraining):
             return Solver(None, scales, damping=0.0)
         found: dict[str, Moments] = {}
         for each in (*line.owners, task):
-            moments = inputs[each]
-            assert not isinstance(moments, ChannelMoments)
-            found[each] = moments[line.part].among(*line.inputs[each], line.count)
-        return Solver(([found[owner] for owner in line.owners], found[task]), scales, damping=self.options.damping)
+            read = inputs[each]
+            assert not isinstance(read, ChannelMoments)
+            found[each] = read[line.part].among(*line.inputs[each], line.count)
+        moments = [found[owner] for owner in line.owners], found[task]
+        return Solver(moments, scales, damping=self.options.damping, what=f"layer {line.layer!r}")
 
     def _scale(self, task: str) -> float:
         """Its weight in Eq. 5."""
@@ -466,8 +469,8 @@ class ZipPass(FreeTraining):
                 assert isinstance(moments, ChannelMoments)
                 hessians[each] = moments.hessian(self._scale(each), self.options.damping)[rows[each]]
             whole = sum(hessians.values(), torch.zeros(()))
-            step = torch.linalg.solve(whole, (hessians[task] @ (b - a).unsqueeze(2)))
-            joint = a + step.squeeze(2)
+            factor = factorised(whole, what=f"layer {layers[task].name!r}")
+            joint = a + factor.solve(hessians[task] @ (b - a).unsqueeze(2)).squeeze(2)
         for each in (*owners, task):
             write(traced, layers[each], rows[each], np.arange(layers[each].positions), joint)
 

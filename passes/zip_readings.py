@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
+from graphzip.numeric import check_finite
 from graphzip.ops.site import bind
 from passes.base import Feeds
-from passes.layer_rows import check_finite
 from passes.zip_inputs import Feed, Kept, rows_of, values_of
 from passes.zip_layers import Layer
 from passes.zip_solve import ChannelMoments, CrossMoments, Moments, Spread, gathered

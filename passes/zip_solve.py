@@ -23,8 +23,8 @@ import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 
 from graphzip.labels import IntArray
+from graphzip.numeric import factorised
 from graphzip.ops.spec import FloatArray
-from passes.layer_rows import damped_cholesky
 
 __all__ = ["BLOCK", "ChannelMoments", "CrossMoments", "Moments", "Pairs", "Solver", "Spread", "gathered", "pair"]
 
@@ -290,7 +290,8 @@ class Solver:
     """Differences and updates between the joint network (A) and a newcomer (B) for one layer.
 
     `moments` are those of the tasks in A and that of B, `scales` their weights (alpha and 1 - alpha of Eq. 5),
-    `damping` is relative to the mean of each Hessian's diagonal. Without moments the metric is Euclidean.
+    `damping` is relative to the mean of each Hessian's diagonal. Without moments the metric is Euclidean. `what` is
+    what messages call the layer.
     """
 
     def __init__(
@@ -299,34 +300,31 @@ class Solver:
         scales: tuple[Sequence[float], float],
         *,
         damping: float,
+        what: str = "a layer",
     ) -> None:
         self.euclidean = (sum(scales[0]), scales[1])
         self.a: _Hessian | None = None
         if moments is not None:
             self.a = _hessian(moments[0], scales[0], damping)
             self.b = _hessian([moments[1]], [scales[1]], damping)
-            self._factor()
+            self._factor(what)
 
-    def _factor(self) -> None:
+    def _factor(self, what: str) -> None:
         assert self.a is not None
         one, two = self.a, self.b
         self.ridge = one.ridge + two.ridge
         if one.rows is not None and two.rows is not None and len(one.rows) + len(two.rows) < one.rows.shape[1]:
             self.rows: torch.Tensor | None = torch.cat([one.rows, two.rows])
-            inner = self.rows @ self.rows.T
-            inner.diagonal().add_(self.ridge)
-            self.factor = damped_cholesky(inner)
+            self.factor = factorised(self.rows @ self.rows.T, self.ridge, what=what)
             return
         self.rows = None
-        whole = _dense(one) + _dense(two)
-        whole.diagonal().add_(self.ridge)
-        self.factor = damped_cholesky(whole)
+        self.factor = factorised(_dense(one) + _dense(two), self.ridge, what=what)
 
     def solve(self, columns: torch.Tensor) -> torch.Tensor:
         """`(H_A + H_B)^{-1} V`."""
         if self.rows is None:
-            return torch.cholesky_solve(columns, self.factor)
-        inner = torch.cholesky_solve(self.rows @ columns, self.factor)
+            return self.factor.solve(columns)
+        inner = self.factor.solve(self.rows @ columns)
         return (columns - self.rows.T @ inner) / self.ridge
 
     def update(self, a: torch.Tensor, b: torch.Tensor, missed: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.errors", "graphzip.locks", "graphzip.version"),
-    ("graphzip.files", "graphzip.tables"),
+    ("graphzip.files", "graphzip.numeric", "graphzip.tables"),
     ("graphzip.graph",),
     ("graphzip.labels",),
     ("graphzip.ops",),

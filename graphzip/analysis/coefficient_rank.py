@@ -20,6 +20,7 @@ from torch import nn
 from graphzip.analysis.patches import patches
 from graphzip.errors import GraphZipError
 from graphzip.graph.copies import eval_copy
+from graphzip.numeric import pseudo_inverse, singular, singular_values, symmetric_eigen
 
 __all__ = ["CoefficientRank", "RankPair", "coefficient_rank", "effective_rank"]
 
@@ -65,7 +66,7 @@ class CoefficientRank:
 
 def effective_rank(matrix: torch.Tensor) -> float:
     """The exponential of the entropy of the normalised singular values."""
-    values = torch.linalg.svdvals(matrix.double())
+    values = singular_values(matrix, what="the coefficients of a layer")
     share = values[values > 0] / values.sum()
     return float(torch.exp(-(share * share.log()).sum()))
 
@@ -117,7 +118,7 @@ def _counts(layer: nn.Module) -> bool:
 def _factors(layer: Any) -> _Layer:
     """`A` as `(c, c' m)` and the atoms as `(m, L)`, exactly."""
     kernel = layer.weight.detach().double().cpu()
-    left, values, atoms = torch.linalg.svd(kernel.flatten(2).flatten(0, 1), full_matrices=False)
+    left, values, atoms = singular(kernel.flatten(2).flatten(0, 1), what="the kernel of a layer")
     return _Layer((left * values).reshape(len(kernel), -1), atoms, inner=[])
 
 
@@ -140,7 +141,7 @@ def _compare(names: tuple[str, str], one: _Layer, two: _Layer) -> RankPair:
     inner = [values - values.mean(dim=1, keepdim=True) for values in inner]
     outer = [layer.coefficients @ values for layer, values in zip((one, two), inner, strict=True)]
     aligned = [
-        q @ layer.coefficients @ torch.linalg.pinv(p)
+        q @ layer.coefficients @ pseudo_inverse(p, what="the alignment of two layers")
         for layer, p, q in zip((one, two), _align(*inner), _align(*outer), strict=True)
     ]
     return RankPair(
@@ -151,12 +152,13 @@ def _compare(names: tuple[str, str], one: _Layer, two: _Layer) -> RankPair:
 def _align(one: torch.Tensor, two: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Canonical correlation analysis: transformations after which matching rows correlate most."""
     first, second = (_whitening(values) for values in (one, two))
-    left, _, right = torch.linalg.svd(first @ (one @ two.t() / one.shape[1]) @ second.t(), full_matrices=False)
+    correlation = first @ (one @ two.t() / one.shape[1]) @ second.t()
+    left, _, right = singular(correlation, what="the alignment of two layers")
     return left.t() @ first, right @ second
 
 
 def _whitening(values: torch.Tensor) -> torch.Tensor:
-    spread, vectors = torch.linalg.eigh(values @ values.t() / values.shape[1])
+    spread, vectors = symmetric_eigen(values @ values.t() / values.shape[1], what="the outputs of a layer")
     kept = spread > 1e-10 * spread.max()
     root: torch.Tensor = (vectors * torch.where(kept, spread.clamp_min(1e-300).rsqrt(), 0.0)) @ vectors.t()
     return root
