@@ -79,7 +79,16 @@ class Layer:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        return len(self.shape), self.shape[2:], self.groups == 1, self.depthwise
+        """What is equal of layers that can share: the kernel, and how channels are divided into groups."""
+        divided = ("depthwise", self.shape[0] // self.groups) if self.depthwise else self.groups
+        return len(self.shape), self.shape[2:], divided
+
+    def __str__(self) -> str:
+        if len(self.shape) == 2:
+            return f"{self.name!r} of task {self.task!r} (linear)"
+        size = " x ".join(map(str, self.shape[2:]))
+        groups = "" if self.groups == 1 else f" in {self.groups} groups"
+        return f"{self.name!r} of task {self.task!r} (a convolution with a kernel of {size}{groups})"
 
 
 @dataclass
@@ -207,6 +216,12 @@ def _pairs(
             f"{where}[{task!r}]: {own!r} is given for two layers"
             for own in set(given.values())
             if list(given.values()).count(own) > 1
+        ]
+        problems += [
+            f"{where}[{task!r}][{name!r}]: {other[own]} cannot share weights with {first[name]}; match "
+            "layers with equal kernels and groups, or leave the two out"
+            for name, own in given.items()
+            if name in first and own in other and first[name].kind != other[own].kind
         ]
         if problems:
             raise plan_error(problems)
