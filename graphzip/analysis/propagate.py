@@ -13,12 +13,14 @@ from torch import fx
 
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.randomness import is_random
+from graphzip.graph.squeezes import ranks_open, squeezed
 from graphzip.labels import IntArray
 from graphzip.ops import MOVES, OPS
 from graphzip.ops.conv import blocked_weights
 from graphzip.ops.randomness import hold_draws
 from graphzip.ops.rules import opaque
 from graphzip.ops.site import Move, Site, Space, bind, describe
+from graphzip.ops.spec import OpSpec
 
 __all__ = ["ParamAxis", "Propagation", "propagate"]
 
@@ -85,6 +87,7 @@ class _Walk:
         self.result = Propagation(graph)
         self.raw = self.result.raw
         self.groups = blocked_weights(graph)
+        self.rank_open = ranks_open(graph)
         self.blocked: dict[fx.Node, IntArray] = {}
         self.derived: set[int] = set()
 
@@ -141,6 +144,8 @@ class _Walk:
                 if operand in self.blocked:
                     site.pin(self.blocked[operand], "is not understood")
         else:
+            if node in self.rank_open:
+                self._pin_patched(site, spec)
             self.result.axes[node] = spec.propagate(site)
         if node.target in MOVES and operands and all(operand in self.raw for operand in operands):
             self.raw.add(node)
@@ -148,6 +153,14 @@ class _Walk:
             self._roles(site, operands)
         self.result.moves.extend((position, move) for move in site.moves)
         self.result.blocks.extend((describe(node), block) for block in site.blocks)
+
+    def _pin_patched(self, site: Site, spec: OpSpec) -> None:
+        """A patch counts dimensions; behind a squeeze of the batch there is one less where the batch is one."""
+        plain = site.node.target is aten.linear.default and site.is_raw(site.args["weight"])
+        if spec.patch is not None and not plain and not squeezed(site.node):
+            for operand in site.tensors():
+                for axis in site.axes(operand):
+                    site.pin(axis, "stands behind a squeeze that drops the batch where it is one")
 
     def _roles(self, site: Site, operands: list[fx.Node]) -> None:
         """Labels of parameters that enter as values, neither summed over nor making channels, are pointwise."""

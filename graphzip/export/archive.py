@@ -335,7 +335,8 @@ def _check_conditions(document: Document) -> None:
     ranks = {name: len(shape) for name, shape, _ in document.inputs}
     for text in document.conditions:
         for name, dim in sizes_of(parse(text)):
-            if not isinstance(dim, int) or not -ranks.get(name, 0) <= dim < ranks.get(name, 0):
+            known = -ranks.get(name, 0) <= dim < ranks.get(name, 0) if isinstance(dim, int) else dim is None
+            if not known or name not in ranks:
                 raise GraphFormatError(f"the condition {text[:80]!r} reads a size that no input has")
 
 

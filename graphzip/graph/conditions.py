@@ -7,8 +7,10 @@ records the condition. A condition is kept as text, `"x.shape[0] % 2 == 0"`, and
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -18,11 +20,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
 from graphzip.errors import InputShapeError, TraceError
+from graphzip.graph.branches import Branch
 
-__all__ = ["Term", "check_sizes", "conditions_of", "parse", "sizes_of"]
+__all__ = ["Open", "Sizes", "Term", "check_sizes", "holds", "parse", "sizes_of"]
 
 Term = int | float | tuple[Any, ...]
-"""A parsed condition: a number, `("size", input, dimension)`, or an operation followed by its terms."""
+"""A parsed condition: a number, `("size", input, dimension)`, `("input", name)`, or an operation and its terms."""
 
 _SMALLEST_TRACED = 2
 _LARGEST_POWER = 64
@@ -49,50 +52,124 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def conditions_of(graph: fx.Graph) -> tuple[str, ...]:
-    """Conditions on the sizes of the placeholders of an exported graph. Raises `TraceError` for one it cannot state."""
-    places = _Places()
-    environment = None
-    for node in graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if not isinstance(value, torch.Tensor):
-            continue
-        for dim, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
-                environment = size.node.shape_env
-                places.add(environment.replace(size.node.expr), f"{node.target}.shape[{dim}]")
-    if environment is None:
-        return ()
-    texts = [*places.conditions(), *_ranges(environment, places), *_guards(environment, places)]
-    for text in texts:
-        parse(text)
-    return tuple(dict.fromkeys(texts))
+@dataclass(frozen=True)
+class Open:
+    """A comparison that no guard holds, because it was decided for sizes of two and more, and what it says of one.
+
+    `places` are the sizes, input by input, that would have to be one for the model to take the other path.
+    """
+
+    text: str
+    places: tuple[str, ...]
+    source: str
 
 
-class _Places:
-    """Where the symbols of sizes can be read off the inputs."""
+class Sizes:
+    """The sizes of an exported graph's placeholders, and what must hold between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.environment: ShapeEnv | None = None
         self.names: dict[sympy.Symbol, str] = {}
-        self.extra: list[str] = []
-        self.later: list[tuple[sympy.Expr, str]] = []
+        self.fixed: dict[str, tuple[int, Any]] = {}
+        self._extra: list[str] = []
+        self._later: list[tuple[sympy.Expr, str]] = []
+        for node in graph.nodes:
+            value = node.meta.get("val") if node.op == "placeholder" else None
+            for dim, size in enumerate(value.shape) if isinstance(value, torch.Tensor) else ():
+                self._add(size, f"{node.target}.shape[{dim}]")
+            self._add(value, str(node.target))
 
-    def add(self, size: sympy.Expr, place: str) -> None:
-        offset, rest = size.as_coeff_Add()
+    def _add(self, size: Any, place: str) -> None:
+        """A symbol is read off the first place that shows it; what is made of several is checked."""
+        if not isinstance(size, torch.SymInt):
+            return
+        if size.node.maybe_as_int() is not None:
+            self.fixed[place] = int(size), size.node._expr
+            return
+        environment: Any = size.node.shape_env
+        self.environment = environment
+        expression = environment.replace(size.node.expr)
+        offset, rest = expression.as_coeff_Add()
         factor, symbol = rest.as_coeff_Mul()
         if not isinstance(symbol, sympy.Symbol) or symbol in self.names:
-            self.later.append((size, place))
-        elif size == symbol:
+            self._later.append((expression, place))
+        elif expression == symbol:
             self.names[symbol] = place
         else:
             self.names[symbol] = f"(({place} - {offset}) // {factor})"
-            self.extra.append(f"({place} - {offset}) % {factor} == 0")
+            self._extra.append(f"({place} - {offset}) % {factor} == 0")
 
-    def conditions(self) -> list[str]:
-        """Sizes that are made of others."""
-        return [*self.extra, *(f"{place} == {self.show(size)}" for size, place in self.later)]
+    def conditions(self) -> tuple[str, ...]:
+        """What must hold for the graph to be the model. Raises `TraceError` for what cannot be stated."""
+        if self.environment is None:
+            return ()
+        derived = [f"{place} == {self._show(size)}" for size, place in self._later]
+        texts = [*self._extra, *derived, *self._ranges(self.environment), *self._guards(self.environment)]
+        for text in texts:
+            parse(text)
+        return tuple(dict.fromkeys(texts))
 
-    def show(self, expression: Any) -> str:
+    def open(self, branches: Iterable[Branch]) -> list[Open]:
+        """Comparisons that would come out otherwise where sizes are one, though the conditions allow that."""
+        if self.environment is None:
+            return []
+        found: dict[str, Open] = {}
+        for branch in dict.fromkeys(branches):
+            expression = self.environment.replace(branch.condition)
+            symbols = sorted(expression.free_symbols & self._may_be_one(), key=str)
+            if not symbols or not expression.free_symbols <= self.names.keys():
+                continue
+            text = self._show(expression)
+            if text not in found and not self._holds_at_one(expression, symbols):
+                parse(text)
+                found[text] = Open(text, tuple(self.names[symbol] for symbol in symbols), branch.source)
+        return list(found.values())
+
+    def _may_be_one(self) -> set[sympy.Symbol]:
+        assert self.environment is not None
+        return {symbol for symbol in self.names if self.environment.var_to_range[symbol].lower == _SMALLEST_TRACED}
+
+    def _holds_at_one(self, expression: Any, symbols: Sequence[sympy.Symbol]) -> bool:
+        """Whether a condition holds wherever some of these sizes are one, and the others the smallest or as traced."""
+        environment = self.environment
+        assert environment is not None
+        involved = [*symbols, *sorted(expression.free_symbols - set(symbols), key=str)]
+        guards = [environment.replace(guard.expr) for guard in environment.guards]
+        choices = [
+            {
+                *((1,) if symbol in symbols else ()),
+                int(environment.var_to_range[symbol].lower),
+                int(environment.backed_var_to_val[symbol]),
+            }
+            for symbol in involved
+        ]
+        for sizes in itertools.product(*choices):
+            values = dict(zip(involved, map(sympy.Integer, sizes), strict=True))
+            ruled_out = any(guard.xreplace(values) == sympy.false for guard in guards)
+            if 1 in sizes and not ruled_out and expression.xreplace(values) != sympy.true:
+                return False
+        return True
+
+    def _ranges(self, environment: ShapeEnv) -> list[str]:
+        texts = []
+        for symbol, place in self.names.items():
+            known = environment.var_to_range[symbol]
+            if known.lower > _SMALLEST_TRACED:
+                texts.append(f"{place} >= {int(known.lower)}")
+            if known.upper.is_Integer:
+                texts.append(f"{place} <= {int(known.upper)}")
+        return texts
+
+    def _guards(self, environment: ShapeEnv) -> list[str]:
+        """Branches taken. Those on numbers that only tensor values decide are not about the inputs' sizes."""
+        found = []
+        for guard in environment.guards:
+            expression = environment.replace(guard.expr)
+            if expression != sympy.true and expression.free_symbols <= self.names.keys():
+                found.append(self._show(expression))
+        return found
+
+    def _show(self, expression: Any) -> str:
         unknown = expression.free_symbols - self.names.keys()
         if unknown:
             raise TraceError(
@@ -108,29 +185,11 @@ class _Printer(PythonPrinter):
         super().__init__()
         self.names = names
 
+    def _print_Float(self, number: sympy.Float) -> str:  # noqa: N802 (the name is sympy's)
+        return repr(float(number))
+
     def _print_Symbol(self, symbol: sympy.Symbol) -> str:  # noqa: N802 (the name is sympy's)
         return self.names[symbol]
-
-
-def _ranges(environment: ShapeEnv, places: _Places) -> list[str]:
-    texts = []
-    for symbol, place in places.names.items():
-        known = environment.var_to_range[symbol]
-        if known.lower > _SMALLEST_TRACED:
-            texts.append(f"{place} >= {int(known.lower)}")
-        if known.upper.is_Integer:
-            texts.append(f"{place} <= {int(known.upper)}")
-    return texts
-
-
-def _guards(environment: ShapeEnv, places: _Places) -> list[str]:
-    """Branches taken. Those on numbers that only tensor values decide are not about the inputs' sizes."""
-    found = []
-    for guard in environment.guards:
-        expression = environment.replace(guard.expr)
-        if expression != sympy.true and expression.free_symbols <= places.names.keys():
-            found.append(places.show(expression))
-    return found
 
 
 def parse(text: str) -> Term:
@@ -148,6 +207,8 @@ def _term(node: ast.expr) -> Term:
         return node.value
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
         return "size", ast.unparse(node.value.value), ast.literal_eval(node.slice)
+    if isinstance(node, ast.Name):
+        return "input", node.id
     if isinstance(node, ast.BinOp):
         return _operation(node.op, node.left, node.right)
     if isinstance(node, ast.UnaryOp):
@@ -171,31 +232,41 @@ def _operation(kind: ast.AST, *terms: ast.expr) -> Term:
     return found
 
 
-def sizes_of(term: Term) -> Iterator[tuple[str, int]]:
-    """The sizes that a parsed condition reads: names of inputs, and their dimensions."""
+def sizes_of(term: Term) -> Iterator[tuple[str, int | None]]:
+    """The sizes that a parsed condition reads: names of inputs, and their dimensions; none for a number itself."""
     if isinstance(term, tuple) and term[0] == "size":
         yield term[1], term[2]
+    elif isinstance(term, tuple) and term[0] == "input":
+        yield term[1], None
     elif isinstance(term, tuple):
         for part in term[1:]:
             yield from sizes_of(part)
 
 
-def _value(term: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _value(term: Any, known: dict[str, Any]) -> Any:
     if not isinstance(term, tuple):
         return term
     if term[0] == "size":
-        return tensors[term[1]].shape[term[2]]
-    return _OPERATIONS[term[0]](*[_value(part, tensors) for part in term[1:]])
+        return known[term[1]].shape[term[2]]
+    if term[0] == "input":
+        return known[term[1]]
+    return _OPERATIONS[term[0]](*[_value(part, known) for part in term[1:]])
 
 
-def check_sizes(
-    texts: tuple[str, ...], terms: tuple[Term, ...], names: tuple[str, ...], *tensors: torch.Tensor
-) -> None:
+def holds(text: str, known: dict[str, Any]) -> bool:
+    """Whether a condition holds for inputs, given by name."""
+    return bool(_value(parse(text), known))
+
+
+def check_sizes(texts: tuple[str, ...], terms: tuple[Term, ...], names: tuple[str, ...], *inputs: Any) -> None:
     """Raises `InputShapeError` where a condition does not hold for the inputs, given with their names."""
-    known = dict(zip(names, tensors, strict=True))
+    known = dict(zip(names, inputs, strict=True))
     for text, term in zip(texts, terms, strict=True):
         if not _value(term, known):
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in known.items())
+            shapes = ", ".join(
+                f"{name} {tuple(given.shape) if isinstance(given, torch.Tensor) else given}"
+                for name, given in known.items()
+            )
             raise InputShapeError(
                 f"the model was compiled on a path that needs {text}, and the inputs are {shapes}; "
                 "compile it with example_inputs of these sizes"

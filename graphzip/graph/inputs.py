@@ -19,6 +19,7 @@ __all__ = [
     "check_input",
     "concrete_shape",
     "fake_input",
+    "has_batch_of_one",
     "hint",
     "input_specs",
     "with_batch_of_two",
@@ -37,21 +38,31 @@ class InputSpec:
     dtype: torch.dtype | None
 
 
-def with_batch_of_two(inputs: Any) -> Any:
+def has_batch_of_one(inputs: Any) -> bool:
+    """Whether the batch, the first dimension of the first tensor that has one, is of one row."""
+    tensors = _with_dimensions(inputs)
+    return bool(tensors) and tensors[0].shape[0] == 1
+
+
+def with_batch_of_two(inputs: Any, *, only_first: bool = False) -> Any:
     """Repeat a batch of one: `torch.export` would bake it into the graph as a constant.
 
-    The batch is the first dimension of the first tensor. The inputs themselves where there is nothing to repeat.
+    With `only_first` other tensors that begin with a one keep it. The inputs themselves where there is nothing to
+    repeat.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if not tensors or tensors[0].shape[0] != 1:
+    if not has_batch_of_one(inputs):
         return inputs
+    first = _with_dimensions(inputs)[0]
 
     def repeat(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == 1:
-            return torch.cat([leaf, leaf])
-        return leaf
+        batched = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == 1
+        return torch.cat([leaf, leaf]) if batched and (leaf is first or not only_first) else leaf
 
     return pytree.tree_map(repeat, inputs)
+
+
+def _with_dimensions(inputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
 
 
 def concrete_shape(value: Any) -> tuple[int, ...]:

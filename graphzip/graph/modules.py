@@ -61,8 +61,14 @@ def _check_inputs(module: fx.GraphModule, traced: Traced) -> None:
     }
     if traced.conditions:
         terms = tuple(parse(text) for text in traced.conditions)
+        numbers = {
+            spec.name: node
+            for node, spec in zip(placeholders, traced.inputs, strict=True)
+            if spec.dtype is None and node.users
+        }
+        asked = tensors | numbers
         with graph.inserting_after(placeholders[-1]):
-            graph.call_function(check_sizes, (traced.conditions, terms, tuple(tensors), *tensors.values()))
+            graph.call_function(check_sizes, (traced.conditions, terms, tuple(asked), *asked.values()))
     for node, spec, leaf in zip(reversed(placeholders), reversed(traced.inputs), reversed(leaves), strict=True):
         with graph.inserting_after(placeholders[-1]):
             if spec.dtype is None:

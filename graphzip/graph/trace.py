@@ -8,43 +8,33 @@ The user's model is never touched: a structural copy that shares its tensors is 
 from __future__ import annotations
 
 import copy
-import io
 import logging
-import sys
-import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensor
-from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.asked import asked
-from graphzip.graph.blocks import open_blocks
-from graphzip.graph.clean import clean
-from graphzip.graph.conditions import conditions_of
 from graphzip.graph.copies import flags_kept, in_mode
-from graphzip.graph.inputs import InputSpec, input_specs, with_batch_of_two
+from graphzip.graph.flat import Flat, flatten
+from graphzip.graph.inputs import InputSpec, input_specs
 from graphzip.graph.modes import lost_in_training, mark_cumulative, module_types, settle_modes, unread
+from graphzip.graph.one import settle
 from graphzip.graph.other_forms import OtherForms
+from graphzip.graph.program import Call, export_program, run_model, separate, where
 from graphzip.graph.randomness import random_notes
 from graphzip.graph.source import first_line
 from graphzip.graph.state import (
     Aliases,
     attach,
     drop_unread,
-    find_aliases,
     graph_module,
     is_persistent,
     named_state,
-    rebuild_state,
     share_tree,
 )
 from graphzip.graph.tasks import Task
@@ -52,8 +42,6 @@ from graphzip.graph.tasks import Task
 __all__ = ["Traced", "trace"]
 
 logger = logging.getLogger(__name__)
-
-_TORCH_HOME = f"{Path(torch.__file__).parent}/"
 
 
 @dataclass
@@ -166,47 +154,6 @@ def _fake_memo(module: fx.GraphModule) -> dict[int, Any]:
     return {id(value): value for value in values}
 
 
-@contextmanager
-def _tracing_mode() -> Iterator[None]:
-    """The fused attention fast path may not hide the graph, and the caller's grad mode may not shape it."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-_CHATTY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off the terminal what torch prints where an export fails: half a graph, and the traceback of an operator.
-
-    And what it says of every recurrent layer, which looks after its list of weights by itself.
-
-    The error that is raised says what matters. What a model itself prints comes out after a successful export.
-    """
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    silent = [chatty.disabled for chatty in loggers]
-    spill = io.StringIO()
-    try:
-        for chatty in loggers:
-            chatty.disabled = True
-        with redirect_stderr(spill), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r".*_flat_weights.* were assigned during export")
-            yield
-        sys.stderr.write(spill.getvalue())
-    except Exception:
-        logger.debug("%s", spill.getvalue())
-        raise
-    finally:
-        for chatty, was in zip(loggers, silent, strict=True):
-            chatty.disabled = was
-
-
 def trace(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
@@ -238,26 +185,20 @@ def trace(
         )
     with torch.inference_mode(False), flags_kept(model):
         skeleton = _skeleton(model)
-        given: Call = (_separate(example_inputs), {})
+        given: Call = (separate(example_inputs), {})
         if scope:
             skeleton, given = _enter_scope(model, skeleton, scope, given[0])
         _check_names(skeleton)
         mark_cumulative(skeleton)
         with asked() as questions:
-            program, call = _program(skeleton, given, dynamic_shapes)
+            program = export_program(skeleton, given, dynamic_shapes)
         other = OtherForms(
-            skeleton, questions, lambda twin: _export(twin, call, dynamic_shapes), lambda twin: _run(twin, call)
+            skeleton, questions, lambda twin: flat.program.again(twin), lambda twin: run_model(twin, flat.program.call)
         )
-        return _to_traced(program, skeleton, call, scope or "", other, compare=compare)
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments."""
-
-
-def _separate(inputs: Any) -> Any:
-    """Tensors of their own: `torch.export` takes one tensor passed twice for one input."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
+        form_of = other.eval_form if compare else None
+        with asked():
+            flat = settle(skeleton, given, flatten(program, skeleton, form_of), form_of)
+        return _to_traced(flat, skeleton, scope or "", other)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -268,102 +209,6 @@ def _skeleton(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
             "it is. Make copy.deepcopy(model) work first (a non-leaf tensor kept as an attribute is the usual cause)"
         ) from error
-
-
-def _batch_is_dynamic(call: Call) -> ShapesCollection:
-    """The first dimension of every tensor that has the batch there is dynamic."""
-    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in tensors:
-        if tensor.shape[0] == tensors[0].shape[0]:
-            shapes[tensor] = {0: Dim.AUTO}
-    return shapes
-
-
-def _program(skeleton: nn.Module, given: Call, dynamic_shapes: Any | None) -> tuple[ExportedProgram, Call]:
-    """The exported program and the arguments it was made with: with a batch of at least two, where the model takes one.
-
-    Inputs that the model itself refuses are told from a model that runs but does not trace.
-    """
-    call: Call = with_batch_of_two(given)
-    try:
-        return _export(skeleton, call, dynamic_shapes), call
-    except Exception as error:
-        _check_accepts(skeleton, given)
-        if call is given or _accepts(skeleton, call):
-            raise _untraceable(skeleton, error) from error
-    name = type(skeleton).__name__
-    logger.warning("%s takes a batch of one and no other; the result takes a batch of one, too", name)
-    try:
-        return _export(skeleton, given, {}), given
-    except Exception as error:
-        raise _untraceable(skeleton, error) from error
-
-
-def _export(skeleton: nn.Module, call: Call, shapes: Any | None) -> ExportedProgram:
-    shapes = shapes if shapes is not None else _batch_is_dynamic(call)
-    with _tracing_mode(), _quiet():
-        return export(skeleton, *call, dynamic_shapes=shapes or None, strict=False)
-
-
-def _accepts(skeleton: nn.Module, call: Call) -> bool:
-    try:
-        _run(skeleton, call)
-    except Exception:
-        return False
-    return True
-
-
-def _run(skeleton: nn.Module, call: Call) -> Any:
-    with torch.no_grad():
-        return copy.deepcopy(skeleton)(*_separate(call[0]), **_separate(call[1]))
-
-
-def _check_accepts(skeleton: nn.Module, call: Call) -> None:
-    try:
-        _run(skeleton, call)
-    except Exception as error:
-        shapes = ", ".join(_describe(arg) for arg in (*call[0], *call[1].values()))
-        raise ExampleInputError(
-            f"{type(skeleton).__name__} itself fails on the example inputs ({shapes}): "
-            f"{first_line(error)}{_where(error)}; pass example_inputs that model(*example_inputs) accepts"
-        ) from error
-
-
-def _untraceable(skeleton: nn.Module, error: Exception) -> TraceError:
-    text = first_line(error)
-    advice = (
-        "make the control flow there independent of tensor values (or compile only the part that traces: "
-        "scope='name.of.submodule')"
-    )
-    if "dynamic_shapes" in text or "Constraints violated" in text:
-        advice = "give dynamic_shapes that the model allows (torch.export.export describes them)"
-    elif "register" in text:
-        advice = "pass and return tensors, numbers, tuples, lists and dicts, or register the type"
-    elif "nference" in text:
-        advice = "use torch.no_grad() instead of torch.inference_mode() inside the model"
-    return TraceError(
-        f"{type(skeleton).__name__} runs but torch.export cannot trace it: {text}{_where(error)}; {advice}"
-    )
-
-
-def _where(error: BaseException) -> str:
-    """` at file:line in function`, the innermost frame that is not torch's own."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_TORCH_HOME) and frame.filename != __file__ and frame.filename[:1] != "<"
-    ]
-    if not frames:
-        return ""
-    frame = frames[-1]
-    return f" (at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line})"
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return type(value).__name__
 
 
 def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[Any, ...]) -> tuple[nn.Module, Call]:
@@ -380,7 +225,7 @@ def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[
 
     def remember(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if not seen:
-            seen.append((_separate(inputs), _separate(keywords)))
+            seen.append((separate(inputs), separate(keywords)))
 
     runner.get_submodule(scope).register_forward_pre_hook(remember, with_kwargs=True)
     try:
@@ -388,7 +233,7 @@ def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[
             runner(*args)
     except Exception as error:
         raise ExampleInputError(
-            f"{type(model).__name__} fails on the example inputs: {first_line(error)}{_where(error)}"
+            f"{type(model).__name__} fails on the example inputs: {first_line(error)}{where(error)}"
         ) from error
     if not seen:
         raise TraceError(
@@ -397,43 +242,39 @@ def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[
     return inner, seen[0]
 
 
-def _to_traced(
-    program: ExportedProgram, source: nn.Module, call: Call, scope: str, other: OtherForms, *, compare: bool
-) -> Traced:
-    unlifted = program.module(check_guards=False)
-    assert isinstance(unlifted, fx.GraphModule)
-    conditions = conditions_of(unlifted.graph)
-    notes = open_blocks(unlifted)
-    evaluated = other.eval_form(unlifted) if compare else None
-    aliases = find_aliases(source)
-    graph = unlifted.graph
-    root = rebuild_state(source, unlifted, aliases)
-    module = graph_module(root, graph, type(source).__name__, compiled=False)
-    clean(module, aliases)
+def _to_traced(flat: Flat, source: nn.Module, scope: str, other: OtherForms) -> Traced:
+    module, call = flat.module, flat.program.call
     types = module_types(source)
-    settle_modes(module, source, types, aliases, lambda: other.training().graph)
+    settle_modes(module, source, types, flat.aliases, lambda: other.training().graph)
     module.recompile()
     drop_unread(module, module.graph)
     _mark_constants(module, source)
-    lost = unread(source, module.graph, aliases) | lost_in_training(source)
-    notes += other.draws()
-    if evaluated is not None:
-        notes += other.notes(evaluated, tuple(lost))
+    lost = unread(source, module.graph, flat.aliases) | lost_in_training(source)
+    notes = [*flat.notes, *_needs(flat.conditions), *other.draws()]
+    if flat.form is not None:
+        notes += other.notes(flat.form, tuple(lost))
     specs = input_specs(module.graph)
-    if not any(None in spec.shape for spec in specs):
+    batch_dynamic = any(None in spec.shape for spec in specs)
+    if not batch_dynamic:
         logger.warning("%s fixes its batch size to that of the example inputs", type(source).__name__)
     return Traced(
         module=module,
         inputs=specs,
         example_inputs=call[0],
         example_kwargs=call[1],
-        aliases=aliases,
+        aliases=flat.aliases,
         module_types=types,
         scope=scope,
         notes=(*lost.values(), *random_notes(module.graph), *notes),
-        batch_dynamic=any(None in spec.shape for spec in specs),
-        conditions=conditions,
+        batch_dynamic=batch_dynamic,
+        conditions=flat.conditions,
     )
+
+
+def _needs(conditions: tuple[str, ...]) -> tuple[str, ...]:
+    if not conditions:
+        return ()
+    return (f"inputs must have {', '.join(conditions)}, as the path does that was traced; others are refused",)
 
 
 def _mark_constants(module: fx.GraphModule, source: nn.Module) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.squeezes import squeezed_dims
 from graphzip.labels import IntArray, support
 from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, split_axes
 from graphzip.ops.site import Site
@@ -110,6 +111,16 @@ def unsqueeze(site: Site) -> Result:
 def squeeze(site: Site) -> Result:
     source, after = site.args["self"], site.shape()
     return moved(site, site.axes(source), lambda array: reshape_axis(array, site.shape(source), after))
+
+
+def patch_squeeze(patch: Patch) -> None:
+    """A dimension that shrinks to one stays where it is; an open size may be one and goes as before."""
+    source = patch.args["self"]
+    shape = source.meta["val"].shape
+    dims = squeezed_dims(patch.node)
+    left = [dim for dim in dims if isinstance(shape[dim], torch.SymInt) or shape[dim] == 1]
+    if any(patch.size(source, dim) == 1 for dim in dims if dim not in left):
+        patch.replace(aten.squeeze.dims, (source, left))
 
 
 def expand(site: Site) -> Result:
@@ -563,7 +574,7 @@ SPECS = (
     ),
     OpSpec((aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist), movedim),
     OpSpec((aten.unsqueeze.default,), unsqueeze),
-    OpSpec((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze),
+    OpSpec((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze, patch=patch_squeeze),
     OpSpec((aten.expand.default,), expand, patch=patch_sizes("size")),
     OpSpec((aten.expand_as.default,), expand),
     OpSpec((aten.select.int,), select),

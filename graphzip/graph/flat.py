@@ -1,0 +1,65 @@
+"""An exported program as one flat, clean graph, with what must hold between the sizes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from graphzip.graph.blocks import open_blocks
+from graphzip.graph.clean import clean
+from graphzip.graph.conditions import Open, Sizes
+from graphzip.graph.forms import Form
+from graphzip.graph.program import Program
+from graphzip.graph.squeezes import squeezed
+from graphzip.graph.state import Aliases, find_aliases, graph_module, rebuild_state
+
+__all__ = ["Flat", "FormOf", "flatten"]
+
+
+@dataclass
+class Flat:
+    """The graph in a module with the tensors of the model; it still has to be compiled.
+
+    `conditions` hold of all inputs for which the graph is the model; at those of one row, `open` comparisons are to be
+    looked into. `notes` are sentences for the report, `form` is what `flatten` was told to keep of the raw graph.
+    """
+
+    program: Program
+    module: fx.GraphModule
+    aliases: Aliases
+    sizes: Sizes
+    conditions: tuple[str, ...]
+    open: list[Open]
+    notes: tuple[str, ...]
+    form: Form | None
+
+
+FormOf = Callable[[fx.GraphModule], Form | None]
+
+
+def flatten(program: Program, source: nn.Module, form_of: FormOf | None = None) -> Flat:
+    """Open the blocks of an exported `source` and clean its graph. Raises `TraceError` for what cannot be opened."""
+    unlifted = program.unlifted()
+    sizes = Sizes(unlifted.graph)
+    conditions = sizes.conditions()
+    notes = open_blocks(unlifted)
+    form = form_of(unlifted) if form_of is not None else None
+    aliases = find_aliases(source)
+    root = rebuild_state(source, unlifted, aliases)
+    module = graph_module(root, unlifted.graph, type(source).__name__, compiled=False)
+    clean(module, aliases)
+    found = sizes.open([*program.watch.branches, *(branch for node in module.graph.nodes for branch in squeezed(node))])
+    told = (*program.notes, *_fixed(program, sizes), *notes)
+    return Flat(program, module, aliases, sizes, conditions, found, told, form)
+
+
+def _fixed(program: Program, sizes: Sizes) -> Iterator[str]:
+    """One sentence on sizes that were to be open and that the model makes a number of."""
+    known = {place: (size, program.watch.fixed.get(symbol)) for place, (size, symbol) in sizes.fixed.items()}
+    if known:
+        listed = ", ".join(f"{place} = {size}" for place, (size, _) in known.items())
+        lines = list(dict.fromkeys(line for _, line in known.values() if line))
+        why = f" ({', '.join(lines)} needs it as a number)" if lines else ""
+        yield f"fixed as in the example{why}: {listed}; other sizes are refused"

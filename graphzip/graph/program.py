@@ -1,0 +1,241 @@
+"""Run `torch.export` on a model: with an open batch where the model allows one, and with words for what fails."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
+from torch.utils import _pytree as pytree
+
+from graphzip.errors import ExampleInputError, TraceError
+from graphzip.graph.branches import Watch, watched
+from graphzip.graph.inputs import has_batch_of_one, with_batch_of_two
+from graphzip.graph.source import first_line
+
+__all__ = [
+    "TRACED_AS_TWO",
+    "Call",
+    "Program",
+    "export_program",
+    "run_export",
+    "run_model",
+    "separate",
+    "untraceable",
+    "where",
+]
+
+logger = logging.getLogger(__name__)
+
+_TORCH_HOME = f"{Path(torch.__file__).parent}/"
+_OWN_HOME = f"{Path(__file__).parent}/"
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+TRACED_AS_TWO = "the example has a batch of one; it was traced with two rows, and the result takes one row and more"
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported model, the arguments and shapes it was exported with, what it asked of sizes, and notes to report."""
+
+    exported: ExportedProgram
+    call: Call
+    shapes: Any
+    watch: Watch
+    notes: tuple[str, ...] = ()
+
+    def again(self, model: nn.Module) -> ExportedProgram:
+        """Another form of the model, exported in the same way. Raises what `torch.export` raises."""
+        return run_export(model, self.call, self.shapes).exported
+
+    def unlifted(self) -> fx.GraphModule:
+        module = self.exported.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        return module
+
+
+def separate(inputs: Any) -> Any:
+    """Tensors of their own: `torch.export` takes one tensor passed twice for one input."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
+
+
+def export_program(skeleton: nn.Module, given: Call, dynamic_shapes: Any | None) -> Program:
+    """Export with a batch of at least two, where the model takes one, and with an open one, where it traces so.
+
+    Inputs that the model itself refuses are told from a model that runs but does not trace.
+    """
+    call: Call = with_batch_of_two(given)
+    try:
+        found = run_export(skeleton, call, dynamic_shapes)
+    except Exception as error:
+        return _second_choice(skeleton, given, call, dynamic_shapes, error)
+    return found if call is given else _noted(found, TRACED_AS_TWO)
+
+
+def _second_choice(
+    skeleton: nn.Module, given: Call, call: Call, dynamic_shapes: Any | None, error: Exception
+) -> Program:
+    """Another form of the example, for a model that does not trace in the usual one."""
+    _check_accepts(skeleton, given)
+    name = type(skeleton).__name__
+    choices: list[tuple[Call, Any, str]] = []
+    if has_batch_of_one(given):
+        taken = _accepts(skeleton, call)
+        if not taken:
+            choices.append((with_batch_of_two(given, only_first=True), dynamic_shapes, TRACED_AS_TWO))
+        why = f"it cannot be traced with two: {first_line(error)}" if taken else "the model takes no batch but one"
+        note = f"the batch is fixed at one, as in the example ({why}); the result takes a batch of one and no other"
+        choices.append((given, dynamic_shapes or {}, note))
+    elif dynamic_shapes is None:
+        note = f"all sizes are fixed, the batch too, to those of the example: with an open batch, {first_line(error)}"
+        choices.append((given, {}, f"{note}{where(error)}"))
+    for inputs, shapes, note in choices:
+        try:
+            found = run_export(skeleton, _fresh(inputs), shapes)
+        except Exception:  # the first failure is the one to tell
+            continue
+        logger.warning("%s: %s", name, note)
+        return _noted(found, note)
+    raise untraceable(skeleton, error) from error
+
+
+def _fresh(call: Call) -> Call:
+    """Copies without the marks that `torch.export` leaves on the tensors where it fails."""
+    return separate(call[0]), separate(call[1])
+
+
+def _noted(program: Program, note: str) -> Program:
+    return replace(program, notes=(*program.notes, note))
+
+
+def run_export(skeleton: nn.Module, call: Call, shapes: Any | None) -> Program:
+    """`torch.export` with dimensions as `shapes` says, by default with an open batch. Raises what it raises."""
+    shapes = shapes if shapes is not None else _batch_is_dynamic(call)
+    with _tracing_mode(), _quiet(), watched() as watch:
+        exported = export(skeleton, *call, dynamic_shapes=shapes or None, strict=False)
+    return Program(exported, call, shapes, watch)
+
+
+def _batch_is_dynamic(call: Call) -> ShapesCollection:
+    """The first dimension of every tensor that has the batch there is dynamic."""
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in tensors:
+        if tensor.shape[0] == tensors[0].shape[0]:
+            shapes[tensor] = {0: Dim.AUTO}
+    return shapes
+
+
+@contextmanager
+def _tracing_mode() -> Iterator[None]:
+    """The fused attention fast path may not hide the graph, and the caller's grad mode may not shape it."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+_CHATTY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the terminal what torch prints where an export fails: half a graph, and the traceback of an operator.
+
+    And what it says of every recurrent layer, which looks after its list of weights by itself.
+
+    The error that is raised says what matters. What a model itself prints comes out after a successful export.
+    """
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    silent = [chatty.disabled for chatty in loggers]
+    spill = io.StringIO()
+    try:
+        for chatty in loggers:
+            chatty.disabled = True
+        with redirect_stderr(spill), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*_flat_weights.* were assigned during export")
+            yield
+        sys.stderr.write(spill.getvalue())
+    except Exception:
+        logger.debug("%s", spill.getvalue())
+        raise
+    finally:
+        for chatty, was in zip(loggers, silent, strict=True):
+            chatty.disabled = was
+
+
+def _accepts(skeleton: nn.Module, call: Call) -> bool:
+    try:
+        run_model(skeleton, call)
+    except Exception:
+        return False
+    return True
+
+
+def run_model(skeleton: nn.Module, call: Call) -> Any:
+    """What a copy of the model returns."""
+    with torch.no_grad():
+        return copy.deepcopy(skeleton)(*separate(call[0]), **separate(call[1]))
+
+
+def _check_accepts(skeleton: nn.Module, call: Call) -> None:
+    try:
+        run_model(skeleton, call)
+    except Exception as error:
+        shapes = ", ".join(_describe(arg) for arg in (*call[0], *call[1].values()))
+        raise ExampleInputError(
+            f"{type(skeleton).__name__} itself fails on the example inputs ({shapes}): "
+            f"{first_line(error)}{where(error)}; pass example_inputs that model(*example_inputs) accepts"
+        ) from error
+
+
+def untraceable(skeleton: nn.Module, error: Exception) -> TraceError:
+    text = first_line(error)
+    advice = (
+        "make the control flow there independent of tensor values (or compile only the part that traces: "
+        "scope='name.of.submodule')"
+    )
+    if "dynamic_shapes" in text or "Constraints violated" in text:
+        advice = "give dynamic_shapes that the model allows (torch.export.export describes them)"
+    elif "register" in text:
+        advice = "pass and return tensors, numbers, tuples, lists and dicts, or register the type"
+    elif "nference" in text:
+        advice = "use torch.no_grad() instead of torch.inference_mode() inside the model"
+    return TraceError(
+        f"{type(skeleton).__name__} runs but torch.export cannot trace it: {text}{where(error)}; {advice}"
+    )
+
+
+def where(error: BaseException) -> str:
+    """` at file:line in function`, the innermost frame that is not torch's own."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH_HOME, _OWN_HOME, "<"))
+    ]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f" (at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line})"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
