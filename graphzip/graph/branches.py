@@ -101,7 +101,7 @@ def _asked_by(frame: FrameType | None) -> str:
     file = frame.f_code.co_filename
     if file.startswith(_TORCH_HOME) and not file.startswith(_MODEL_CODE):
         return ""
-    return _line(frame)
+    return _innermost(frame) or _line(frame)
 
 
 def _innermost(frame: FrameType | None) -> str:

@@ -23,7 +23,8 @@ class Flat:
     """The graph in a module with the tensors of the model; it still has to be compiled.
 
     `conditions` hold of all inputs for which the graph is the model; at those of one row, `open` comparisons are to be
-    looked into. `notes` are sentences for the report, `form` is what `flatten` was told to keep of the raw graph.
+    looked into. `asked_at` are lines of the model that ask for conditions. `notes` are sentences for the report, `form`
+    is what `flatten` was told to keep of the raw graph.
     """
 
     program: Program
@@ -32,8 +33,19 @@ class Flat:
     sizes: Sizes
     conditions: tuple[str, ...]
     open: list[Open]
+    asked_at: dict[str, str]
     notes: tuple[str, ...]
     form: Form | None
+
+    def all_notes(self) -> tuple[str, ...]:
+        """The notes, with one on the conditions."""
+        if not self.conditions:
+            return self.notes
+        lines = [f"{text} ({line})" if (line := self.asked_at.get(text)) else text for text in self.conditions]
+        return (
+            *self.notes,
+            f"inputs must have {', '.join(lines)}: the path that was traced needs it; others are refused",
+        )
 
 
 FormOf = Callable[[fx.GraphModule], Form | None]
@@ -52,7 +64,7 @@ def flatten(program: Program, source: nn.Module, form_of: FormOf | None = None) 
     clean(module, aliases)
     found = sizes.open([*program.watch.branches, *(branch for node in module.graph.nodes for branch in squeezed(node))])
     told = (*program.notes, *_fixed(program, sizes), *notes)
-    return Flat(program, module, aliases, sizes, conditions, found, told, form)
+    return Flat(program, module, aliases, sizes, conditions, found, {}, told, form)
 
 
 def _fixed(program: Program, sizes: Sizes) -> Iterator[str]:

@@ -64,9 +64,8 @@ def _with_conditions(flat: Flat, kept: list[Open]) -> Flat:
         if asked and all(found and found[0].text in texts for found in asked):
             node.meta["never_one"] = True
     conditions = tuple(dict.fromkeys([*flat.conditions, *(each.text for each in kept)]))
-    notes = [f"where not {each.text}, the model takes another path ({each.source})" for each in kept if each.source]
-    told = [note for note in flat.notes if note != TRACED_AS_TWO]
-    return replace(flat, conditions=conditions, notes=(*told, *dict.fromkeys(notes)))
+    notes = tuple(note for note in flat.notes if note != TRACED_AS_TWO)
+    return replace(flat, conditions=conditions, asked_at={each.text: each.source for each in kept}, notes=notes)
 
 
 def _tensors(call: Any) -> list[torch.Tensor]:

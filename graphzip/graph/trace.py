@@ -250,7 +250,7 @@ def _to_traced(flat: Flat, source: nn.Module, scope: str, other: OtherForms) -> 
     drop_unread(module, module.graph)
     _mark_constants(module, source)
     lost = unread(source, module.graph, flat.aliases) | lost_in_training(source)
-    notes = [*flat.notes, *_needs(flat.conditions), *other.draws()]
+    notes = [*flat.all_notes(), *other.draws()]
     if flat.form is not None:
         notes += other.notes(flat.form, tuple(lost))
     specs = input_specs(module.graph)
@@ -269,12 +269,6 @@ def _to_traced(flat: Flat, source: nn.Module, scope: str, other: OtherForms) -> 
         batch_dynamic=batch_dynamic,
         conditions=flat.conditions,
     )
-
-
-def _needs(conditions: tuple[str, ...]) -> tuple[str, ...]:
-    if not conditions:
-        return ()
-    return (f"inputs must have {', '.join(conditions)}, as the path does that was traced; others are refused",)
 
 
 def _mark_constants(module: fx.GraphModule, source: nn.Module) -> None:
