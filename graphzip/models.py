@@ -242,9 +242,9 @@ def load_calibration(path: str | Path, batch: int = 64) -> list[tuple[Tensor, ..
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = [torch.from_numpy(data[name]) for name in data.files]
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # a damaged archive fails in many ways
         raise ExampleInputError(
-            f"{path} cannot be read as calibration data ({error}); write it with numpy.savez(path, x=images)"
+            f"{path} cannot be read as calibration data ({_cause(error)}); write it with numpy.savez(path, x=images)"
         ) from error
     counts = {len(array) if array.dim() else 0 for array in arrays}
     if len(counts) != 1 or 0 in counts:

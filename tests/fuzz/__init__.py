@@ -1,0 +1,1 @@
+"""Random models, random plans, and what must hold of them."""
