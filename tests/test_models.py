@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError
-from graphzip.models import InputShape, find_model, load_model, make_inputs, parse_shape
+from graphzip.models import InputShape, find_model, load_calibration, load_model, make_inputs, parse_shape
 
 NETWORK = """
 import torch
@@ -268,3 +269,14 @@ def test_inputs_are_reproducible() -> None:
     assert first.dtype == torch.float32
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("damage", [slice(-40, None), slice(0, 4), slice(60, 90)], ids=["directory", "head", "values"])
+def test_damaged_calibration_data(tmp_path: Path, damage: slice) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.zeros((8, 6), np.float32))
+    data = bytearray(path.read_bytes())
+    data[damage] = bytes(len(data[damage]))
+    path.write_bytes(data)
+    with pytest.raises(ExampleInputError, match="cannot be read as calibration data"):
+        load_calibration(path)

@@ -225,6 +225,7 @@ def report(found: Run) -> int:
     for text, count in _reasons(rows).most_common(12):
         print(f"  {count:5}  {text}")
     print(f"channels merged or dropped: {sum(row.get('merged', 0) for row in rows)}; files: {_count(rows, 'onnx')}")
+    print(f"  of which PyTorch's exporter cannot write {_count(rows, 'unwritten')}: an operator has no ONNX function")
     seconds = sum(row["seconds"] for row in rows)
     print(f"time: {seconds / 60:.1f} core-minutes, {time.monotonic() - found.started:.0f} s on the clock")
     _coverage(rows)

@@ -53,6 +53,7 @@ class Outcome:
     merged: int = 0
     seconds: float = 0.0
     onnx: bool = False
+    unwritten: bool = False
     targets: list[str] = field(default_factory=list)
 
     @property
@@ -116,7 +117,7 @@ def _check(case: Case, outcome: Outcome) -> None:
             else:
                 context = Context(case.program, case.seed, onnx=case.onnx)
                 JOBS[case.job][0](context)
-                outcome.merged = context.merged
+                outcome.merged, outcome.unwritten = context.merged, context.unwritten
         except NotApplicable as reason:
             outcome.status, outcome.detail = "idle", str(reason)
         except Problem as problem:

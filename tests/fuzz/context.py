@@ -7,7 +7,7 @@ import copy
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Context:
     onnx: bool = False
     stage: str = "build"
     merged: int = 0
-    refusals: list[str] = field(default_factory=list)
+    unwritten: bool = False
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.seed}")

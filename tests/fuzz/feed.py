@@ -15,7 +15,8 @@ from torch import nn
 
 import graphzip as gz
 from fuzz.compare import Problem
-from graphzip.models import find_model, load_calibration, load_weights, make_inputs, parse_shape
+from graphzip.models import find_model, load_calibration, make_inputs, parse_shape
+from graphzip.weights import load_weights
 
 __all__ = ["feed"]
 

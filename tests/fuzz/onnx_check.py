@@ -36,7 +36,13 @@ def exports(c: Context, original: nn.Module | None, remake: Callable[[Float], gz
         compiled = remake(_float)
         c.stage = "export"
         path = Path(folder) / "model.onnx"
-        report = compiled.export(path)
+        try:
+            report = compiled.export(path)
+        except gz.ExportError as error:
+            if "No ONNX function found" not in str(error):
+                raise
+            c.unwritten = True
+            return
         c.stage = "onnx"
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
