@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.branches import Watch, watched
 from graphzip.graph.inputs import has_batch_of_one, with_batch_of_two
+from graphzip.graph.owners import name_owners
 from graphzip.graph.source import first_line
 
 __all__ = [
@@ -126,6 +127,7 @@ def run_export(skeleton: nn.Module, call: Call, shapes: Any | None) -> Program:
     shapes = shapes if shapes is not None else _batch_is_dynamic(call)
     with _tracing_mode(), _quiet(), watched() as watch:
         exported = export(skeleton, *call, dynamic_shapes=shapes or None, strict=False)
+    name_owners(exported.graph_module, skeleton)
     return Program(exported, call, shapes, watch)
 
 
