@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Hashes", "IntArray", "LabelSpace", "Solution", "collapse", "mix", "ranks", "support"]
+__all__ = ["Hashes", "IntArray", "LabelSpace", "Solution", "collapse", "components", "mix", "ranks", "support"]
 
 IntArray = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -135,7 +135,7 @@ class LabelSpace:
         """
         edges = list(self._equal) + (self._contain if coarse else self._shared + self._lined_up)
         while True:
-            classes = self._components(edges)
+            classes = components(self.size, edges)
             joined = [_single(classes, outer, inner) for outer, inner in self._contain]
             new = [pair for pair in joined if not np.array_equal(classes[pair[0]], classes[pair[1]])]
             if not new:
@@ -155,13 +155,15 @@ class LabelSpace:
                 containers.append((classes[outer[open_]], classes[inner[open_]], outer[open_]))
         return Solution(classes, pins, containers)
 
-    def _components(self, edges: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
-        left = np.concatenate([edge[0] for edge in edges]) if edges else np.empty(0, np.int64)
-        right = np.concatenate([edge[1] for edge in edges]) if edges else np.empty(0, np.int64)
-        graph = coo_array((np.ones(left.size, dtype=bool), (left, right)), shape=(self.size, self.size))
-        _, components = connected_components(graph, directed=False)
-        classes: IntArray = components.astype(np.int64)
-        return classes
+
+def components(count: int, edges: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
+    """The number of the connected component of each of `count` labels; edges are pairs of labels, end by end."""
+    left = np.concatenate([edge[0] for edge in edges]) if edges else np.empty(0, np.int64)
+    right = np.concatenate([edge[1] for edge in edges]) if edges else np.empty(0, np.int64)
+    graph = coo_array((np.ones(left.size, dtype=bool), (left, right)), shape=(count, count))
+    _, found = connected_components(graph, directed=False)
+    numbers: IntArray = found.astype(np.int64)
+    return numbers
 
 
 def _single(classes: IntArray, outer: IntArray, inner: IntArray) -> tuple[IntArray, IntArray]:

@@ -8,6 +8,7 @@ exchanged, occurrence by occurrence in order of rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import fx
 
 from graphzip.analysis.blocks import Rectangles, find_blocks
 from graphzip.analysis.propagate import Propagation, propagate
-from graphzip.labels import Hashes, IntArray, LabelSpace, Solution, mix, ranks, support
+from graphzip.labels import Hashes, IntArray, LabelSpace, Solution, components, mix, ranks, support
 
 __all__ = ["CONSUMER", "POINTWISE", "PRODUCER", "Analysis", "Level", "analyse"]
 
@@ -66,7 +67,6 @@ def analyse(graph: fx.Graph) -> Analysis:
     """Find the channels of a graph and what couples them."""
     space = LabelSpace()
     propagation = propagate(graph, space)
-    roles = _roles(space, propagation)
     solution = space.solve()
     rectangles = Rectangles(propagation, solution)
     while interleaved := rectangles.interleaved():
@@ -76,10 +76,10 @@ def analyse(graph: fx.Graph) -> Analysis:
         rectangles = Rectangles(propagation, solution)
     fine = _level(propagation, solution, rectangles)
     if not fine.solution.containers:
-        return Analysis(propagation, roles, fine, None)
+        return Analysis(propagation, _roles(propagation, fine), fine, None)
     whole = space.solve(coarse=True)
     coarse = _level(propagation, whole, Rectangles(propagation, whole))
-    return Analysis(propagation, roles, fine, coarse)
+    return Analysis(propagation, _roles(propagation, fine, coarse), fine, coarse)
 
 
 def _level(propagation: Propagation, solution: Solution, rectangles: Rectangles) -> Level:
@@ -88,20 +88,51 @@ def _level(propagation: Propagation, solution: Solution, rectangles: Rectangles)
     return Level(solution, signature, block, conflicts)
 
 
-def _roles(space: LabelSpace, propagation: Propagation) -> NDArray[np.int8]:
-    roles = np.zeros(space.size, dtype=np.int8)
-    for bit, found in (
+def _roles(propagation: Propagation, *levels: Level) -> NDArray[np.int8]:
+    """What every label of a parameter does at the places where it is used, found back through all that joins them.
+
+    Slices are added up only where that is right at every place at once: what is summed over with them must be summable
+    too, or never merged, and none of it may be used in another way. Else merged channels keep one slice.
+    """
+    unit = _used_alike(propagation, levels[0].classes.size)
+    found = np.zeros(int(unit.max(initial=-1)) + 1, dtype=np.int8)
+    for bit, used in (
         (PRODUCER, propagation.produced),
         (CONSUMER, propagation.consumed),
         (POINTWISE, propagation.pointwise),
     ):
-        for labels in found:
-            roles[labels.ravel()] |= bit
-    for owned in propagation.params:
-        labels = owned.labels.ravel()
-        if (roles[labels] & CONSUMER).any() and (roles[labels] & (PRODUCER | POINTWISE)).any():
-            roles[labels] = (roles[labels] & ~CONSUMER) | POINTWISE
+        for labels in used:
+            found[unit[labels.ravel()]] |= bit
+    sums = [unit[labels.ravel()] for labels in propagation.consumed]
+    mixed = (found != CONSUMER) | _not_summable(propagation, unit, levels)
+    while refused := [units for units in sums if mixed[units].any() and (found[units] & CONSUMER).any()]:
+        for units in refused:
+            found[units] = (found[units] & ~CONSUMER) | POINTWISE
+            mixed[units] = True
+    roles: NDArray[np.int8] = found[unit]
     return roles
+
+
+def _used_alike(propagation: Propagation, count: int) -> IntArray:
+    """A number per label: the same one where the joining of parameters makes labels of one axis of them."""
+    if not propagation.joined:
+        return np.arange(count)
+    pairs = [np.broadcast_arrays(*pair) for pair in propagation.joined]
+    return components(count, [(left.ravel(), right.ravel()) for left, right in pairs])
+
+
+def _not_summable(propagation: Propagation, unit: IntArray, levels: Sequence[Level]) -> NDArray[np.bool_]:
+    """Which units have a label that may be merged, although its slices cannot be added up."""
+    fixed = np.ones(unit.size, dtype=bool)
+    for level in levels:
+        pinned = np.zeros(level.solution.count, dtype=bool)
+        pinned[list(level.solution.pins)] = True
+        fixed &= pinned[level.classes]
+    for labels in propagation.summable:
+        fixed[labels.ravel()] = True
+    found = np.zeros(int(unit.max(initial=-1)) + 1, dtype=bool)
+    found[unit[~fixed]] = True
+    return found
 
 
 def _signatures(propagation: Propagation, solution: Solution) -> Hashes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,11 @@ class ParamAxis:
 
 @dataclass
 class Propagation:
-    """Everything the rules said, node by node."""
+    """Everything the rules said, node by node.
+
+    Where parameters are joined, the result has the labels of one of them: `joined` are those that are used alike
+    because of it. `summable` are labels whose slices can be added up: numbers of a parameter, or zeros.
+    """
 
     graph: fx.Graph | None = None
     axes: dict[fx.Node, Any] = field(default_factory=dict)
@@ -54,6 +58,8 @@ class Propagation:
     consumed: list[IntArray] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     pointwise: list[IntArray] = field(default_factory=list)
+    joined: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    summable: list[IntArray] = field(default_factory=list)
     unknown: list[fx.Node] = field(default_factory=list)
     raw: set[fx.Node] = field(default_factory=set)
 
@@ -117,6 +123,8 @@ class _Walk:
             labels = self.labels_of(str(node.target), dim, size, groups)
             if labels is None:
                 continue
+            if _is_fractional(node.meta["val"]):
+                self.result.summable.append(labels)
             if node.meta.get("constant"):
                 self.space.pin(labels, f"{node.target} is a constant in the model's code")
             if groups > 1:
@@ -147,8 +155,10 @@ class _Walk:
             if node in self.rank_open:
                 self._pin_patched(site, spec)
             self.result.axes[node] = spec.propagate(site)
-        if node.target in MOVES and operands and all(operand in self.raw for operand in operands):
+        if operands and all(operand in self.raw for operand in operands) and _only_rearranges(node, args, operands):
             self.raw.add(node)
+            self.result.joined.extend(site.met)
+            self.result.summable.extend(site.holes)
         else:
             self._roles(site, operands)
         self.result.moves.extend((position, move) for move in site.moves)
@@ -172,6 +182,18 @@ class _Walk:
             if operand in self.raw:
                 for axis in site.axes(operand):
                     self.result.pointwise.append(np.setdiff1d(axis.ravel(), known) if known.size else axis.ravel())
+
+
+def _only_rearranges(node: fx.Node, args: Mapping[str, Any], operands: Sequence[fx.Node]) -> bool:
+    """Whether every number of the result is one of an operand or zero, so that slices may be added up before it."""
+    if node.target not in MOVES or args.get("value"):  # what is padded with
+        return False
+    results = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
+    return all(map(_is_fractional, results)) or not any(_is_fractional(operand.meta["val"]) for operand in operands)
+
+
+def _is_fractional(value: torch.Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _flat(found: Any) -> list[IntArray]:

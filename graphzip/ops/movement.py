@@ -229,9 +229,12 @@ def scatter(site: Site) -> Result:
         [(tuple(split_axes(site.axes(v), [dim])[1]), _without(site.shape(v), dim)) for v in (base, part)],
     )
 
+    place = (slice(None),) * dim + (slice(start, end),)
+    site.unify(along[0][0][place], along[1][0])  # what is written over goes with what takes its place
+
     def written(arrays: list[IntArray]) -> IntArray:
         whole: IntArray = arrays[0].copy()
-        whole[(slice(None),) * dim + (slice(start, end),)] = arrays[1]
+        whole[place] = arrays[1]
         return whole
 
     return (*across, site.move([along[0][0], along[1][0]], written))

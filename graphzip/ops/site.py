@@ -52,7 +52,10 @@ class Move:
 
 @dataclass
 class Site:
-    """One call in the graph."""
+    """One call in the graph.
+
+    What a rule says about labels is collected here as well: which of them `met`, and which stand for `holes`.
+    """
 
     node: fx.Node
     args: Mapping[str, Any]
@@ -65,6 +68,8 @@ class Site:
     consumed: list[IntArray] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     blocks: list[IntArray] = field(default_factory=list)
+    met: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    holes: list[IntArray] = field(default_factory=list)
 
     @classmethod
     def of(cls, node: fx.Node, args: Mapping[str, Any]) -> Site:
@@ -112,12 +117,15 @@ class Site:
         self.space.pin(axis, f"{describe(self.node)} {why}")
 
     def unify(self, left: IntArray, right: IntArray) -> None:
+        self.met.append((left, right))
         self.space.unify(left, right)
 
     def share(self, one: IntArray, every: IntArray) -> None:
+        self.met.append((one, every))
         self.space.share(one, every)
 
     def contain(self, outer: IntArray, inner: IntArray) -> None:
+        self.met.append((outer, inner))
         self.space.contain(outer, inner)
 
     def fresh(self, shape: Sequence[int]) -> IntArray:
@@ -164,6 +172,7 @@ class Site:
         result = labels[np.where(holes, 0, origin)]
         if holes.any():
             result[holes] = self.space.fresh(int(holes.sum()))
+            self.holes.append(result[holes])
         small = collapse(result)
         if small.shape != result.shape:
             cut = tuple(slice(0, size) for size in small.shape)

@@ -24,7 +24,7 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, support
 from graphzip.ops.spec import FloatArray
 from graphzip.rewrite.layout import Layout
-from graphzip.rewrite.params import like
+from graphzip.rewrite.params import check_roles, like
 from graphzip.rewrite.shrink import rewritten
 
 __all__ = ["grow_channels"]
@@ -46,6 +46,7 @@ def grow_channels(traced: Traced, analysis: Analysis, copies: Mapping[int, int],
     made: dict[str, torch.Tensor] = {}
     for axis in sorted(analysis.propagation.params, key=lambda axis: axis.labels.ndim, reverse=True):
         if layout.grows(axis.labels):
+            check_roles(layout, axis, counts[layout.classes[axis.labels]] > 1)
             old = get_tensor(traced.module, axis.param)
             made[axis.param] = _grow(layout, axis, made.get(axis.param, old.detach()), generator)
     changed = {name: like(value, get_tensor(traced.module, name)) for name, value in made.items()}

@@ -11,10 +11,11 @@ from torch import nn
 
 from graphzip.analysis.channels import CONSUMER
 from graphzip.analysis.propagate import ParamAxis
+from graphzip.errors import RewriteError
 from graphzip.labels import IntArray
 from graphzip.rewrite.layout import Layout
 
-__all__ = ["like", "shrink_parameters", "spread_parameters"]
+__all__ = ["check_roles", "like", "shrink_parameters", "spread_parameters"]
 
 
 def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,7 +46,18 @@ def spread_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> di
 def _shrinking(layout: Layout) -> list[ParamAxis]:
     """Those axes that lose slices: inputs of grouped kernels first, while the groups are all there."""
     found = [axis for axis in layout.analysis.propagation.params if not layout.mask(axis.labels).all()]
+    for axis in found:
+        check_roles(layout, axis, ~layout.mask(axis.labels))
     return sorted(found, key=lambda axis: axis.labels.ndim, reverse=True)
+
+
+def check_roles(layout: Layout, axis: ParamAxis, changed: NDArray[np.bool_]) -> None:
+    """Raises `RewriteError` where a slice would change of which nothing says what the model does with it."""
+    if (layout.analysis.roles[axis.labels[changed]] == 0).any():
+        raise RewriteError(
+            f"{axis.param}: slices along dimension {axis.dim} would change, but the analysis found no use of them; "
+            "this is a mistake in graphzip: please report it, and exclude the group"
+        )
 
 
 def like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
