@@ -64,7 +64,7 @@ def widen(
             for group, width in _widths(groups, factor, exclude)
             for channel, count in _copies(group, width)
         }
-        wide: nn.Module = to_module(grow_channels(traced, analysis, copies, seed=seed))
+        wide: nn.Module = to_module(grow_channels(traced, analysis, copies, seed=seed, preserves=init == "preserve"))
         follow_modes(wide, model)
         if init == "fresh":
             _reset(wide, seed)

@@ -268,9 +268,9 @@ class _Builder:
 
     def _draft(self, parts: list[tuple[_Slices, IntArray]]) -> _Draft | None:
         """The group made of these parts of parameters; what only reads the model's inputs is left out."""
-        namers = [(s, part) for s, part in parts if s.role == "producer"] or [
-            (s, part) for s, part in parts if s.role == "pointwise"
-        ]
+        producers = [(s, part) for s, part in parts if s.role == "producer"]
+        others = [(s, part) for s, part in parts if s.role == "pointwise"]
+        namers = producers or sorted(others, key=lambda each: not self._is_parameter(each[0].param))
         if not namers:
             return None
         slices, part = namers[0]
@@ -297,8 +297,10 @@ class _Builder:
         return any(found.role == "producer" or (pinned and self._is_vector(found.param)) for found, _ in parts)
 
     def _is_vector(self, param: str) -> bool:
-        tensor = get_tensor(self.traced.module, param)
-        return tensor.dim() == 1 and isinstance(tensor, nn.Parameter)
+        return self._is_parameter(param) and get_tensor(self.traced.module, param).dim() == 1
+
+    def _is_parameter(self, name: str) -> bool:
+        return isinstance(get_tensor(self.traced.module, name), nn.Parameter)
 
     def _reason(self, channels: IntArray) -> str | None:
         reason = self.level.reason(channels)

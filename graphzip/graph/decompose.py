@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,23 +53,39 @@ def _rank(value: fx.Node) -> int:
 
 def _weight_norm(build: _Builder, v: fx.Node, g: fx.Node, dim: int = 0) -> fx.Node:
     """`v * (g / |v|)` with the norm over all dimensions but `dim`, over all of them where `dim` is -1."""
-    dims = [other for other in range(_rank(v)) if dim == -1 or other != dim]
-    size = build(aten.linalg_vector_norm.default, v, 2, dims, dim != -1)
+    rank = _rank(v)
+    dims = [other for other in range(rank) if dim == -1 or other != dim % rank]
+    if dims or not rank:
+        size = build(aten.linalg_vector_norm.default, v, 2, dims, dim != -1)
+    else:
+        size = build(aten.abs.default, v)
     return build(aten.mul.Tensor, v, build(aten.div.Tensor, g, size))
+
+
+def _of_all(spread: Any) -> Callable[..., fx.Node]:
+    """`var` and `std` of everything."""
+
+    def rule(build: _Builder, x: fx.Node, unbiased: bool = True) -> fx.Node:
+        return build(spread, x, list(range(_rank(x))), correction=int(unbiased))
+
+    return rule
 
 
 def _moments(spread: Any) -> Callable[..., None]:
     """`var_mean` and `std_mean`: each of the two results on its own."""
 
-    def rule(build: _Builder, x: fx.Node, dim: Any = None, *more: Any, **options: Any) -> None:
-        keepdim = options.get("keepdim", False)
-        dims = dim if dim is not None else list(range(_rank(x)))
+    def rule(build: _Builder, *given: Any, **options: Any) -> None:
+        schema = build.node.target._schema.arguments  # type: ignore[union-attr]
+        named = dict(zip([argument.name for argument in schema], given, strict=False)) | options
+        x, keepdim = named["self"], named.get("keepdim", False)
+        dims = list(range(_rank(x))) if named.get("dim") is None else named["dim"]
+        correction = named.get("correction", int(named.get("unbiased", True)))
         for part in list(build.node.users):
             assert part.target is operator.getitem
             if part.args[1] == 0:
-                made = build(spread, x, dims, *more, **options)
+                made = build(spread, x, dims, correction=correction, keepdim=keepdim)
             else:
-                made = build(aten.mean.dim, x, dims, keepdim if not more[1:] else more[1])
+                made = build(aten.mean.dim, x, dims, keepdim)
             part.replace_all_uses_with(made)
             build.graph.erase_node(part)
         build.graph.erase_node(build.node)
@@ -78,25 +94,66 @@ def _moments(spread: Any) -> Callable[..., None]:
 
 
 def _shape_of(build: _Builder, other: fx.Node) -> list[Any]:
-    sizes = other.meta["val"].shape
-    return [
-        build(aten.sym_size.int, other, dim) if isinstance(size, torch.SymInt) else size
-        for dim, size in enumerate(sizes)
-    ]
+    return [_size_of(build, other, dim) for dim in range(_rank(other))]
+
+
+def _size_of(build: _Builder, value: fx.Node, dim: int) -> Any:
+    size = value.meta["val"].shape[dim]
+    return build(aten.sym_size.int, value, dim) if isinstance(size, torch.SymInt) else size
 
 
 def _reshape_as(build: _Builder, x: fx.Node, other: fx.Node) -> fx.Node:
     return build(aten.reshape.default, x, _shape_of(build, other))
 
 
+def _broadcast_to(build: _Builder, x: fx.Node, size: Any) -> fx.Node:
+    return build(aten.expand.default, x, size)
+
+
+def _broadcast_tensors(build: _Builder, values: Sequence[fx.Node]) -> None:
+    for part in list(build.node.users):
+        assert part.target is operator.getitem
+        part.replace_all_uses_with(_wide(build, values, int(part.args[1])))  # type: ignore[arg-type]
+        build.graph.erase_node(part)
+    build.graph.erase_node(build.node)
+
+
+def _wide(build: _Builder, values: Sequence[fx.Node], which: int) -> fx.Node:
+    """One of several values, with the shape that all of them have after broadcasting."""
+    rank = max(map(_rank, values))
+    holders: list[tuple[fx.Node, int] | None] = [None] * rank
+    for value in (values[which], *values):
+        for dim, size in enumerate(value.meta["val"].shape):
+            place = dim + rank - _rank(value)
+            if holders[place] is None and not _is_one(size):
+                holders[place] = value, dim
+    own = values[which]
+    if _rank(own) == rank and all(holder is None or holder[0] is own for holder in holders):
+        return own
+    sizes = [1 if holder is None else _size_of(build, *holder) for holder in holders]
+    return build(aten.expand.default, own, sizes)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
 def _cosine_similarity(build: _Builder, a: fx.Node, b: fx.Node, dim: int = 1, eps: float = 1e-8) -> fx.Node:
-    """`sum(a / max(|a|, eps) * b / max(|b|, eps))` along `dim`."""
+    """`sum(a / max(|a|, eps) * b / max(|b|, eps))` along `dim`, of what both are after broadcasting.
 
-    def unit(x: fx.Node) -> fx.Node:
+    The operator's gradients are those of `|a|`, as if there were no bound. Only whole numbers are converted first.
+    """
+    dtype = torch.result_type(a.meta["val"], b.meta["val"])
+
+    def unit(which: int) -> fx.Node:
+        x = _wide(build, (a, b), which)
+        if not x.meta["val"].is_floating_point():
+            x = build(aten.to.dtype, x, dtype)
         size = build(aten.linalg_vector_norm.default, x, 2, [dim], True)
-        return build(aten.div.Tensor, x, build(aten.clamp_min.default, size, eps))
+        missing = build(aten.clamp_min.default, build(aten.rsub.Scalar, size, eps), 0)
+        return build(aten.div.Tensor, x, build(aten.add.Tensor, size, build(aten.detach.default, missing)))
 
-    return build(aten.sum.dim_IntList, build(aten.mul.Tensor, unit(a), unit(b)), [dim])
+    return build(aten.sum.dim_IntList, build(aten.mul.Tensor, unit(0), unit(1)), [dim])
 
 
 def _normalised_weight(build: _Builder, x: fx.Node, weight: Any, bias: Any, *more: Any) -> fx.Node | None:
@@ -192,12 +249,18 @@ _LIKE = {aten.view_as.default, aten.reshape_as.default}
 
 _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten._weight_norm.default: _weight_norm,
+    aten.var.default: _of_all(aten.var.correction),
+    aten.std.default: _of_all(aten.std.correction),
+    aten.var_mean.default: _moments(aten.var.correction),
     aten.var_mean.correction: _moments(aten.var.correction),
-    aten.var_mean.dim: _moments(aten.var.dim),
+    aten.var_mean.dim: _moments(aten.var.correction),
+    aten.std_mean.default: _moments(aten.std.correction),
     aten.std_mean.correction: _moments(aten.std.correction),
-    aten.std_mean.dim: _moments(aten.std.dim),
+    aten.std_mean.dim: _moments(aten.std.correction),
     aten.reshape_as.default: _reshape_as,
     aten.view_as.default: _reshape_as,
+    aten.broadcast_to.default: _broadcast_to,
+    aten.broadcast_tensors.default: _broadcast_tensors,
     aten.cosine_similarity.default: _cosine_similarity,
     aten.batch_norm.default: _normalised_weight,
     aten.lstm.input: _one_layer_each,

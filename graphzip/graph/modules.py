@@ -257,6 +257,13 @@ class BatchNormCall(nn.Module):
         return nn.functional.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
+class SingleGroupNorm(nn.GroupNorm):
+    """A group norm with one channel per group: it also takes a batch of one vector, whose groups are single numbers."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def _set_submodule(root: nn.Module, name: str, value: nn.Module) -> None:
     *path, leaf = name.split(".")
     owner = root
@@ -363,7 +370,8 @@ def _layer_norm(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor])
 
 def _group_norm(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
     groups, width = args["num_groups"], state["weight"].shape[0]
-    return nn.GroupNorm(groups, width, eps=args["eps"], device="meta", **_without_bias(state))
+    made = SingleGroupNorm if groups == width else nn.GroupNorm
+    return made(groups, width, eps=args["eps"], device="meta", **_without_bias(state))
 
 
 def _prelu(kind: str, args: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.ops import conv, linear, movement, norm, pointwise, positions, recurrent, windows
+from graphzip.ops import conv, copies, linear, movement, norm, pointwise, positions, recurrent, windows
 from graphzip.ops.spec import OpSpec, table_of
 
 __all__ = ["MOVES", "OPS", "OpSpec"]
 
 OPS: dict[Any, OpSpec] = table_of(
-    module.SPECS for module in (pointwise, movement, windows, conv, linear, recurrent, norm, positions)
+    module.SPECS for module in (pointwise, movement, copies, windows, conv, linear, recurrent, norm, positions)
 )
 
-_SPREADS = {movement.aten.expand.default, movement.aten.expand_as.default}
-MOVES: frozenset[Any] = (
-    frozenset(target for spec in (*movement.SPECS, *windows.SHUFFLES, pointwise.IDENTITY) for target in spec.targets)
-    - _SPREADS
+MOVES: frozenset[Any] = frozenset(
+    target
+    for spec in (*movement.SPECS, *copies.REPEATS, *windows.SHUFFLES, pointwise.IDENTITY)
+    for target in spec.targets
 )
 """Operators that only rearrange: their result is still a parameter where their operands are."""

@@ -286,12 +286,20 @@ def _between(
 
 
 def patch_attention(patch: Patch) -> None:
-    """The default scale depends on the width of the heads: write the one of the original out."""
-    query = patch.args["query"]
-    width = int(query.meta["val"].shape[-1])
-    if patch.args.get("scale") is None and patch.shrinks(query, len(query.meta["val"].shape) - 1):
-        patch.set("scale", 1.0 / math.sqrt(width))
-    scale_activation(patch, "query", [-1])
+    """The default scale depends on the width of the heads: write the one of the original out.
+
+    It takes up how many channels each one stands for, where that is the same number for all.
+    """
+    query, scale = patch.args["query"], patch.args.get("scale")
+    last = len(query.meta["val"].shape) - 1
+    counts = patch.multiplicity(query, [last])
+    if scale is None and (patch.shrinks(query, last) or counts is not None):
+        scale = 1.0 / math.sqrt(int(query.meta["val"].shape[-1]))
+    if counts is None or np.ptp(counts) or not isinstance(scale, float):
+        scale_activation(patch, "query", [last])
+    else:
+        scale *= float(counts.flat[0])
+    patch.set("scale", scale)
 
 
 def attention_macs(site: Site) -> int:

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.squeezes import squeezed_dims
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, split_axes
+from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, shape_along, split_axes
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 
-__all__ = ["SPECS"]
+__all__ = ["SPECS", "patch_sizes"]
 
 aten = torch.ops.aten
 
@@ -121,23 +120,6 @@ def patch_squeeze(patch: Patch) -> None:
     left = [dim for dim in dims if isinstance(shape[dim], torch.SymInt) or shape[dim] == 1]
     if any(patch.size(source, dim) == 1 for dim in dims if dim not in left):
         patch.replace(aten.squeeze.dims, (source, left))
-
-
-def expand(site: Site) -> Result:
-    """Spread dimensions get labels of their own: all positions along them are alike."""
-    source, after = site.tensors()[0], site.shape()
-    before = (1,) * (len(after) - len(site.shape(source))) + site.shape(source)
-    axes = moved(site, site.axes(source), lambda array: array.reshape((1,) * (len(after) - array.ndim) + array.shape))
-    return axes + _spread(site, before, after)
-
-
-def _spread(site: Site, before: Sequence[int], after: Sequence[int]) -> Axes:
-    dims = [dim for dim in range(1, len(after)) if before[dim] == 1 and after[dim] > 1]
-    return tuple(site.derive(_along(dim, after)) for dim in dims)
-
-
-def _along(dim: int, shape: Sequence[int]) -> list[int]:
-    return [size if position == dim else 1 for position, size in enumerate(shape)]
 
 
 def select(site: Site) -> Result:
@@ -306,7 +288,7 @@ def cat(site: Site) -> Result:
         if found:
             pieces.append(broadcast_dims(found[0], {dim: site.shape(value)[dim]}))
         else:
-            bare = site.fresh(_along(dim, site.shape(value)))
+            bare = site.fresh(shape_along(dim, site.shape(value)))
             site.pin(bare, "joins channels that are fixed")
             pieces.append(bare)
     wide = {d: max(piece.shape[d] for piece in pieces) for d in range(len(shape)) if d != dim}
@@ -491,43 +473,6 @@ def patch_roll(patch: Patch) -> None:
     patch.set("shifts", shifts)
 
 
-def repeat(site: Site) -> Result:
-    source, after = site.args["self"], site.shape()
-    before = (1,) * (len(after) - len(site.shape(source))) + site.shape(source)
-    times = [new // old for new, old in zip(after, before, strict=True)]
-
-    def run(array: IntArray) -> IntArray:
-        array = array.reshape((1,) * (len(after) - array.ndim) + array.shape)
-        return np.tile(array, [count if array.shape[dim] > 1 else 1 for dim, count in enumerate(times)])
-
-    return moved(site, site.axes(source), run) + _spread(site, before, after)
-
-
-def patch_repeat(patch: Patch) -> None:
-    """A dimension that was copied is copied as often as its copies stay."""
-    rank = len(patch.node.meta["val"].shape)
-    shape = concrete_shape(patch.args["self"].meta["val"])
-    before = (1,) * (rank - len(shape)) + shape
-    name = "repeats" if "repeats" in patch.args else "dims"
-    times = list(patch.args[name])
-    offset = rank - len(times)
-    for dim in range(max(1, offset), rank):
-        if before[dim] == 1 and patch.shrinks(patch.node, dim):
-            times[dim - offset] = patch.size(patch.node, dim)
-    patch.set(name, times)
-
-
-def repeat_interleave(site: Site) -> Result:
-    """Every position along `dim` several times in a row (heads of grouped queries)."""
-    source, times = site.args["self"], site.args["repeats"]
-    if not isinstance(times, int) or site.args["dim"] is None:
-        return mixing(site, site.axes(source), range(len(site.shape(source))), "repeats positions unevenly")
-    dim = site.dim(site.args["dim"])
-    return moved(
-        site, site.axes(source), lambda array: np.repeat(array, times, axis=dim) if array.shape[dim] > 1 else array
-    )
-
-
 def patch_sizes(name: str) -> Any:
     """Patch a list of sizes: dimensions that shrink get their new size."""
 
@@ -578,8 +523,6 @@ SPECS = (
     OpSpec((aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist), movedim),
     OpSpec((aten.unsqueeze.default,), unsqueeze),
     OpSpec((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze, patch=patch_squeeze),
-    OpSpec((aten.expand.default,), expand, patch=patch_sizes("size")),
-    OpSpec((aten.expand_as.default,), expand),
     OpSpec((aten.select.int,), select),
     OpSpec((aten.slice.Tensor, aten.narrow.default), slice_, patch=patch_slice),
     OpSpec((aten.slice_scatter.default,), scatter, patch=patch_scatter),
@@ -605,6 +548,4 @@ SPECS = (
     OpSpec((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), factory),
     OpSpec((aten.flip.default,), flip),
     OpSpec((aten.roll.default,), roll, patch=patch_roll),
-    OpSpec((aten.repeat.default, aten.tile.default), repeat, patch=patch_repeat),
-    OpSpec((aten.repeat_interleave.self_int,), repeat_interleave),
 )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -93,7 +94,7 @@ def _start(site: Site, state: fx.Node, labels: IntArray) -> None:
 
 
 def _is_filled(state: fx.Node) -> bool:
-    while state.target is aten.slice.Tensor:
+    while state.target in (aten.slice.Tensor, aten.index_select.default):
         state = state.args[0]  # type: ignore[assignment]
     return state.target in _FILLS
 
@@ -137,8 +138,11 @@ def patch_recurrent(patch: Patch) -> None:
     made = []
     for state, size in zip(states, left, strict=False):
         copied = patch.copied(state)
-        if _is_filled(state) and size < int(state.meta["val"].shape[2]):
+        width = int(state.meta["val"].shape[2])
+        if _is_filled(state) and size < width:
             copied = patch.call(aten.slice.Tensor, copied, 2, 0, size)
+        elif _is_filled(state) and size > width:
+            copied = patch.call(aten.index_select.default, copied, 2, patch.constant(np.zeros(size, dtype=np.int64)))
         made.append(copied)
     patch.set_node("hx", made if len(states) > 1 else made[0])
 

@@ -22,6 +22,7 @@ __all__ = [
     "pointwise",
     "residual",
     "same",
+    "shape_along",
     "split_axes",
 ]
 
@@ -237,3 +238,8 @@ def broadcast_dims(axis: IntArray, sizes: dict[int, int]) -> IntArray:
     """The axis spelled out along some dimensions."""
     shape = tuple(sizes.get(dim, size) for dim, size in enumerate(axis.shape))
     return np.broadcast_to(axis, shape)
+
+
+def shape_along(dim: int, shape: Sequence[int]) -> list[int]:
+    """The shape of an axis along one dimension of a tensor."""
+    return [size if position == dim else 1 for position, size in enumerate(shape)]

@@ -8,7 +8,7 @@ shares the copies would have equal gradients for ever.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, support
 from graphzip.ops.spec import FloatArray
-from graphzip.rewrite.layout import Layout
+from graphzip.rewrite.layout import Layout, product_of, without_repeats
 from graphzip.rewrite.params import check_roles, like
 from graphzip.rewrite.shrink import rewritten
 
@@ -33,15 +33,20 @@ UNEVEN = 0.3
 """Spread of the copies' shares, relative to an equal share."""
 
 
-def grow_channels(traced: Traced, analysis: Analysis, copies: Mapping[int, int], *, seed: int = 0) -> Traced:
+def grow_channels(
+    traced: Traced, analysis: Analysis, copies: Mapping[int, int], *, seed: int = 0, preserves: bool = True
+) -> Traced:
     """Make `copies[channel]` of each named channel (of the fine level); every other one stays single.
 
-    Returns a new graph; the given one and its tensors stay as they are. Raises `RewriteError` where the copies find no
-    place: where the blocks of a group would grow differently.
+    Whatever sums over channels without a parameter (the products of an attention, a softmax, a norm) counts each copy
+    by its share, unless nothing needs to be preserved. Norms whose channels have unequal shares stay as they are,
+    which does not preserve them. Returns a new graph; the given one and its tensors stay as they are. Raises
+    `RewriteError` where the copies find no place: where the blocks of a group would grow differently.
     """
     counts = np.ones(analysis.fine.solution.count, dtype=np.int64)
     counts[list(copies)] = list(copies.values())
-    layout = WideLayout(analysis, analysis.fine.classes, np.arange(counts.size), copies=counts)
+    classes, itself = analysis.fine.classes, np.arange(counts.size)
+    layout = WideLayout(analysis, classes, itself, plain_norms=True, copies=counts, preserves=preserves)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, torch.Tensor] = {}
     for axis in sorted(analysis.propagation.params, key=lambda axis: axis.labels.ndim, reverse=True):
@@ -58,6 +63,7 @@ class WideLayout(Layout):
     """Where every copy stands: right behind the channel, or, where the channel has a run of places, behind the run."""
 
     copies: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    preserves: bool = True
 
     def grows(self, axis: IntArray) -> bool:
         """Whether any channel of an axis has copies."""
@@ -97,9 +103,17 @@ class WideLayout(Layout):
         first: IntArray = np.moveaxis(order, dim, -1).reshape(-1, order.shape[dim])[0]
         return first
 
-    def multiplicity(self, value: fx.Node, dims: object, blocks: int = 1) -> FloatArray | None:
-        """Every copy is a channel of its own."""
-        return None
+    def multiplicity(self, value: fx.Node, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
+        """The share that a copy has of its channel, where the outputs are to stay what they are."""
+        if not self.preserves:
+            return None
+        found = []
+        for axis in self.axes_along(value, dims):
+            if self.grows(axis) and self.order(axis)[0] in dims:
+                classes = self.classes[self.after(axis)]
+                alike = without_repeats(classes, [dim for dim in range(axis.ndim) if dim not in dims])
+                found.append(1.0 / self.copies[alike])
+        return product_of(value, found)
 
 
 def _repeated(line: IntArray, copies: IntArray) -> IntArray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from graphzip.graph.inputs import concrete_shape
 from graphzip.labels import IntArray, ranks, support
 from graphzip.ops.spec import FloatArray
 
-__all__ = ["Layout", "Merge", "compact"]
+__all__ = ["Layout", "Merge", "compact", "product_of", "without_repeats"]
 
+
+Number = TypeVar("Number", np.int64, np.float64)
 
 Merge = tuple[bool, IntArray, Sequence[Sequence[int]]]
 """Whether whole blocks are meant, the channels of a group, and a partition of their positions."""
@@ -127,15 +129,13 @@ class Layout:
         """How many channels each one that stays stands for, counted along `dims` (in `blocks` equal parts of them)."""
         if self.drops:
             return None
-        found = {id(axis): axis for dim in dims if (axis := self.axis_along(value, dim)) is not None}
-        counts = [self._counts(axis, dims, blocks) for axis in found.values() if not self.mask(axis).all()]
-        product = np.ones(())
-        for each in counts:
-            product = product * each
-        for dim, size in enumerate(value.meta["val"].shape):
-            if isinstance(size, torch.SymInt) and dim < product.ndim and product.shape[dim] > 1:
-                raise RewriteError(f"merged channels lie along dimension {dim} together with the batch")
-        return None if (product == 1).all() else product
+        axes = self.axes_along(value, dims)
+        return product_of(value, [self._counts(axis, dims, blocks) for axis in axes if not self.mask(axis).all()])
+
+    def axes_along(self, value: fx.Node, dims: Sequence[int]) -> list[IntArray]:
+        """The axes of a tensor that extend along one of `dims`."""
+        found = [axis for dim in dims if (axis := self.axis_along(value, dim)) is not None]
+        return list({id(axis): axis for axis in found}.values())
 
     def _counts(self, axis: IntArray, dims: Sequence[int], blocks: int) -> FloatArray:
         others = [dim for dim in range(axis.ndim) if dim not in dims]
@@ -150,12 +150,7 @@ class Layout:
         stands_for = lines * self.keeper.size + self.keeper[classes]
         itself = lines * self.keeper.size + classes
         counts = _count(stands_for, itself) / _count(itself, itself)
-        left = compact(counts, self.mask(axis))
-        for dim in others:
-            first = np.take(left, [0], axis=dim)
-            if (left == first).all():
-                left = first
-        return left
+        return without_repeats(compact(counts, self.mask(axis)), others)
 
     def consumes(self, value: fx.Node, dim: int) -> bool:
         """Whether slices of a weight along `dim` are added up when channels merge."""
@@ -166,6 +161,28 @@ class Layout:
                 return True
         axis = self.axis_along(value, dim)
         return axis is not None and bool((self.analysis.roles[axis] & CONSUMER).any())
+
+
+def product_of(value: fx.Node, counts: Sequence[FloatArray]) -> FloatArray | None:
+    """Counts along several axes of a tensor as one: a single number where all are equal, nothing where they are one."""
+    product = np.ones(())
+    for each in counts:
+        product = product * each
+    if np.ptp(product) == 0:
+        product = product.ravel()[:1].reshape((1,) * product.ndim)
+    for dim, size in enumerate(value.meta["val"].shape):
+        if isinstance(size, torch.SymInt) and dim < product.ndim and product.shape[dim] > 1:
+            raise RewriteError(f"merged channels lie along dimension {dim} together with the batch")
+    return None if (product == 1).all() else product
+
+
+def without_repeats(found: NDArray[Number], dims: Sequence[int]) -> NDArray[Number]:
+    """Shrink to size one those of `dims` along which nothing varies."""
+    for dim in dims:
+        first = np.take(found, [0], axis=dim)
+        if (found == first).all():
+            found = first
+    return found
 
 
 def _count(keys: IntArray, wanted: IntArray) -> FloatArray:

@@ -95,10 +95,16 @@ class NodePatch:
 
     def values(self, value: FloatArray, like: Any) -> fx.Node:
         fake = like.meta["val"]
-        return self._fetch("multiplicity", torch.as_tensor(value, dtype=fake.dtype, device=fake.device))
+        tensor = torch.as_tensor(value, dtype=fake.dtype, device=fake.device)
+        if sum(size > 1 for size in value.shape) < 2:
+            return self._fetch("multiplicity", tensor)
+        flat = self._fetch("multiplicity", tensor.flatten())  # channels of their own in every line, not the same in all
+        return self.call(torch.ops.aten.view.default, flat, list(value.shape))
 
     def constant(self, value: IntArray) -> fx.Node:
-        fetch = self._fetch("positions", torch.as_tensor(value, device=self.node.meta["val"].device))
+        found = self.node.meta["val"]
+        device = (found[0] if isinstance(found, (tuple, list)) else found).device
+        fetch = self._fetch("positions", torch.as_tensor(value, device=device))
         fetch.meta["numbers"] = value
         return fetch
 
