@@ -54,3 +54,26 @@ def test_plain_norms_stay_plain_and_the_report_says_that_it_is_not_exact() -> No
         compiled.report
     )
     assert compiled.report.to_dict()["passes"][0]["cluster_merge"]["plain_norms"] == ["layer_norm (node layer_norm)"]
+
+
+@pytest.mark.parametrize("size", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("halved", [False, True])
+def test_one_channel_per_group_takes_one_sample(size: tuple[int, ...], halved: bool) -> None:
+    """Where two channels of a group were equal, torch took a batch of one; the one that is left takes it as well."""
+    make = (nn.Linear(4, 6), nn.Conv1d(4, 6, 1), nn.Conv2d(4, 6, 1))[len(size)]
+    torch.manual_seed(0)
+    model = nn.Sequential(make, nn.GroupNorm(3, 6), nn.Flatten(), nn.Linear(6, 3)).double().eval()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 1.5)
+        model[1].bias.uniform_(-1, 1)
+        for tensor in (make.weight, make.bias, model[1].weight, model[1].bias) if halved else ():
+            tensor[1::2] = tensor[::2].clone()
+    parts = [[n, n + 1] for n in (0, 2, 4)] if halved else [[n] for n in range(6)]
+    x = torch.randn(4, 4, *size, dtype=torch.float64)
+    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters={"0": parts})]), (x,))
+    assert isinstance(compiled.module.get_submodule("1"), nn.GroupNorm)
+    for again in (compiled.module, gz.compile(compiled.module, gz.Plan([]), (x,)).module):
+        assert isinstance(again.get_submodule("1"), nn.GroupNorm)
+        for batch in (x, x[:1]):
+            for mode in (True, False):
+                torch.testing.assert_close(again.train(mode)(batch), model.train(mode)(batch), rtol=1e-12, atol=1e-12)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_nets import ATTENTION_NETS
-from nets import NETS, CifarResNet
+from nets import NETS, CifarResNet, Net
 from planting import relative
 from torch import Tensor, nn
 
@@ -138,6 +140,74 @@ def test_a_norm_over_channels() -> None:
         gz.widen(model, inputs, 1.5)
     assert gz.widen(model, inputs, 1.5, init="fresh").get_parameter("1.weight").shape == (6,)
     assert gz.widen(model, inputs, 1.5, exclude=["0"]).get_parameter("2.weight").shape == (9, 4)
+
+
+def heads(x: Tensor, number: int = 2) -> Tensor:
+    return x.unflatten(-1, (number, -1)).transpose(1, 2)
+
+
+def attended(m: Any, x: Tensor, **options: Any) -> Tensor:
+    q, k, v = (heads(layer(x)) for layer in (m.q, m.k, m.v))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+def own_attention(m: Any, x: Tensor) -> Tensor:
+    q, k, v = (heads(layer(x)) for layer in (m.q, m.k, m.v))
+    return (torch.softmax(q @ k.mT / 8**0.5, -1) @ v).transpose(1, 2).flatten(2)
+
+
+COUNTING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "attention": attended,
+    "attention with a scale": lambda m, x: attended(m, x, scale=0.4),
+    "attention that looks back": lambda m, x: attended(m, x, is_causal=True),
+    "attention of its own": own_attention,
+    "products": lambda m, x: torch.einsum("bst,btd->bsd", torch.einsum("bsc,btc->bst", m.q(x), m.k(x)), m.v(x)),
+    "softmax": lambda m, x: m.q(x).softmax(-1) + m.k(x).log_softmax(-1),
+    "sums": lambda m, x: m.v(x) * m.q(x).sum(-1, keepdim=True) + m.q(x).logsumexp(-1, keepdim=True),
+    "moments": lambda m, x: m.v(x) / m.q(x).std(-1, keepdim=True) + m.q(x).mean(-1, keepdim=True),
+    "lengths": lambda m, x: F.normalize(m.v(x), dim=-1) + m.q(x).norm(p=1, dim=-1, keepdim=True),
+    "cosines": lambda m, x: m.v(x) * F.cosine_similarity(m.q(x), m.k(x), dim=-1).unsqueeze(-1),
+    "a count": lambda m, x: m.v(x) * torch.ones_like(m.q(x)).sum(-1, keepdim=True),
+    "a computed weight": lambda m, x: F.linear(m.q(x), m.v.weight.repeat(1, 2) * m.k.weight[:, :1]),
+    "states": lambda m, x: m.units(m.q(x))[0],
+}
+"""What counts the channels between `q`, `k`, `v` and what reads the result."""
+
+
+def counting(name: str) -> nn.Module:
+    layers = {each: nn.Linear(8, 16) for each in "qkv"}
+    units = nn.LSTM(16, 8, num_layers=2, bidirectional=True, batch_first=True)
+    run = COUNTING[name]
+    return Net(lambda m, x: m.o(run(m, x)), o=nn.Linear(16, 3), units=units, **layers).double().eval()
+
+
+@pytest.mark.parametrize("factor", [2, 1.5])
+@pytest.mark.parametrize("name", COUNTING)
+def test_channels_that_are_counted(name: str, factor: float) -> None:
+    """Copies stand for one channel together, wherever no parameter that is split among them reads them."""
+    model, inputs = counting(name), (torch.randn(4, 5, 8, dtype=torch.float64),)
+    groups = gz.channel_groups(model, inputs)
+    wide = gz.widen(model, inputs, factor)
+    assert wide.get_parameter("q.weight").shape[0] == 16 * factor
+    other = torch.randn(3, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for x in (*inputs, other):
+            assert relative(model(x), wide(x)) < 1e-12
+        slim = back(wide, groups, inputs).module
+        assert relative(model(other), slim(other)) < 1e-9
+    assert {key: value.shape for key, value in slim.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items() if key in slim.state_dict()
+    }
+
+
+def test_a_default_scale_is_written_out() -> None:
+    model, inputs = counting("attention"), (torch.randn(2, 5, 8, dtype=torch.float64),)
+    wide = gz.widen(model, inputs, 2)
+    scales = [node.kwargs["scale"] for node in wide.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert scales == pytest.approx([0.5 / 8**0.5])
+    fresh = gz.widen(model, inputs, 2, init="fresh")
+    scales = [node.kwargs["scale"] for node in fresh.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert scales == pytest.approx([1 / 8**0.5])
 
 
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [

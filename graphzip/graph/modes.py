@@ -67,11 +67,11 @@ def mark_cumulative(model: nn.Module) -> None:
 def module_types(model: nn.Module) -> dict[str, str]:
     """Classes of the `torch.nn` modules by name: what may become such a module again.
 
-    A batch or instance norm of a derived class counts as the `torch.nn` class it derives from.
+    A batch, instance or group norm of a derived class counts as the `torch.nn` class it derives from.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        kinds = type(module).__mro__ if isinstance(module, _NORMS) else (type(module),)
+        kinds = type(module).__mro__ if isinstance(module, _NORMS | nn.GroupNorm) else (type(module),)
         kind = next((kind.__name__ for kind in kinds if _is_torch_class(kind)), None)
         if kind is not None and not hasattr(module, "parametrizations"):
             found[name] = kind
