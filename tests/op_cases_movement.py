@@ -83,8 +83,7 @@ CASES.add(aten.expand.default, lambda m, x: aten.expand.default(x, [4, x.shape[0
           name="with a new dimension")  # fmt: skip
 CASES.add(aten.expand.default, lambda m, x: x + aten.expand.default(m.table, [x.shape[0], 6, 5]), name="of a parameter",
           parts=lambda: {"table": param(1, 6, 1)})  # fmt: skip
-CASES.add(aten.expand_as.default, lambda m, x, y: aten.expand_as.default(x.sum(2, keepdim=True), y), makers=TWO,
-          free={"make": 6, "other": 6})  # fmt: skip
+CASES.add(aten.expand_as.default, lambda m, x, y: aten.expand_as.default(x.sum(2, keepdim=True), y), makers=TWO)
 
 # --- parts ---------------------------------------------------------------------------------------------------------
 
