@@ -15,7 +15,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 
 from graphzip.errors import TraceError
-from graphzip.graph.functionalize import functionalize
+from graphzip.graph.memory import writes, written
 from graphzip.graph.source import source_of
 
 __all__ = ["open_blocks"]
@@ -53,7 +53,11 @@ def _open(module: fx.GraphModule, node: fx.Node) -> list[str]:
         notes.append(_autocast_off(node, inner))
     elif not node.args[0]:
         detach = True
-        functionalize(inner.graph)  # a write that reaches the outside would be differentiated there
+        for found in inner.graph.nodes:
+            found.meta.setdefault("no_grad", True)  # what it writes outside is not differentiated there
+    else:
+        for found in inner.graph.nodes:
+            found.meta.setdefault("no_grad", False)
     _inline(node, str(block.target), inner, tuple(operands), detach=detach)
     return notes
 
@@ -86,17 +90,27 @@ def _inline(node: fx.Node, name: str, inner: fx.GraphModule, operands: tuple[Any
                 made[found].target = f"{name}.{found.target}"
     for user in list(node.users):
         assert user.target is operator.getitem
-        value = made[results[user.args[1]]]
-        if detach and isinstance(user.meta.get("val"), torch.Tensor):
+        result = results[user.args[1]]
+        value = made[result]
+        if detach and isinstance(user.meta.get("val"), torch.Tensor) and not _is_given(result):
             with graph.inserting_before(user):
                 value = graph.call_function(aten.detach.default, (value,))
-            value.meta.update(user.meta)
+            value.meta.update(user.meta, val=made[result].meta["val"])
         user.replace_all_uses_with(value)
         graph.erase_node(user)
     block = node.all_input_nodes[0]
     graph.erase_node(node)
     if not block.users:
         graph.erase_node(block)
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a result of a block is a tensor that it was given, maybe written in place: that keeps its gradient."""
+    while True:
+        source = node.args[0] if node.target is operator.getitem else node
+        if not isinstance(source, fx.Node) or not writes(source):
+            return node.op == "placeholder"
+        node = written(source)[0 if source is node else node.args[1]]  # type: ignore[index]
 
 
 def _line(node: fx.Node, inner: fx.GraphModule | None = None) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from graphzip.graph.decompose import decompose
-from graphzip.graph.functionalize import functionalize
+from graphzip.graph.functionalize import Writes, functionalize
 from graphzip.graph.shuffles import fuse_shuffles
 from graphzip.graph.source import annotate
 from graphzip.graph.state import Aliases, get_tensor
@@ -25,21 +25,23 @@ aten = torch.ops.aten
 _NOTHING_TO_KEEP = ("_assert", "_guards", "sym_constrain_range", "assert_")
 
 
-def clean(module: fx.GraphModule, aliases: Aliases) -> None:
+def clean(module: fx.GraphModule, aliases: Aliases) -> Writes:
+    """Clean the graph of `module`; what is to be said of its writes."""
     graph = module.graph
     for node in list(graph.nodes):
         annotate(node)
         if is_assertion(node):
             graph.erase_node(node)
     fetch_once(graph, aliases)
+    found = functionalize(graph)
     _drop_constant_copies(module)
-    functionalize(graph)
     decompose(graph)
     graph.eliminate_dead_code()
     fuse_shuffles(module)
     unpack(module)
     graph.eliminate_dead_code()
     module.graph.lint()
+    return found
 
 
 def is_assertion(node: fx.Node) -> bool:
@@ -67,7 +69,7 @@ def _drop_constant_copies(module: fx.GraphModule) -> None:
     """`torch.tensor(...)` in a forward becomes a lifted constant, a fresh copy and a detach of it."""
     for node in list(module.graph.nodes):
         if node.target in {aten.lift_fresh_copy.default, aten.lift_fresh.default} or (
-            node.target in {aten.detach_.default, aten.detach.default} and _is_constant(module, node.args[0])
+            node.target is aten.detach.default and _is_constant(module, node.args[0])
         ):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)

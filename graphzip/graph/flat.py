@@ -61,9 +61,10 @@ def flatten(program: Program, source: nn.Module, form_of: FormOf | None = None) 
     aliases = find_aliases(source)
     root = rebuild_state(source, unlifted, aliases)
     module = graph_module(root, unlifted.graph, type(source).__name__, compiled=False)
-    clean(module, aliases)
-    found = sizes.open([*program.watch.branches, *(branch for node in module.graph.nodes for branch in squeezed(node))])
-    told = (*program.notes, *_fixed(program, sizes), *notes)
+    written = clean(module, aliases)
+    squeezes = [branch for node in module.graph.nodes for branch in squeezed(node)]
+    found = sizes.open([*program.watch.branches, *squeezes, *written.branches])
+    told = (*program.notes, *_fixed(program, sizes), *notes, *written.notes)
     return Flat(program, module, aliases, sizes, conditions, found, {}, told, form)
 
 

@@ -18,8 +18,10 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S
 
 
 def annotate(node: fx.Node) -> None:
-    """Keep of a node's metadata its value (`val`), `owner` and `source`."""
+    """Keep of a node's metadata its value (`val`), `owner` and `source`, and whether it ran under `no_grad`."""
     known = {"val": node.meta.get("val"), "owner": owner_of(node), "source": source_of(node)}
+    if node.meta.get("no_grad"):
+        known["no_grad"] = True
     node.meta.clear()
     node.meta.update(known)
 
