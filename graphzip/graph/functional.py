@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphzip.graph.memory import written
+from graphzip.graph.inputs import hint
+from graphzip.graph.memory import is_dense, layout, written
 from graphzip.graph.operators import arguments_of
 
-__all__ = ["functional_call", "functional_form", "metadata_form", "writes_out"]
+__all__ = ["functional_call", "functional_form", "is_like_operand", "metadata_form", "writes_out"]
 
 _METADATA = ("detach_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_")
 """In-place operators that change how a tensor looks at its memory, and not the memory."""
@@ -66,6 +67,33 @@ def functional_call(node: fx.Node) -> tuple[Any, list[Any], dict[str, Any]] | No
         else:
             args.append(value)
     return form, args, kwargs
+
+
+def is_like_operand(form: Any, args: Any, kwargs: Any, operand: torch.Tensor) -> bool:
+    """Whether an operator surely gives a tensor like the one that it writes to, which is tried with single numbers.
+
+    That is so of pointwise operators whose operands give the same dtype, and have the strides of `operand` or none.
+    """
+    random = torch.Tag.nondeterministic_seeded in form.tags
+    if random or torch.Tag.pointwise not in form.tags or not is_dense(operand):
+        return False
+    alike = True
+
+    def single(node: fx.Node) -> Any:
+        nonlocal alike
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return hint(value) if isinstance(value, torch.SymInt) else value
+        alike &= value.dim() < operand.dim() or value is operand or layout(value)[1:] == layout(operand)[1:]
+        return torch.ones([1] * value.dim(), dtype=value.dtype, device="cpu")
+
+    args, kwargs = fx.node.map_arg((args, kwargs), single)
+    try:
+        with torch.no_grad():
+            found = form(*args, **kwargs) if alike else None
+    except Exception:
+        return False
+    return isinstance(found, torch.Tensor) and found.dtype == operand.dtype
 
 
 def writes_out(target: Any) -> bool:

@@ -24,12 +24,12 @@ from graphzip.errors import TraceError
 from graphzip.graph.branches import Branch
 from graphzip.graph.build import Builder
 from graphzip.graph.fragile import shared_at_one
-from graphzip.graph.functional import functional_call, metadata_form, writes_out
+from graphzip.graph.functional import functional_call, is_like_operand, metadata_form, writes_out
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.memory import Memory, View, layout, plain, writes, written
 from graphzip.graph.modes import DROPOUTS
 from graphzip.graph.operators import arguments_of
-from graphzip.graph.positions import is_row_major, write_positions
+from graphzip.graph.positions import is_plain, write_positions
 from graphzip.graph.state import get_tensor
 from graphzip.graph.writeback import is_apart, overlaps, write_back
 
@@ -39,6 +39,9 @@ aten = torch.ops.aten
 
 _STRICT = {aten.view.default, aten._unsafe_view.default}
 """Views that need the strides that tracing saw, which a functional operator may not keep."""
+
+_UNSEEN = {getattr(aten, f"logical_{name}_").default for name in ("and", "or", "xor", "not")}
+"""Operators that autograd does not see: gradients go on as if nothing had been written."""
 
 _NAMES = {aten.slice.Tensor, aten.alias.default}
 """Operators that are not needed where they give their operand."""
@@ -226,7 +229,7 @@ class _Functional:
             node.target = aten.reshape.default
         elif node.target in _LAID_OUT:
             source: Any = self.given.get(node, (node.args,))[0][0]
-            if node.target is aten.as_strided.default and not _is_plain(source.meta["val"]):
+            if node.target is aten.as_strided.default and not is_plain(source.meta["val"]):
                 raise TraceError(f"{_at(node)} reads the memory of a tensor as it lies, after a write in place")
             laid_out = self.build.known(source.meta["val"], aten.contiguous.default, node.args[0])
             node.args = (laid_out, *node.args[1:])
@@ -283,6 +286,8 @@ class _Functional:
             if call is None:
                 raise TraceError(f"{_at(node)} {_NO_FORM}")
             form, args, kwargs = call[0], self._read_all(call[1]), self._read_all(call[2])
+            if is_like_operand(form, args, kwargs, operands[0].meta["val"]) and len(operands) == 1:
+                return [self._cast(node, operands[0], self.build.known(operands[0].meta["val"], form, *args, **kwargs))]
             made = self.build(form, *args, **kwargs)
             if self._narrows(node, form, made):
                 made = self.build(form, *args, **{**kwargs, "dtype": operands[0].meta["val"].dtype})
@@ -311,7 +316,7 @@ class _Functional:
         if found.dtype != wanted.dtype:
             value = self.build(aten.to.dtype, value, wanted.dtype)
         self.relaid |= [*map(plain, found.stride())] != [*map(plain, wanted.stride())]
-        if node.meta.get("no_grad"):
+        if node.meta.get("no_grad") or node.target in _UNSEEN:
             return self._past_gradients(self.read(operand), value)
         return value
 
@@ -418,11 +423,6 @@ def _is_parameter(node: fx.Node) -> bool:
 
 def _shape(value: torch.Tensor) -> list[Any]:
     return [plain(size) for size in value.shape]
-
-
-def _is_plain(value: torch.Tensor) -> bool:
-    """Whether a tensor lies in memory from its start on, position after position."""
-    return plain(value.storage_offset()) == 0 and is_row_major(value)
 
 
 _NO_FORM = "writes in place and has no functional form; write it without the in-place operator"

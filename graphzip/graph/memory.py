@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphzip.graph.inputs import hint
 from graphzip.graph.modes import DROPOUTS
 
-__all__ = ["Memory", "View", "layout", "plain", "writes", "written"]
+__all__ = ["Memory", "View", "is_dense", "layout", "plain", "writes", "written"]
 
 aten = torch.ops.aten
 
@@ -77,6 +78,16 @@ def plain(size: Any) -> Any:
         return size
     expression = size.node.expr
     return int(expression) if expression.is_Integer else expression
+
+
+def is_dense(value: torch.Tensor) -> bool:
+    """Whether the positions of a tensor fill a piece of the memory, in whatever order."""
+    extent = 1
+    for step, size in sorted((hint(step), hint(size)) for size, step in zip(value.shape, value.stride(), strict=True)):
+        if size != 1 and step != extent:
+            return False
+        extent *= size
+    return True
 
 
 def layout(value: torch.Tensor) -> tuple[Any, ...]:

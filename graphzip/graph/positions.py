@@ -17,7 +17,7 @@ from graphzip.graph.inputs import concrete_shape, hint
 from graphzip.graph.memory import View, plain
 from graphzip.graph.state import attach
 
-__all__ = ["in_order", "is_row_major", "write_positions"]
+__all__ = ["constant", "in_order", "is_plain", "write_positions"]
 
 aten = torch.ops.aten
 
@@ -29,13 +29,13 @@ def in_order(view: View, child: fx.Node) -> bool:
     whole, shown = view.parent.meta["val"], child.meta["val"]
     if math.prod(concrete_shape(whole)) != math.prod(concrete_shape(shown)):
         return False
-    if is_row_major(whole) and is_row_major(shown):
+    if _is_row_major(whole) and _is_row_major(shown):
         return True
     numbers = _numbered(whole)
     return numbers is not None and torch.equal(_run(view, numbers).flatten(), numbers.flatten())
 
 
-def is_row_major(value: torch.Tensor) -> bool:
+def _is_row_major(value: torch.Tensor) -> bool:
     """Whether the positions of a tensor lie one behind the other."""
     expected: Any = 1
     for size, step in zip(reversed(value.shape), reversed(value.stride()), strict=True):
@@ -43,6 +43,11 @@ def is_row_major(value: torch.Tensor) -> bool:
             return False
         expected = expected * plain(size)
     return True
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory from its start on, position after position."""
+    return plain(value.storage_offset()) == 0 and _is_row_major(value)
 
 
 def _numbered(value: torch.Tensor) -> torch.Tensor | None:
@@ -153,7 +158,7 @@ def _write(
     made = build(aten.reshape.default, _turn(build, value, given), [*sizes, inside.numel()])
     if not torch.equal(inside, torch.arange(math.prod(fixed))):
         flat = build(aten.reshape.default, _turn(build, before, order), [*sizes, math.prod(fixed)])
-        made = build(aten.index_put.default, flat, [*[None] * len(dims), _constant(build, inside, whole.device)], made)
+        made = build(aten.index_put.default, flat, [*[None] * len(dims), constant(build, inside, whole.device)], made)
     back = sorted(range(len(order)), key=order.__getitem__)
     return _turn(build, build(aten.reshape.default, made, [*sizes, *fixed]), back)
 
@@ -162,7 +167,8 @@ def _turn(build: Builder, value: fx.Node, order: list[int]) -> fx.Node:
     return value if order == sorted(order) else build(aten.permute.default, value, order)
 
 
-def _constant(build: Builder, numbers: torch.Tensor, device: torch.device) -> fx.Node:
+def constant(build: Builder, numbers: torch.Tensor, device: torch.device) -> fx.Node:
+    """A new constant of the model."""
     module = build.graph.owning_module
     assert module is not None
     taken = sum(name.startswith(f"{build.place.name}_positions") for name, _ in module.named_buffers())

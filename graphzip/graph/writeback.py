@@ -18,7 +18,7 @@ from torch import fx
 from graphzip.graph.build import Builder
 from graphzip.graph.inputs import concrete_shape, hint
 from graphzip.graph.memory import Memory, View, plain
-from graphzip.graph.positions import in_order
+from graphzip.graph.positions import constant, in_order, is_plain
 
 __all__ = ["is_apart", "overlaps", "write_back"]
 
@@ -62,6 +62,21 @@ def _diagonal(build: Builder, view: View, parent: Callable[[], fx.Node], value: 
     return build.known(view.parent.meta["val"], aten.diagonal_scatter.default, *args, **view.kwargs)
 
 
+def _as_strided(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node | None:
+    """Places in the memory are positions of a tensor that lies there from its start on, position after position."""
+    whole, shown = view.parent.meta["val"], value.meta["val"]
+    sizes, strides, start = (view.argument(place, "") for place in (1, 2, 3))
+    numbers = [*sizes, *strides, start or 0]
+    if not is_plain(whole) or not all(isinstance(number, int) for number in numbers):
+        return None
+    last = (start or 0) + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
+    places = torch.arange(last + 1).as_strided(sizes, strides, start or 0).flatten()
+    index = constant(build, places, shown.device)
+    flat = build(aten.reshape.default, parent(), [-1])
+    made = build(aten.index_put.default, flat, [index], build(aten.reshape.default, value, [-1]))
+    return _reshape(build, view, parent, made)
+
+
 def _complex(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node:
     """The real or the imaginary part is given."""
     real = view.maker.target is aten.real.default
@@ -86,7 +101,7 @@ def _reshape(build: Builder, view: View, parent: Callable[[], fx.Node], value: f
     return build.known(whole, aten.reshape.default, value, _sizes(build, parent, whole, list(range(whole.dim()))))
 
 
-_RULES: dict[Any, Callable[[Builder, View, Callable[[], fx.Node], fx.Node], fx.Node]] = {
+_RULES: dict[Any, Callable[[Builder, View, Callable[[], fx.Node], fx.Node], fx.Node | None]] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.narrow.default: _narrow,
@@ -94,6 +109,7 @@ _RULES: dict[Any, Callable[[Builder, View, Callable[[], fx.Node], fx.Node], fx.N
     aten.squeeze.dim: _reshape,
     aten.squeeze.dims: _reshape,
     aten.diagonal.default: _diagonal,
+    aten.as_strided.default: _as_strided,
     aten.real.default: _complex,
     aten.imag.default: _complex,
     aten.view_as_real.default: _as_complex,
