@@ -34,6 +34,7 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> Writes:
             graph.erase_node(node)
     fetch_once(graph, aliases)
     found = functionalize(graph)
+    _drop_other_names(graph)
     _drop_constant_copies(module)
     decompose(graph)
     graph.eliminate_dead_code()
@@ -62,6 +63,13 @@ def fetch_once(graph: fx.Graph, aliases: Aliases) -> None:
         elif node.users:
             first[node.target] = node
         else:
+            graph.erase_node(node)
+
+
+def _drop_other_names(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target is aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 

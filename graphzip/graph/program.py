@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.branches import Watch, watched
+from graphzip.graph.dropouts import CopyingDropouts
 from graphzip.graph.inputs import has_batch_of_one, with_batch_of_two
 from graphzip.graph.owners import name_owners
 from graphzip.graph.source import first_line
@@ -143,11 +144,14 @@ def _batch_is_dynamic(call: Call) -> ShapesCollection:
 
 @contextmanager
 def _tracing_mode() -> Iterator[None]:
-    """The fused attention fast path may not hide the graph, and the caller's grad mode may not shape it."""
+    """The fused attention fast path may not hide the graph, and the caller's grad mode may not shape it.
+
+    Nor may a dropout that does not act be taken for its input.
+    """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), CopyingDropouts():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
