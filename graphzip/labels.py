@@ -10,13 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Hashes", "IntArray", "LabelSpace", "Solution", "collapse", "components", "mix", "ranks", "support"]
+__all__ = [
+    "Hashes",
+    "IntArray",
+    "LabelSpace",
+    "Solution",
+    "collapse",
+    "components",
+    "lies_outside",
+    "mix",
+    "ranks",
+    "support",
+]
 
 IntArray = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -35,6 +47,23 @@ def collapse(axis: IntArray) -> IntArray:
             if np.array_equal(np.broadcast_to(first, axis.shape), axis):
                 axis = first
     return axis
+
+
+def lies_outside(axis: NDArray[Any], dim: int, width: int) -> bool | None:
+    """How `width` labels and something that has none share a dimension: which of them varies more slowly.
+
+    True where all the labels are repeated one behind the other, False where each label has a run of its own, `None`
+    where it is neither or cannot be told, because there is only one of the other.
+    """
+    count = axis.shape[dim] // width
+    if count < 2 or count * width != axis.shape[dim]:
+        return None
+    moved = np.moveaxis(axis, dim, -1)
+    lines = moved.reshape(*moved.shape[:-1], count, width)
+    if (lines == lines[..., :1, :]).all():
+        return True
+    runs = moved.reshape(*moved.shape[:-1], width, count)
+    return False if (runs == runs[..., :1]).all() else None
 
 
 def ranks(classes: IntArray) -> IntArray | None:

@@ -138,6 +138,41 @@ CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default
           name="over channels", free={"make": 2, "make#2": 4, "other": 4})  # fmt: skip
 CASES.add(aten.select_scatter.default, lambda m, x, y: aten.select_scatter.default(x, y[:, 2], 1, 0), makers=TWO,
           name="over channels", why="writes into some of the channels")  # fmt: skip
+CASES.add(
+    aten.select_scatter.default,
+    lambda m, x, y: aten.select_scatter.default(x, y[:, :, 2], 2, -1),
+    makers=TWO,
+    name="one position",
+    free={"make": 6},
+)
+CASES.add(
+    aten.select_scatter.default,
+    lambda m, x, y: aten.select_scatter.default(x, y[:, 1].relu(), 1, 2),
+    (2, 4, 6, 3),
+    dim=2,
+    makers=TWO,
+    name="one token",
+    free=None,
+)
+CASES.add(aten.diagonal.default, lambda m, x: aten.diagonal.default(x, 1, -1, 2), (2, 6, 4, 4), name="of an image")
+CASES.add(
+    aten.diagonal.default,
+    lambda m, x: aten.diagonal.default(x, 0, 1, 2),
+    (2, 4, 4, 5),
+    out=None,
+    name="of channels",
+    why="takes a diagonal",
+)
+CASES.add(
+    aten.diagonal_scatter.default,
+    lambda m, x, y: aten.diagonal_scatter.default(x, y[:, :, 0], 0, 2, -1),
+    (2, 6, 4, 4),
+    makers=TWO,
+    name="of an image",
+    free={"make": 6},
+)
+CASES.add(aten.diagonal_scatter.default, lambda m, x, y: aten.diagonal_scatter.default(x, y[:, 0], 0, 1, 2),
+          (2, 4, 4, 4), makers=TWO, out=None, name="of channels", why="diagonal")  # fmt: skip
 
 # --- joining -------------------------------------------------------------------------------------------------------
 

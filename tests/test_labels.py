@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from graphzip.labels import IntArray, LabelSpace, collapse, mix, ranks, support
-from graphzip.ops.movement import regroup, reshape_axis
+from graphzip.ops.views import regroup, reshape_axis
 
 SHAPES = arrays.array_shapes(min_dims=0, max_dims=4, max_side=4)
 

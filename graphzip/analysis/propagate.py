@@ -18,7 +18,7 @@ from graphzip.labels import IntArray
 from graphzip.ops import MOVES, OPS
 from graphzip.ops.conv import blocked_weights
 from graphzip.ops.randomness import hold_draws
-from graphzip.ops.rules import opaque
+from graphzip.ops.rules import followed, opaque
 from graphzip.ops.site import Move, Site, Space, bind, describe
 from graphzip.ops.spec import OpSpec
 
@@ -154,7 +154,7 @@ class _Walk:
         else:
             if node in self.rank_open:
                 self._pin_patched(site, spec)
-            self.result.axes[node] = spec.propagate(site)
+            self.result.axes[node] = followed(site, spec.propagate(site))
         if operands and all(operand in self.raw for operand in operands) and _only_rearranges(node, args, operands):
             self.raw.add(node)
             self.result.joined.extend(site.met)

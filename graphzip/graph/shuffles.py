@@ -7,12 +7,13 @@ permutation can follow any choice of channels, so nothing is coupled by it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
-from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.operators import COPIES
+from graphzip.graph.sizes import number, open_dims, same_size, small_sizes
 from graphzip.graph.state import attach, get_tensor
 
 __all__ = ["fuse_shuffles"]
@@ -72,10 +73,12 @@ def _select_instead(module: fx.GraphModule, node: fx.Node) -> None:
     if len(given) != 1 or given[0][1].op != "get_attr":
         return
     dim, fetch = given[0]
+    if dim in open_dims(source.meta["val"]):
+        return
     index = get_tensor(module, str(fetch.target))
     if index.is_meta or index.dim() == 0 or index.dtype not in {torch.int32, torch.int64}:
         return
-    positions = index.detach().cpu().long().flatten() % concrete_shape(source.meta["val"])[dim]
+    positions = index.detach().cpu().long().flatten() % number(source.meta["val"].shape[dim])
     if index.dim() > 1:
         node.args = (source, dim, list(index.shape))
         node.target = aten.unflatten.int
@@ -90,15 +93,26 @@ def _select_instead(module: fx.GraphModule, node: fx.Node) -> None:
 def _fuse(module: fx.GraphModule, chain: list[fx.Node]) -> None:
     source, last = chain[0].args[0], chain[-1]
     assert isinstance(source, fx.Node)
-    shape = concrete_shape(source.meta["val"])
-    if shape != concrete_shape(last.meta["val"]):
+    before, after = source.meta["val"].shape, last.meta["val"].shape
+    if len(before) != len(after) or not all(map(same_size, before, after)):
         return
-    found = _permuted_dim(shape, chain)
+    found = _found_alike(source, chain)
     if found is None:
         return
     _replace(module, last, source, *found)
     for node in reversed(chain[:-1]):
         module.graph.erase_node(node)
+
+
+def _found_alike(source: fx.Node, chain: list[fx.Node]) -> tuple[int, torch.Tensor] | None:
+    """Which dimension is permuted, and how; the same whatever the sizes are that the inputs decide."""
+    found = None
+    for shapes in small_sizes([source.meta["val"].shape, *(node.meta["val"].shape for node in chain)]):
+        again = _permuted_dim(shapes[0], chain, shapes[1:])
+        if again is None or (found is not None and (found[0] != again[0] or not torch.equal(found[1], again[1]))):
+            return None
+        found = again
+    return found
 
 
 def _replace(module: fx.GraphModule, last: fx.Node, source: fx.Node, dim: int, index: torch.Tensor) -> None:
@@ -115,15 +129,17 @@ def _replace(module: fx.GraphModule, last: fx.Node, source: fx.Node, dim: int, i
     graph.erase_node(last)
 
 
-def _permuted_dim(shape: tuple[int, ...], chain: list[fx.Node]) -> tuple[int, torch.Tensor] | None:
+def _permuted_dim(
+    shape: tuple[int, ...], chain: list[fx.Node], shapes: Sequence[tuple[int, ...]]
+) -> tuple[int, torch.Tensor] | None:
     """Run the chain on numbered positions: which single dimension does it permute, and how?"""
     count = math.prod(shape)
-    if count > _LARGEST or len(shape) < 2:
+    if count > _LARGEST or len(shape) < 2 or any(math.prod(each) != count for each in shapes):
         return None
     numbered = torch.arange(count, dtype=torch.int32).reshape(shape)
     moved = numbered
-    for node in chain:
-        moved = _run(node, moved)
+    for node, after in zip(chain, shapes, strict=True):
+        moved = _run(node, moved, after)
     for dim in range(1, len(shape)):
         line = moved.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
         start = numbered.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
@@ -134,8 +150,8 @@ def _permuted_dim(shape: tuple[int, ...], chain: list[fx.Node]) -> tuple[int, to
     return None
 
 
-def _run(node: fx.Node, value: torch.Tensor) -> torch.Tensor:
+def _run(node: fx.Node, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if node.target in _RESHAPES:
-        return value.reshape(concrete_shape(node.meta["val"]))
+        return value.reshape(shape)
     result: torch.Tensor = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return result

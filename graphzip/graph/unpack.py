@@ -15,6 +15,7 @@ from torch import fx
 
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.operators import COPIES
+from graphzip.graph.sizes import number, open_dims, stand_ins
 from graphzip.graph.state import attach
 
 __all__ = ["unpack"]
@@ -50,18 +51,17 @@ def _take_apart(module: fx.GraphModule, select: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     assert isinstance(dim, int)
     assert isinstance(index, int)
-    shape = concrete_shape(source.meta["val"])
-    chain, place = _trace_back(source, dim % len(shape))
+    chain, place = _trace_back(source, dim % len(source.meta["val"].shape))
     if place is None:
         return
     view = chain[0]
     packed = view.args[0]
     assert isinstance(packed, fx.Node)
-    after = concrete_shape(view.meta["val"])
-    split = _split_of(concrete_shape(packed.meta["val"]), after, place)
+    split = _split_of(packed.meta["val"], view.meta["val"], place)
     if split is None:
         return
     at, run = split
+    after = concrete_shape(view.meta["val"])
     part = index % after[place]
     numbers = torch.arange(math.prod(after[d] for d in run)).reshape([after[d] for d in run])
     chosen = numbers.select(run.index(place), part).flatten()
@@ -101,20 +101,27 @@ def _before(node: fx.Node, dim: int) -> int | None:
         added = int(node.args[1]) % rank  # type: ignore[arg-type]
         return None if dim == added else dim - (dim > added)
     if node.target is aten.squeeze.dim:
-        gone = int(node.args[1]) % (rank + 1)  # type: ignore[arg-type]
-        return dim + (dim >= gone)
+        before = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+        gone = int(node.args[1]) % before  # type: ignore[arg-type]
+        return dim + (dim >= gone) if rank < before else dim
     return None
 
 
-def _split_of(before: tuple[int, ...], after: tuple[int, ...], place: int) -> tuple[int, list[int]] | None:
-    """The dimension of the operand that the view splits into several, `place` among them, and those dimensions."""
+def _split_of(packed: torch.Tensor, view: torch.Tensor, place: int) -> tuple[int, list[int]] | None:
+    """The dimension of the operand that the view splits into several, `place` among them, and those dimensions.
+
+    Nothing where the inputs decide a size of theirs: the parts would be of other sizes for other inputs.
+    """
+    before, after = stand_ins(packed.shape, view.shape)
+    held = open_dims(packed), open_dims(view)
     for at in range(len(before)):
         start = next((k for k in range(len(after)) if math.prod(after[:k]) == math.prod(before[:at])), None)
-        while start is not None and start < len(after) and at < len(before):
-            stop = next((k for k in range(start + 1, len(after) + 1) if math.prod(after[start:k]) == before[at]), None)
-            if stop is not None and stop - start > 1 and start <= place < stop:
-                return at, list(range(start, stop))
-            break
+        if start is None:
+            continue
+        stop = next((k for k in range(start + 1, len(after) + 1) if math.prod(after[start:k]) == before[at]), None)
+        if stop is not None and stop - start > 1 and start <= place < stop:
+            run = list(range(start, stop))
+            return None if at in held[0] or held[1].intersection(run) else (at, run)
     return None
 
 
@@ -137,17 +144,10 @@ def _cut(module: fx.GraphModule, select: fx.Node, packed: fx.Node, at: int, chos
 
 def _again(graph: fx.Graph, node: fx.Node, source: fx.Node, place: int | None) -> fx.Node:
     """The same operator on the part; the view gets a size of one at `place`."""
-    args = [source, *node.args[1:]]
-    target = node.target
+    args, target = [source, *node.args[1:]], node.target
     if place is not None:
-        shape = list(node.meta["val"].shape)
-        shape[place] = 1
-        dynamic = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
-        given = _given_sizes(node, len(shape))
-        sizes = [1 if d == place else given[d] for d in range(len(shape))]
-        if len(dynamic) == 1 and isinstance(sizes[dynamic[0]], torch.SymInt):
-            sizes[dynamic[0]] = -1
-        target, args = aten.reshape.default, [source, sizes]
+        args[1:] = _with_one(node, place)
+        target = target if target is aten.unflatten.int else aten.reshape.default
     made = graph.call_function(target, tuple(args), dict(node.kwargs))  # type: ignore[arg-type]
     made.meta.update(node.meta)
     with source.meta["val"].fake_mode:
@@ -156,11 +156,14 @@ def _again(graph: fx.Graph, node: fx.Node, source: fx.Node, place: int | None) -
     return made
 
 
-def _given_sizes(node: fx.Node, rank: int) -> list[Any]:
-    """Sizes as the view was given them, nodes for symbolic ones; those of the result for other forms."""
-    given = node.args[1] if len(node.args) > 1 else None
-    if node.target is not aten.unflatten.int and isinstance(given, list | tuple) and len(given) == rank:
-        if -1 not in given:
-            return list(given)
-        return [size if size != -1 else known for size, known in zip(given, node.meta["val"].shape, strict=True)]
-    return list(node.meta["val"].shape)
+def _with_one(view: fx.Node, place: int) -> list[Any]:
+    """The arguments of a view with a size of one at `place`: fixed sizes as numbers, others as they were given."""
+    shape = view.meta["val"].shape
+    if view.target is aten.unflatten.int:
+        dim, sizes = view.args[1:3]
+        first = int(dim) % (len(shape) - len(sizes) + 1)  # type: ignore[arg-type]
+        own = range(first, first + len(sizes))  # type: ignore[arg-type]
+        return [first, [1 if at == place else number(shape[at]) for at in own]]
+    given: Any = view.args[1]
+    held = open_dims(view.meta["val"])
+    return [[1 if at == place else given[at] if at in held else number(size) for at, size in enumerate(shape)]]

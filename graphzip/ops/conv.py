@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import fx
 
+from graphzip.graph.inputs import hint
 from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
+from graphzip.graph.sizes import is_open, same_size
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import merge, mixing, split_axes, weight_labels
+from graphzip.ops.rules import merge, mixing, split_axes, uncut, weight_labels
 from graphzip.ops.site import Site, bind
 from graphzip.ops.spec import OpSpec, Patch, Result
 
@@ -34,7 +36,8 @@ def blocked_weights(graph: fx.Graph) -> dict[fx.Node, int]:
             args = bind(node)
             weight, groups = args["weight"], args["groups"]
             if (
-                groups > 1
+                isinstance(groups, int)
+                and groups > 1
                 and weight.op == "get_attr"
                 and all(_is_weight_of(user, weight, groups) for user in weight.users)
             ):
@@ -62,7 +65,10 @@ def convolution(site: Site) -> Result:
     weight, rank = site.args["weight"], len(site.shape())
     channel = rank - (len(site.shape(weight)) - 1)
     spatial = range(channel + 1, rank)
-    touching, rest = split_axes(site.axes(site.args["input"]), [channel])
+    axes = site.axes(site.args["input"])
+    if not site.is_open(site.args["groups"]) and site.size(site.args["groups"]) > 1:
+        axes = uncut(site, axes, [channel], site.args["input"])
+    touching, rest = split_axes(axes, [channel])
     others = mixing(site, tuple(rest), spatial, "mixes positions")
     inputs = [site.tie(axis, [dim for dim in support(axis) if dim != channel]) for axis in touching]
     incoming, outgoing = _ends(site, weight)
@@ -89,7 +95,7 @@ def convolution(site: Site) -> Result:
 
 def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
     """Labels of the incoming and of the outgoing channels, each `(groups, channels of a group)`."""
-    groups, shape = site.args["groups"], site.shape(weight)
+    groups, shape = site.size(site.args["groups"]), site.shape(weight)
     rows = weight_labels(site, weight, 0).reshape(groups, -1)
     columns = site.blocked.get(weight)
     if columns is None and shape[1] == 1:
@@ -107,13 +113,21 @@ def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
     if site.is_raw(weight) and not depthwise:
         site.consume(incoming)
         site.produce(outgoing)
-    if groups > 1:
+    if site.is_open(site.args["groups"]) or (groups > 1 and 0 in site.open(weight)):
+        _alike_in_groups(site, rows)
+    elif groups > 1:
         held = site.fresh((groups, 1))
         for side in (incoming, outgoing):
             site.contain(held, side)
             if side.shape[1] > 1:
                 site.block(side)
     return incoming, outgoing
+
+
+def _alike_in_groups(site: Site, rows: IntArray) -> None:
+    """Where the inputs decide the number of groups, all groups have the same channels, one behind the other."""
+    if not (rows == rows[:1]).all():
+        site.pin(rows, "has a group for every part of a size that the inputs decide, and channels that differ there")
 
 
 def macs(site: Site) -> int:
@@ -126,19 +140,25 @@ def macs(site: Site) -> int:
 def patch_convolution(patch: Patch) -> None:
     """Adapt the number of groups, and scale the input where the weight's slices have not been added up."""
     weight, rank = patch.args["weight"], len(patch.node.meta["val"].shape)
-    channel = rank - (len(weight.meta["val"].shape) - 1)
-    groups = patch.args["groups"]
+    source, channel = patch.args["input"], rank - (len(weight.meta["val"].shape) - 1)
+    given = patch.args["groups"]
+    number = given if isinstance(given, int) else given.meta["val"]
+    groups = hint(number)
     transposed = patch.node.target in TRANSPOSED or bool(patch.args.get("transposed"))
-    width = int(patch.args["input"].meta["val"].shape[channel]) // groups
-    if groups > 1:
-        kept = patch.kept(patch.args["input"], channel)
+    if is_open(number):
+        if same_size(number, source.meta["val"].shape[channel]):
+            patch.set_node("groups", patch.call(aten.sym_size.int, patch.operand("input"), channel))
+            return
+    elif groups > 1:
+        width = patch.before(source, channel) // groups
+        kept = patch.kept(source, channel)
         patch.set("groups", kept.size if width == 1 else int(np.unique(kept // width).size))
-    if groups > 1 and width == 1:
-        return
+        if width == 1:
+            return
     if not patch.consumes(weight, 0 if transposed else 1):
-        counts = patch.multiplicity(patch.args["input"], [channel], blocks=groups)
+        counts = patch.multiplicity(source, [channel], blocks=groups)
         if counts is not None:
-            scaled = patch.call(aten.mul.Tensor, patch.operand("input"), patch.values(counts, patch.args["input"]))
+            scaled = patch.call(aten.mul.Tensor, patch.operand("input"), patch.values(counts, source))
             patch.set_node("input", scaled)
 
 

@@ -9,10 +9,10 @@ import torch
 
 from graphzip.graph.inputs import concrete_shape
 from graphzip.labels import IntArray
-from graphzip.ops.movement import patch_sizes
 from graphzip.ops.rules import mixing, moved, pointwise, shape_along
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
+from graphzip.ops.views import patch_sizes
 
 __all__ = ["REPEATS", "SPECS"]
 
@@ -40,7 +40,8 @@ def _spread(site: Site, before: Sequence[int], after: Sequence[int]) -> Axes:
 def repeat(site: Site) -> Result:
     source, after = site.args["self"], site.shape()
     before = (1,) * (len(after) - len(site.shape(source))) + site.shape(source)
-    times = [new // old for new, old in zip(after, before, strict=True)]
+    given = site.args["repeats" if "repeats" in site.args else "dims"]
+    times = [1] * (len(after) - len(given)) + [site.size(count) for count in given]
 
     def run(array: IntArray) -> IntArray:
         array = array.reshape((1,) * (len(after) - array.ndim) + array.shape)
@@ -66,11 +67,13 @@ def patch_repeat(patch: Patch) -> None:
 def repeat_interleave(site: Site) -> Result:
     """Every position along `dim` several times in a row (heads of grouped queries)."""
     source, times = site.args["self"], site.args["repeats"]
-    if not isinstance(times, int) or site.args["dim"] is None:
+    if site.args["dim"] is None:
         return mixing(site, site.axes(source), range(len(site.shape(source))), "repeats positions unevenly")
     dim = site.dim(site.args["dim"])
     return moved(
-        site, site.axes(source), lambda array: np.repeat(array, times, axis=dim) if array.shape[dim] > 1 else array
+        site,
+        site.axes(source),
+        lambda array: np.repeat(array, site.size(times), axis=dim) if array.shape[dim] > 1 else array,
     )
 
 

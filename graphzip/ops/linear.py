@@ -44,9 +44,10 @@ def contraction(site: Site, terms: Sequence[Term], out: str) -> Axes:
                     site.consume(axis)
                 elif along and not along & set(summed):
                     site.produce(axis)
-        sizes = dict(zip(names, site.shape(value), strict=True))
+        sizes = dict(zip(names, site.extent(value), strict=True))
         operands.append((axes, tuple(sizes.get(letter, 1) for letter in letters)))
-    met = residual(site, merge(site, operands), summed)
+    held = frozenset(letters.index(names[dim]) for value, names in terms for dim in site.open(value))
+    met = residual(site, merge(site, operands), summed, held)
     kept = tuple(slice(None) if place not in summed else 0 for place in range(len(letters)))
     result = tuple(axis[kept] for axis in met)
     return tuple(axis for axis in result if support(axis))
@@ -89,9 +90,9 @@ def _plus(site: Site, made: Axes, bias: Any) -> Axes:
     if bias is None:
         return made
     rank = len(site.shape())
-    given = site.shape(bias)
+    given = site.extent(bias)
     spread = tuple(align(axis, rank) for axis in site.axes(bias))
-    return merge(site, [(made, site.shape()), (spread, (1,) * (rank - len(given)) + given)])
+    return merge(site, [(made, site.extent()), (spread, (1,) * (rank - len(given)) + given)])
 
 
 def patch_linear(patch: Patch) -> None:
@@ -241,18 +242,20 @@ def attention(site: Site) -> Result:
     lead = _LETTERS[: rank - 2]
     repeat = site.shape(query)[-3] // site.shape(key)[-3] if site.args.get("enable_gqa") else 1
     keys, values = (_repeated(site, operand, repeat) for operand in (key, value))
-    scores = _between(site, site.axes(query), site.shape(query), lead + "lz", keys, lead + "sz", lead + "ls")
+    named = ((query, lead + "lz"), (key, lead + "sz"), (value, lead + "sv"))
+    held = {names[dim] for operand, names in named for dim in site.open(operand)}
+    scores = _between(site, site.axes(query), site.extent(query), lead + "lz", keys, lead + "sz", lead + "ls", held)
     mask = site.args.get("attn_mask")
-    full = (*site.shape(query)[:-1], site.shape(key)[-2])
+    full = (*site.extent(query)[:-1], site.extent(key)[-2])
     if mask is not None:
-        given = site.shape(mask)
+        given = site.extent(mask)
         spread = tuple(align(axis, rank) for axis in site.axes(mask))
         scores = merge(site, [(scores, full), (spread, (1,) * (rank - len(given)) + given)])
     for axis in scores:
         if set(support(axis)) & {rank - 2, rank - 1}:
             site.pin(axis, "attends along it")
     scores = tuple(axis for axis in scores if not set(support(axis)) & {rank - 2, rank - 1})
-    return _between(site, scores, full, lead + "ls", values, lead + "sv", lead + "lv")
+    return _between(site, scores, full, lead + "ls", values, lead + "sv", lead + "lv", held)
 
 
 Held = tuple[Axes, tuple[int, ...]]
@@ -260,7 +263,7 @@ Held = tuple[Axes, tuple[int, ...]]
 
 def _repeated(site: Site, value: Any, times: int) -> Held:
     """Axes and shape of keys or values, each head standing for `times` query heads."""
-    axes, shape = site.axes(value), site.shape(value)
+    axes, shape = site.axes(value), site.extent(value)
     if times == 1:
         return axes, shape
     wide = tuple(
@@ -270,9 +273,9 @@ def _repeated(site: Site, value: Any, times: int) -> Held:
 
 
 def _between(
-    site: Site, axes: Axes, shape: tuple[int, ...], names: str, other: Held, other_names: str, out: str
+    site: Site, axes: Axes, shape: tuple[int, ...], names: str, other: Held, other_names: str, out: str, held: set[str]
 ) -> Axes:
-    """The product of two activations, given by their axes."""
+    """The product of two activations, given by their axes; the inputs decide the sizes of `held`."""
     letters = out + "".join(letter for letter in names if letter not in out)
     sizes = [dict(zip(n, s, strict=True)) for n, s in ((names, shape), (other_names, other[1]))]
     operands = [
@@ -280,7 +283,7 @@ def _between(
         for found, n, size in ((axes, names, sizes[0]), (other[0], other_names, sizes[1]))
     ]
     summed = [place for place, letter in enumerate(letters) if letter not in out]
-    met = residual(site, merge(site, operands), summed)
+    met = residual(site, merge(site, operands), summed, frozenset(map(letters.index, held.intersection(letters))))
     kept = tuple(slice(None) if place not in summed else 0 for place in range(len(letters)))
     return tuple(axis[kept] for axis in met if support(axis[kept]))
 
@@ -294,7 +297,7 @@ def patch_attention(patch: Patch) -> None:
     last = len(query.meta["val"].shape) - 1
     counts = patch.multiplicity(query, [last])
     if scale is None and (patch.shrinks(query, last) or counts is not None):
-        scale = 1.0 / math.sqrt(int(query.meta["val"].shape[-1]))
+        scale = 1.0 / math.sqrt(patch.before(query, last))
     if counts is None or np.ptp(counts) or not isinstance(scale, float):
         scale_activation(patch, "query", [last])
     else:

@@ -5,81 +5,23 @@ Concatenation offsets, packed projections, patch merging and channel permutation
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from graphzip.graph.squeezes import squeezed_dims
+from graphzip.graph.sizes import same_size
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, shape_along, split_axes
+from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, shape_along, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
+from graphzip.ops.views import patch_sizes
 
 __all__ = ["SPECS", "patch_sizes"]
 
 aten = torch.ops.aten
-
-
-def regroup(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Minimal runs of dimensions with equal products: a view acts on each run alone."""
-    runs: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
-        i, j = i + len(left), j + len(right)
-        have, want = math.prod(before[d] for d in left), math.prod(after[d] for d in right)
-        while have != want:
-            if have < want and i < len(before):
-                left.append(i)
-                have, i = have * before[i], i + 1
-            elif j < len(after):
-                right.append(j)
-                want, j = want * after[j], j + 1
-            else:
-                left += range(i, len(before))
-                have, i = want, len(before)
-        runs.append((left, right))
-    return runs
-
-
-def reshape_axis(axis: IntArray, before: Sequence[int], after: Sequence[int]) -> IntArray:
-    """The axis under a view; only runs of dimensions along which it extends are spelled out."""
-    sizes: dict[int, int] = {}
-    shape = [1] * len(after)
-    for left, right in regroup(before, after):
-        if any(axis.shape[dim] > 1 for dim in left):
-            sizes.update({dim: before[dim] for dim in left})
-            for dim in right:
-                shape[dim] = after[dim]
-    return broadcast_dims(axis, sizes).reshape(shape)
-
-
-def view(site: Site) -> Result:
-    source = site.tensors()[0]
-    before, after = site.shape(source), site.shape()
-    axes = _separable(site, site.axes(source), regroup(before, after))
-    return moved(site, axes, lambda array: reshape_axis(array, before, after))
-
-
-def _separable(site: Site, axes: Axes, runs: Sequence[tuple[list[int], list[int]]]) -> Axes:
-    """Of two axes that a view would lay into each other one stays, if that is the only one that a parameter makes.
-
-    Of a parameter itself the first stays: in front of the kernel's positions stand its channels.
-    """
-    gone: list[IntArray] = []
-    for left, right in runs:
-        met = [axis for axis in axes if set(support(axis)) & set(left)] if right else []
-        if len(met) > 1:
-            made = [axis for axis in met if not site.is_derived(axis)]
-            if len(made) > 1 and site.is_raw(site.tensors()[0]):
-                made = [min(made, key=lambda axis: support(axis))]
-            gone += [axis for axis in met if len(made) != 1 or axis is not made[0]]
-    for axis in gone:
-        site.pin(axis, "merges two labelled dimensions")
-    return tuple(axis for axis in axes if not any(axis is other for other in gone))
 
 
 def permute(site: Site) -> Result:
@@ -107,21 +49,6 @@ def unsqueeze(site: Site) -> Result:
     return moved(site, site.axes(site.args["self"]), lambda array: np.expand_dims(array, dim))
 
 
-def squeeze(site: Site) -> Result:
-    source, after = site.args["self"], site.shape()
-    return moved(site, site.axes(source), lambda array: reshape_axis(array, site.shape(source), after))
-
-
-def patch_squeeze(patch: Patch) -> None:
-    """A dimension that shrinks to one stays where it is; an open size may be one and goes as before."""
-    source = patch.args["self"]
-    shape = source.meta["val"].shape
-    dims = squeezed_dims(patch.node)
-    left = [dim for dim in dims if isinstance(shape[dim], torch.SymInt) or shape[dim] == 1]
-    if any(patch.size(source, dim) == 1 for dim in dims if dim not in left):
-        patch.replace(aten.squeeze.dims, (source, left))
-
-
 def select(site: Site) -> Result:
     source = site.args["self"]
     dim = site.dim(site.args["dim"], len(site.shape(source)))
@@ -131,7 +58,7 @@ def select(site: Site) -> Result:
         picked: IntArray = np.take(array, index if array.shape[dim] > 1 else 0, axis=dim)
         return picked
 
-    return moved(site, _unique_position(site, site.axes(source), dim), pick)
+    return moved(site, _unique_position(site, _bounded(site, site.axes(source), dim, ("index",)), dim), pick)
 
 
 def _unique_position(site: Site, axes: Axes, dim: int) -> Axes:
@@ -146,11 +73,22 @@ def slice_(site: Site) -> Result:
     source = site.args["self"]
     shape = site.shape(source)
     dim = site.dim(site.args["dim"], len(shape))
+    if same_size(source.meta["val"].shape[dim], site.node.meta["val"].shape[dim]) and site.args.get("step", 1) == 1:
+        return site.axes(source)
+    axes = _bounded(site, site.axes(source), dim, ("start", "end", "length", "step"))
     start, end, step = _slice_bounds(site, shape[dim])
-    axes = site.axes(source)
     if len(range(start, end, step)) == 1:
         axes = _unique_position(site, axes, dim)
     return moved(site, axes, lambda array: _cut(array, dim, slice(start, end, step)))
+
+
+def _bounded(site: Site, axes: Axes, dim: int, names: Sequence[str]) -> Axes:
+    """Axes that may be cut along `dim`: neither its size nor one of these arguments is for the inputs to decide."""
+    given = [site.args.get(name) for name in names]
+    values = [value for each in given for value in (each if isinstance(each, list | tuple) else [each])]
+    if any(site.is_open(value) for value in values):
+        return mixing(site, axes, [dim], "cuts at a place that the inputs decide")
+    return uncut(site, axes, [dim])
 
 
 def _slice_bounds(site: Site, size: int) -> tuple[int, int, int]:
@@ -173,7 +111,10 @@ def patch_slice(patch: Patch) -> None:
     dim = patch.args["dim"] % rank
     if not patch.shrinks(source, dim):
         return
-    size = int(source.meta["val"].shape[dim])
+    if same_size(source.meta["val"].shape[dim], patch.node.meta["val"].shape[dim]) and patch.args.get("step", 1) == 1:
+        patch.replace(aten.slice.Tensor, (source, dim, 0, sys.maxsize))
+        return
+    size = patch.before(source, dim)
     if "length" in patch.args:
         start, end, step = patch.args["start"] % size, patch.args["start"] % size + patch.args["length"], 1
     else:
@@ -188,27 +129,27 @@ def patch_slice(patch: Patch) -> None:
 
 def scatter(site: Site) -> Result:
     """`slice_scatter`, `select_scatter`: part of the first operand is replaced by the second."""
-    base, part = site.args["self"], site.args["src"]
-    shape = site.shape(base)
+    base = site.args["self"]
+    shape, extent = site.shape(base), site.extent(base)
     dim = site.dim(site.args["dim"], len(shape))
-    if "index" in site.args:
-        index = site.size(site.args["index"]) % shape[dim]
-        start, end, step = index, index + 1, 1
-    else:
-        start, end, step = _slice_bounds(site, shape[dim])
-    if (start, end, step) == (0, shape[dim], 1):
-        return merge(site, [(site.axes(base), shape), (site.axes(part), site.shape(part))])
-    along = [split_axes(site.axes(value), [dim])[0] for value in (base, part)]
+    part, size = _part(site, dim)
+    whole = "index" not in site.args and same_size(base.meta["val"].shape[dim], site.args["src"].meta["val"].shape[dim])
+    if whole:
+        return merge(site, [(site.axes(base), extent), (part, size)])
+    along = [split_axes(axes, [dim])[0] for axes in (site.axes(base), part)]
     if not any(along):
-        sizes = _without(shape, dim), _without(site.shape(part), dim)
-        return merge(site, [(site.axes(base), sizes[0]), (site.axes(part), sizes[1])])
-    if "index" in site.args or step != 1 or not all(along) or any(support(a[0]) != (dim,) for a in along):
-        for axis in site.axes(base) + site.axes(part):
+        return merge(site, [(site.axes(base), _without(extent, dim)), (part, _without(size, dim))])
+    if not _writes_channels(site, base, dim) or not all(along) or any(support(found[0]) != (dim,) for found in along):
+        for axis in site.axes(base) + part:
             site.pin(axis, "writes into some of the channels")
         return ()
+    start, end, _ = _slice_bounds(site, shape[dim])
     across = merge(
         site,
-        [(tuple(split_axes(site.axes(v), [dim])[1]), _without(site.shape(v), dim)) for v in (base, part)],
+        [
+            (tuple(split_axes(axes, [dim])[1]), _without(sizes, dim))
+            for axes, sizes in ((site.axes(base), extent), (part, size))
+        ],
     )
 
     place = (slice(None),) * dim + (slice(start, end),)
@@ -222,16 +163,58 @@ def scatter(site: Site) -> Result:
     return (*across, site.move([along[0][0], along[1][0]], written))
 
 
+def _part(site: Site, dim: int) -> tuple[Axes, tuple[int, ...]]:
+    """Axes and sizes of what is written, with the dimension that a `select` takes away."""
+    part = site.args["src"]
+    axes, size = site.axes(part), site.extent(part)
+    if "index" not in site.args:
+        return axes, size
+    return moved(site, axes, lambda array: np.expand_dims(array, dim)), _with(size, dim, 1)
+
+
+def _writes_channels(site: Site, base: Any, dim: int) -> bool:
+    """Whether a run of positions is written, at a place that does not depend on the inputs."""
+    given = [site.args.get(name) for name in ("start", "end", "step")]
+    return (
+        "index" not in site.args and given[2] == 1 and dim not in site.open(base) and not any(map(site.is_open, given))
+    )
+
+
 def patch_scatter(patch: Patch) -> None:
     base = patch.args["self"]
     dim = patch.args["dim"] % len(base.meta["val"].shape)
     if not patch.shrinks(base, dim):
         return
-    size = int(base.meta["val"].shape[dim])
-    start, _, _ = slice(patch.args["start"], patch.args["end"]).indices(size)
+    if same_size(base.meta["val"].shape[dim], patch.args["src"].meta["val"].shape[dim]):
+        patch.set("start", 0)
+        patch.set("end", sys.maxsize)
+        return
+    start, _, _ = slice(patch.args["start"], patch.args["end"]).indices(patch.before(base, dim))
     before = int((patch.kept(base, dim) < start).sum())
     patch.set("start", before)
     patch.set("end", before + patch.size(patch.args["src"], dim))
+
+
+def _diagonal(site: Site) -> tuple[int, int]:
+    rank = len(site.shape(site.args["self"]))
+    return site.args["dim1"] % rank, site.args["dim2"] % rank
+
+
+def diagonal(site: Site) -> Result:
+    """The diagonal of two dimensions, as the last one."""
+    dims = _diagonal(site)
+    axes = mixing(site, site.axes(site.args["self"]), dims, "takes a diagonal")
+    return moved(site, axes, lambda array: np.expand_dims(np.squeeze(array, axis=dims), -1))
+
+
+def diagonal_scatter(site: Site) -> Result:
+    """The diagonal of two dimensions is replaced by the second operand, which has it as its last."""
+    base, part, dims = site.args["self"], site.args["src"], _diagonal(site)
+    axes = mixing(site, site.axes(base), dims, "writes into a diagonal")
+    written = mixing(site, site.axes(part), [len(site.shape(part)) - 1], "is written into a diagonal")
+    spread = moved(site, written, lambda array: np.expand_dims(np.squeeze(array, axis=-1), sorted(dims)))
+    sizes = tuple(1 if dim in dims else size for dim, size in enumerate(site.extent(base)))
+    return merge(site, [(axes, sizes), (spread, sizes)])
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -246,9 +229,11 @@ def parts(site: Site) -> list[Axes]:
     results: list[Axes] = []
     start = 0
     drop = not {"split_size", "split_sizes", "chunks", "sections", "indices"} & set(site.args)
-    axes = _unique_position(site, site.axes(source), dim) if drop else site.axes(source)
+    names = ("split_size", "split_sizes", "sections", "indices")
+    axes = _bounded(site, site.axes(source), dim, names)
+    axes = _unique_position(site, axes, dim) if drop else axes
     for value in site.node.meta["val"]:
-        size = 1 if drop else int(value.shape[dim])
+        size = 1 if drop else site.size(value.shape[dim])
 
         def cut(array: IntArray, part: slice = slice(start, start + size)) -> IntArray:
             piece = _cut(array, dim, part)
@@ -279,7 +264,7 @@ def cat(site: Site) -> Result:
     values = [value for value in site.args["tensors"] if len(site.shape(value)) == len(shape)]
     along = [split_axes(site.axes(value), [dim])[0] for value in values]
     across = merge(
-        site, [(tuple(split_axes(site.axes(value), [dim])[1]), _without(site.shape(value), dim)) for value in values]
+        site, [(tuple(split_axes(site.axes(value), [dim])[1]), _without(site.extent(value), dim)) for value in values]
     )
     if not any(along):
         return across
@@ -316,7 +301,7 @@ def stack(site: Site) -> Result:
     ends = np.cumsum([0, *counts])
     return merge(
         site,
-        [(tuple(along[ends[k] : ends[k + 1]]), _with(site.shape(value), dim, 1)) for k, value in enumerate(values)],
+        [(tuple(along[ends[k] : ends[k + 1]]), _with(site.extent(value), dim, 1)) for k, value in enumerate(values)],
     )
 
 
@@ -332,7 +317,9 @@ def pad(site: Site) -> Result:
     padded = {
         rank - 1 - k // 2: (amounts[k], amounts[k + 1]) for k in range(0, len(amounts), 2) if any(amounts[k : k + 2])
     }
-    axes = site.axes(source)
+    computed = [rank - 1 - k // 2 for k, amount in enumerate(site.args["pad"]) if site.is_open(amount)]
+    axes = mixing(site, site.axes(source), computed, "pads it by as much as the inputs decide")
+    axes = uncut(site, axes, list(padded))
     if site.args.get("mode", "constant") != "constant" or any(low < 0 or high < 0 for low, high in padded.values()):
         return mixing(site, axes, list(padded), "pads it with values of other positions")
 
@@ -352,7 +339,7 @@ def patch_pad(patch: Patch) -> None:
         dim = rank - 1 - k // 2
         if (amounts[k] or amounts[k + 1]) and patch.shrinks(patch.node, dim):
             kept = patch.kept(patch.node, dim)
-            size = int(source.meta["val"].shape[dim])
+            size = patch.before(source, dim)
             amounts[k : k + 2] = [int((kept < amounts[k]).sum()), int((kept >= amounts[k] + size).sum())]
             changed = True
     if changed:
@@ -367,7 +354,7 @@ def index_select(site: Site) -> Result:
         site.pin(axis, "uses it as an index")
     if positions is None:
         return mixing(site, site.axes(source), [dim], "picks channels by an index that is computed")
-    axes = site.axes(source)
+    axes = uncut(site, site.axes(source), [dim])
     if (np.diff(positions) < 0).any():
         axes = tuple(_in_every_line_alike(site, axis, dim) for axis in axes)
     return moved(site, axes, lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array)
@@ -431,7 +418,7 @@ def patch_index_select(patch: Patch) -> None:
     numbers = numbers_of(patch.args["index"])
     assert numbers is not None
     old = patch.kept(source, dim)
-    place = np.full(int(source.meta["val"].shape[dim]), -1, dtype=np.int64)
+    place = np.full(patch.before(source, dim), -1, dtype=np.int64)
     first = np.flatnonzero(np.r_[True, old[1:] != old[:-1]])  # a position may have copies, one behind the other
     place[old[first]] = first
     wanted = patch.kept(patch.node, dim)
@@ -447,16 +434,19 @@ def flip(site: Site) -> Result:
 
 
 def roll(site: Site) -> Result:
+    source = site.args["self"]
     shifts, dims = list(site.args["shifts"]), [site.dim(dim) for dim in site.args["dims"]]
     if not dims:
-        return mixing(site, site.axes(site.args["self"]), range(len(site.shape())), "rolls over all positions")
+        return mixing(site, site.axes(source), range(len(site.shape())), "rolls over all positions")
+    computed = [dim for dim, shift in zip(dims, shifts, strict=True) if site.is_open(shift)]
+    axes = mixing(site, site.axes(source), computed, "rolls by as much as the inputs decide")
+    axes = uncut(site, axes, dims)
 
     def run(array: IntArray) -> IntArray:
         for shift, dim in zip(shifts, dims, strict=True):
-            array = np.roll(array, shift, axis=dim)
+            array = np.roll(array, site.size(shift), axis=dim)
         return array
 
-    axes = site.axes(site.args["self"])
     for dim in dims:
         axes = tuple(_in_every_line_alike(site, axis, dim) for axis in axes)
     return moved(site, axes, run)
@@ -468,46 +458,12 @@ def patch_roll(patch: Patch) -> None:
     shifts, dims = list(patch.args["shifts"]), [dim % rank for dim in patch.args["dims"]]
     for position, dim in enumerate(dims):
         if patch.shrinks(source, dim):
-            size = int(source.meta["val"].shape[dim])
+            size = patch.before(source, dim)
             shifts[position] = int((patch.kept(source, dim) >= size - shifts[position] % size).sum())
     patch.set("shifts", shifts)
 
 
-def patch_sizes(name: str) -> Any:
-    """Patch a list of sizes: dimensions that shrink get their new size."""
-
-    def patch_view(patch: Patch) -> None:
-        rank = len(patch.node.meta["val"].shape)
-        given = list(patch.args[name])
-        if not any(patch.shrinks(patch.node, dim) for dim in range(rank)):
-            return
-        offset = rank - len(given)
-        for dim in range(offset, rank):
-            old = given[dim - offset]
-            if patch.shrinks(patch.node, dim) and old != -1:
-                given[dim - offset] = patch.size(patch.node, dim) if isinstance(old, int) else -1
-        patch.set(name, given)
-
-    return patch_view
-
-
-def patch_unflatten(patch: Patch) -> None:
-    dim = patch.args["dim"] % len(patch.args["self"].meta["val"].shape)
-    sizes = list(patch.args["sizes"])
-    for position in range(len(sizes)):
-        if patch.shrinks(patch.node, dim + position) and sizes[position] != -1:
-            sizes[position] = patch.size(patch.node, dim + position)
-    patch.set("sizes", sizes)
-
-
 SPECS = (
-    OpSpec(
-        (aten.view.default, aten.reshape.default, aten._unsafe_view.default),
-        view,
-        patch=lambda patch: patch_sizes("size" if "size" in patch.args else "shape")(patch),
-    ),
-    OpSpec((aten.flatten.using_ints,), view),
-    OpSpec((aten.unflatten.int,), view, patch=patch_unflatten),
     OpSpec((aten.permute.default,), permute),
     OpSpec(
         (
@@ -522,11 +478,12 @@ SPECS = (
     ),
     OpSpec((aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist), movedim),
     OpSpec((aten.unsqueeze.default,), unsqueeze),
-    OpSpec((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze, patch=patch_squeeze),
     OpSpec((aten.select.int,), select),
     OpSpec((aten.slice.Tensor, aten.narrow.default), slice_, patch=patch_slice),
     OpSpec((aten.slice_scatter.default,), scatter, patch=patch_scatter),
     OpSpec((aten.select_scatter.default,), scatter),
+    OpSpec((aten.diagonal.default,), diagonal),
+    OpSpec((aten.diagonal_scatter.default,), diagonal_scatter),
     OpSpec(
         (
             aten.split.Tensor,

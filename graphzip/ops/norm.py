@@ -7,7 +7,6 @@ variance `1/n sum_c m_c (x_c - mean)^2`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import fx
 
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import align, alike, merge, split_axes
+from graphzip.ops.rules import align, alike, merge, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, FloatArray, OpSpec, Patch, Result
 
@@ -32,8 +31,8 @@ def per_channel(site: Site, axes: Axes, parameters: Sequence[Any], channel: int)
     def lift(axis: IntArray) -> IntArray:
         return axis.reshape((1,) * channel + (-1,) + (1,) * (rank - channel - 1))
 
-    size = tuple(size if dim == channel else 1 for dim, size in enumerate(site.shape()))
-    operands = [(axes, site.shape())]
+    size = tuple(size if dim == channel else 1 for dim, size in enumerate(site.extent()))
+    operands = [(axes, site.extent())]
     for value in parameters:
         if value is not None:
             operands.append((tuple(lift(axis) for axis in site.axes(value)), size))
@@ -58,7 +57,7 @@ def batch_norm(site: Site) -> Result:
 def group_norm(site: Site) -> Result:
     """Statistics run over the channels of a group (Wu and He, 2018): every group keeps the same number of channels."""
     groups, width = site.args["num_groups"], site.shape()[1] // site.args["num_groups"]
-    axes = _channels_only(site, site.axes(site.args["input"]))
+    axes = uncut(site, _channels_only(site, site.axes(site.args["input"])), [1])
     if groups > 1 and width > 1:
         for axis in axes:
             rows = axis.reshape(groups, width)
@@ -69,32 +68,31 @@ def group_norm(site: Site) -> Result:
 
 def patch_group_norm(patch: Patch) -> None:
     groups = patch.args["num_groups"]
-    width = int(patch.node.meta["val"].shape[1]) // groups
+    width = patch.before(patch.node, 1) // groups
     left = int(np.unique(patch.kept(patch.node, 1) // width).size)
-    dims = list(range(1, len(patch.node.meta["val"].shape)))
-    counts = _uneven(patch, patch.multiplicity(patch.args["input"], dims, blocks=groups))
+    rank = len(patch.node.meta["val"].shape)
+    counts = _uneven(patch, patch.multiplicity(patch.args["input"], list(range(1, rank)), blocks=groups))
     patch.set("num_groups", left)
     if counts is None:
         return
-    rank = len(patch.node.meta["val"].shape)
     sizes = [left, patch.size(patch.node, 1) // left]
-    old = [int(size) for size in patch.node.meta["val"].shape[2:]]
     x = patch.call(aten.unflatten.int, patch.operand("input"), 1, sizes)
-    weights = patch.values(counts.reshape(1, *sizes, *(1,) * (rank - 2)), patch.args["input"])
-    centred, variance = weighted_moments(patch, x, weights, list(range(2, rank + 1)), width * math.prod(old))
+    weights = patch.values(counts.reshape(1, *sizes, *(1,) * (rank - 2)) * sizes[1] / width, patch.args["input"])
+    centred, variance = weighted_moments(patch, x, weights, list(range(2, rank + 1)))
     y = patch.call(aten.mul.Tensor, centred, _inverse_root(patch, variance, patch.args["eps"]))
     y = patch.call(aten.flatten.using_ints, y, 1, 2)
     patch.become(_affine(patch, y, ["weight", "bias"], (-1, *(1,) * (rank - 2))))
 
 
-def weighted_moments(
-    patch: Patch, x: fx.Node, weights: fx.Node, dims: list[int], count: float
-) -> tuple[fx.Node, fx.Node]:
-    """`x - mean` and the variance over `dims`, `weights` saying how many of the `count` values each one stands for."""
-    total = patch.call(aten.sum.dim_IntList, patch.call(aten.mul.Tensor, x, weights), dims, True)
-    centred = patch.call(aten.sub.Tensor, x, patch.call(aten.div.Tensor, total, count))
+def weighted_moments(patch: Patch, x: fx.Node, weights: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node]:
+    """`x - mean` and the variance over `dims`, with `weights` whose average over all that was there is one.
+
+    `weights` says how many of the original values each one that is left stands for, times the share that is left.
+    """
+    mean = patch.call(aten.mean.dim, patch.call(aten.mul.Tensor, x, weights), dims, True)
+    centred = patch.call(aten.sub.Tensor, x, mean)
     squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, centred, centred), weights)
-    return centred, patch.call(aten.div.Tensor, patch.call(aten.sum.dim_IntList, squares, dims, True), count)
+    return centred, patch.call(aten.mean.dim, squares, dims, True)
 
 
 def _inverse_root(patch: Patch, variance: fx.Node, eps: float) -> fx.Node:
@@ -114,21 +112,27 @@ def layer_norm(site: Site) -> Result:
     """Statistics run over the trailing dimensions (Ba et al., 2016; `rms_norm`: Zhang and Sennrich, 2019)."""
     rank = len(site.shape())
     dims = range(rank - len(site.args["normalized_shape"]), rank)
-    axes = alike(site, site.axes(site.args["input"]), dims)
-    operands = [(axes, site.shape())]
+    axes = alike(site, site.axes(site.args["input"]), dims, site.open())
+    operands = [(axes, site.extent())]
     for value in (site.args.get("weight"), site.args.get("bias")):
         if value is not None:
-            given = site.shape(value)
+            given = site.extent(value)
             operands.append((tuple(align(a, rank) for a in site.axes(value)), (1,) * (rank - len(given)) + given))
     return merge(site, operands)
 
 
-def _normalized(patch: Patch) -> tuple[list[int], int, FloatArray | None]:
-    """Dimensions that are normalised, values there before the rewrite, and how many channels each one stands for."""
-    shape = patch.args["normalized_shape"]
+def _normalized(patch: Patch) -> tuple[list[int], FloatArray | None]:
+    """Dimensions that are normalised, and weights of average one for the channels there, where they are uneven."""
     rank = len(patch.node.meta["val"].shape)
-    dims = list(range(rank - len(shape), rank))
-    return dims, math.prod(int(size) for size in shape), _uneven(patch, patch.multiplicity(patch.args["input"], dims))
+    dims = list(range(rank - len(patch.args["normalized_shape"]), rank))
+    counts = _uneven(patch, patch.multiplicity(patch.args["input"], dims))
+    return dims, None if counts is None else counts * float(patch.share(patch.args["input"], dims))
+
+
+def _set_shape(patch: Patch, dims: list[int]) -> None:
+    given = patch.args["normalized_shape"]
+    sizes = [patch.size(patch.node, dim) if isinstance(old, int) else old for dim, old in zip(dims, given, strict=True)]
+    patch.set("normalized_shape", sizes)
 
 
 def _uneven(patch: Patch, counts: FloatArray | None) -> FloatArray | None:
@@ -137,24 +141,24 @@ def _uneven(patch: Patch, counts: FloatArray | None) -> FloatArray | None:
 
 
 def patch_layer_norm(patch: Patch) -> None:
-    dims, count, counts = _normalized(patch)
+    dims, counts = _normalized(patch)
     if counts is None:
-        patch.set("normalized_shape", [patch.size(patch.node, dim) for dim in dims])
+        _set_shape(patch, dims)
         return
     weights = patch.values(counts, patch.args["input"])
-    centred, variance = weighted_moments(patch, patch.operand("input"), weights, dims, count)
+    centred, variance = weighted_moments(patch, patch.operand("input"), weights, dims)
     y = patch.call(aten.mul.Tensor, centred, _inverse_root(patch, variance, patch.args["eps"]))
     patch.become(_affine(patch, y, ["weight", "bias"], None))
 
 
 def patch_rms_norm(patch: Patch) -> None:
-    dims, count, counts = _normalized(patch)
+    dims, counts = _normalized(patch)
     if counts is None:
-        patch.set("normalized_shape", [patch.size(patch.node, dim) for dim in dims])
+        _set_shape(patch, dims)
         return
     x = patch.operand("input")
     squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, x, x), patch.values(counts, patch.args["input"]))
-    mean = patch.call(aten.div.Tensor, patch.call(aten.sum.dim_IntList, squares, dims, True), count)
+    mean = patch.call(aten.mean.dim, squares, dims, True)
     given = patch.args["eps"]
     eps = torch.finfo(patch.node.meta["val"].dtype).eps if given is None else given
     patch.become(_affine(patch, patch.call(aten.mul.Tensor, x, _inverse_root(patch, mean, eps)), ["weight"], None))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from graphzip.labels import IntArray
-from graphzip.ops.rules import merge, moved, pointwise, same
+from graphzip.ops.rules import merge, moved, pointwise, same, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import OpSpec, Result
 
@@ -74,6 +74,7 @@ def glu(site: Site) -> Result:
     source = site.args["self"]
     dim = int(site.args["dim"]) % len(site.shape())
     half = site.shape()[dim]
+    axes = uncut(site, site.axes(source), [dim])
     operands = []
     for start in (0, half):
         part = (slice(None),) * dim + (slice(start, start + half),)
@@ -81,7 +82,7 @@ def glu(site: Site) -> Result:
         def cut(array: IntArray, part: tuple[slice, ...] = part) -> IntArray:
             return array[part] if array.shape[dim] > 1 else array
 
-        operands.append((moved(site, site.axes(source), cut), site.shape()))
+        operands.append((moved(site, axes, cut), site.extent()))
     return merge(site, operands)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
+from graphzip.graph.sizes import same_size
 from graphzip.labels import IntArray
 from graphzip.ops.norm import weighted_moments
 from graphzip.ops.rules import alike, merge, mixing, moved, residual
@@ -47,7 +50,7 @@ def reduction(site: Site) -> Result:
     """`sum`, `mean`, `amax` ... over `dim` (over everything where none is given): all positions count alike."""
     source = site.tensors()[0]
     dims = _reduced(site.args, len(site.shape(source)))
-    return _each(site, _without(site, residual(site, site.axes(source), dims), dims))
+    return _each(site, _without(site, residual(site, site.axes(source), dims, site.open(source)), dims))
 
 
 def choice(site: Site) -> Result:
@@ -75,10 +78,8 @@ def patch_sum(patch: Patch) -> None:
 def patch_mean(patch: Patch) -> None:
     """The mean of what is left, each value weighted by how much it stands for: `n' / n sum_c m_c x_c / n'`."""
     source = patch.args["self"]
-    dims = _reduced(patch.args, len(source.meta["val"].shape))
-    before = math.prod(_old(source, dim) for dim in dims)
-    after = math.prod(patch.size(source, dim) for dim in dims)
-    _scale(patch, lambda counts: counts * (after / before))
+    share = float(patch.share(source, _reduced(patch.args, len(source.meta["val"].shape))))
+    _scale(patch, lambda counts: counts * share)
 
 
 def _order(args: Any) -> float:
@@ -101,9 +102,9 @@ def _scale(patch: Patch, weight: Callable[[Any], Any]) -> None:
     source = patch.args["self"]
     counts = patch.multiplicity(source, _reduced(patch.args, len(source.meta["val"].shape)))
     if counts is not None and not np.allclose(weight(counts), 1.0, rtol=0, atol=1e-15):
-        like = source if source.meta["val"].is_floating_point() else patch.node  # truth values and integers are counted
-        scaled = patch.call(aten.mul.Tensor, patch.operand("self"), patch.values(weight(counts), like))
-        patch.set_node("self", scaled)
+        kind = source if source.meta["val"].is_floating_point() else patch.node  # truth values and integers are counted
+        weights = patch.values(weight(counts), source, kind)
+        patch.set_node("self", patch.call(aten.mul.Tensor, patch.operand("self"), weights))
 
 
 def patch_logsumexp(patch: Patch) -> None:
@@ -115,34 +116,49 @@ def patch_logsumexp(patch: Patch) -> None:
 
 
 def patch_variance(patch: Patch) -> None:
+    """Values that all stand for equally many, `r`, have the variance `sum (x - mean)^2 / (n' - correction / r)`."""
     source = patch.args["self"]
     dims = _reduced(patch.args, len(source.meta["val"].shape))
     counts = patch.multiplicity(source, dims)
     if counts is None and not any(patch.shrinks(source, dim) for dim in dims):
         return
-    count = math.prod(_old(source, dim) for dim in dims)
     correction = patch.args.get("correction", 1 if patch.args.get("unbiased", True) else 0)
     correction = 1 if correction is None else correction
-    left = math.prod(patch.size(source, dim) for dim in dims)
-    weights = np.full((1,) * len(source.meta["val"].shape), count / left) if counts is None else counts
-    _, variance = weighted_moments(patch, patch.operand("self"), patch.values(weights, source), dims, count)
-    variance = patch.call(aten.mul.Tensor, variance, count / (count - correction))
-    if "std" in str(patch.node.target):
+    share, keepdim = patch.share(source, dims), bool(patch.args.get("keepdim", False))
+    is_std = "std" in str(patch.node.target)
+    if counts is None or np.ptp(counts) == 0:
+        target = aten.std.correction if is_std else aten.var.correction
+        scaled = float(correction * share)
+        patch.become(patch.call(target, patch.operand("self"), dims, correction=scaled, keepdim=keepdim))
+        return
+    weights = patch.values(counts * float(share), source)
+    _, variance = weighted_moments(patch, patch.operand("self"), weights, dims)
+    variance = _corrected(patch, variance, patch.count(source, dims), correction)
+    if is_std:
         variance = patch.call(aten.sqrt.default, variance)
-    for dim in reversed(dims) if not patch.args.get("keepdim", False) else ():
+    for dim in () if keepdim else reversed(dims):
         variance = patch.call(aten.squeeze.dim, variance, dim)
     patch.become(variance)
 
 
-def _old(source: Any, dim: int) -> int:
-    return int(source.meta["val"].shape[dim])
+def _corrected(patch: Patch, variance: fx.Node, count: Any, correction: float) -> fx.Node:
+    """`n / (n - correction)` times a variance; as in torch, nothing is left of a divisor below zero."""
+    if not correction:
+        return variance
+    if isinstance(count, int):
+        left: Any = max(0, count - correction)
+    else:
+        left = patch.call(operator.sub, count, correction)
+        if correction > 1:
+            left = patch.call(torch.sym_max, left, 0)
+    return patch.call(aten.div.Tensor, patch.call(aten.mul.Tensor, variance, count), left)
 
 
 def softmax(site: Site) -> Result:
     """`exp(x_c) / sum_k exp(x_k)`: channels along `dim` are treated alike."""
     source = site.tensors()[0]
     rank = len(site.shape(source))
-    return alike(site, site.axes(source), [int(site.args["dim"]) % max(rank, 1)])
+    return alike(site, site.axes(source), [int(site.args["dim"]) % max(rank, 1)], site.open(source))
 
 
 def patch_softmax(patch: Patch) -> None:
@@ -173,13 +189,15 @@ def gather(site: Site) -> Result:
     dim = int(site.args["dim"]) % max(len(site.shape()), 1)
     axes = mixing(site, site.axes(source), [dim], "picks channels by an index that is computed")
     kept = mixing(site, site.axes(index), [dim], "is used as an index")
-    sizes = tuple(1 if place == dim else size for place, size in enumerate(site.shape(source)))
-    picked = tuple(1 if place == dim else size for place, size in enumerate(site.shape(index)))
-    if any(a != b for a, b in zip(sizes, picked, strict=True)):
+    if not all(
+        same_size(one, other) or place == dim
+        for place, (one, other) in enumerate(zip(source.meta["val"].shape, index.meta["val"].shape, strict=True))
+    ):
         for axis in axes + kept:
             site.pin(axis, "picks some of the positions")
         return ()
-    return merge(site, [(axes, sizes), (kept, picked)])
+    sizes = tuple(1 if place == dim else size for place, size in enumerate(site.extent(source)))
+    return merge(site, [(axes, sizes), (kept, sizes)])
 
 
 _POOLS = {

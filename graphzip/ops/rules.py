@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from graphzip.labels import IntArray, support
+from graphzip.graph.sizes import content, open_dims
+from graphzip.labels import IntArray, lies_outside, support
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, Result
 
@@ -15,6 +17,7 @@ __all__ = [
     "align",
     "alike",
     "broadcast_dims",
+    "followed",
     "merge",
     "mixing",
     "moved",
@@ -24,6 +27,7 @@ __all__ = [
     "same",
     "shape_along",
     "split_axes",
+    "uncut",
 ]
 
 
@@ -51,7 +55,7 @@ def pointwise(site: Site) -> Result:
     operands = [
         (
             tuple(align(axis, rank) for axis in site.axes(value)),
-            (1,) * (rank - len(site.shape(value))) + site.shape(value),
+            (1,) * (rank - len(site.shape(value))) + site.extent(value),
         )
         for value in site.tensors()
         if len(site.shape(value)) <= rank
@@ -169,13 +173,16 @@ def mixing(site: Site, axes: Axes, dims: Sequence[int], why: str) -> Axes:
     return tuple(result)
 
 
-def alike(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
-    """Channels along `dims` are treated alike, each by how often it occurs; the axes pass."""
+def alike(site: Site, axes: Axes, dims: Sequence[int], held: frozenset[int]) -> Axes:
+    """Channels along `dims` are treated alike, each by how often it occurs; the axes pass.
+
+    `held` are the dimensions whose sizes the inputs decide.
+    """
     result = []
     for axis in axes:
         inside = set(support(axis)) & set(dims)
         if inside:
-            axis = _without_batch(site, axis)
+            axis = _alone(site, axis, held)
             outer = axis
             for dim in inside:
                 outer = np.take(outer, [0], axis=dim)
@@ -185,35 +192,67 @@ def alike(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
     return tuple(result)
 
 
-def _without_batch(site: Site, axis: IntArray) -> IntArray:
-    """A dimension that has the batch in it cannot carry counts of its own per position: its labels are tied."""
-    if 0 in support(axis) and len(support(axis)) > 1 and site.batch_is_first():
-        return site.tie(axis, [0])
-    return axis
+def _alone(site: Site, axis: IntArray, held: frozenset[int]) -> IntArray:
+    """A dimension whose size the inputs decide cannot carry counts of its own per position: its labels are tied."""
+    along = [dim for dim in support(axis) if dim in held]
+    return site.tie(axis, along) if along and len(along) < len(support(axis)) else axis
 
 
-def residual(site: Site, axes: Axes, dims: Sequence[int]) -> Axes:
+def residual(site: Site, axes: Axes, dims: Sequence[int], held: frozenset[int]) -> Axes:
     """What is left of axes once channels along `dims` have been summed over, all of them alike.
 
     An axis that extends along other dimensions as well leaves labels of its own there, which contain the channels.
+    `held` are the dimensions whose sizes the inputs decide.
     """
     touching, result = split_axes(axes, dims)
     for axis in touching:
-        if 0 in support(axis) and len(support(axis)) > 1 and site.batch_is_first():
-            _without_batch(site, axis)
+        _alone(site, axis, held)
         inside = [dim for dim in support(axis) if dim in dims]
         outer = axis
         for dim in inside:
             outer = np.take(outer, [0], axis=dim)
         if support(outer):
-            held = site.derive(outer.shape)
-            site.contain(held, axis)
-            wider = [other for other in result if set(support(held)) <= set(support(other))]
+            held_by = site.derive(outer.shape)
+            site.contain(held_by, axis)
+            wider = [other for other in result if set(support(held_by)) <= set(support(other))]
             for other in wider:
-                (site.unify if support(held) == support(other) else site.contain)(held, other)
+                (site.unify if support(held_by) == support(other) else site.contain)(held_by, other)
             if not wider:
-                result.append(held)
+                result.append(held_by)
     return tuple(result)
+
+
+def uncut(site: Site, axes: Axes, dims: Sequence[int], value: Any = None) -> Axes:
+    """Axes that may be cut along `dims`: channels that share one of them with a size that the inputs decide may not.
+
+    `value` is the operand that is cut, the first one where it is left out.
+    """
+    value = site.tensors()[0] if value is None else value
+    return mixing(site, axes, sorted(site.open(value) & set(dims)), "cuts along a size that the inputs decide")
+
+
+def followed(site: Site, found: Result) -> Result:
+    """Axes of the result that are laid out alike for all inputs; the channels of others stay.
+
+    Channels may share a dimension with a size that the inputs decide, as in `(batch * channels)`, if either varies
+    faster than the other.
+    """
+    value = site.node.meta["val"]
+    if isinstance(found, list):
+        return [_followed(site, axes, each) for axes, each in zip(found, value, strict=True)]
+    return _followed(site, found, value)
+
+
+def _followed(site: Site, axes: Axes, value: Any) -> Axes:
+    held = open_dims(value) if axes and isinstance(value, torch.Tensor) else frozenset()
+    kept = []
+    for axis in axes:
+        along = held.intersection(support(axis))
+        if all(lies_outside(axis, dim, content(value.shape[dim])) is not None for dim in along):
+            kept.append(axis)
+        else:
+            site.pin(axis, "lays it along a size that the inputs decide")
+    return tuple(kept)
 
 
 def weight_labels(site: Site, weight: Any, dim: int) -> IntArray:

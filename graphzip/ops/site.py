@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import concrete_shape, hint
+from graphzip.graph.sizes import is_open, open_dims
 from graphzip.graph.source import describe
 from graphzip.labels import IntArray, collapse
 from graphzip.ops.spec import Axes
@@ -103,11 +104,18 @@ class Site:
             value = value.meta["val"]
         return hint(value)
 
-    def batch_is_first(self) -> bool:
-        """Whether the first dimension of an operand has a symbolic size: a batch, or something times a batch."""
-        return any(
-            value.meta["val"].dim() and isinstance(value.meta["val"].shape[0], torch.SymInt) for value in self.tensors()
-        )
+    def open(self, value: Any = None) -> frozenset[int]:
+        """Dimensions of an operand (of the result, without argument) whose sizes the inputs decide."""
+        return open_dims((self.node if value is None else value).meta["val"])
+
+    def extent(self, value: Any = None) -> tuple[int, ...]:
+        """A shape for telling sizes of one from others: an open size is not one, whatever the example has."""
+        held = self.open(value)
+        return tuple(max(2, size) if dim in held else size for dim, size in enumerate(self.shape(value)))
+
+    def is_open(self, value: Any) -> bool:
+        """Whether the inputs decide an integer argument."""
+        return is_open(value.meta["val"] if isinstance(value, fx.Node) else value)
 
     def dim(self, value: int, rank: int | None = None) -> int:
         rank = len(self.shape()) if rank is None else rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -33,7 +34,16 @@ class Patch(Protocol):
     args: Mapping[str, Any]
 
     def size(self, value: Any, dim: int) -> int:
-        """Size of dimension `dim` of an operand or of the node after the rewrite."""
+        """Size of dimension `dim` of an operand or of the node after the rewrite, which the inputs may not decide."""
+
+    def before(self, value: Any, dim: int) -> int:
+        """Its size before the rewrite."""
+
+    def share(self, value: Any, dims: Sequence[int]) -> Fraction:
+        """The share of the positions along `dims` that is left; the inputs may decide how many there are."""
+
+    def count(self, value: Any, dims: Sequence[int]) -> Any:
+        """How many positions there were along `dims`: a number, or a node where the inputs decide it."""
 
     def shrinks(self, value: Any, dim: int) -> bool:
         """Whether dimension `dim` loses positions."""
@@ -72,7 +82,7 @@ class Patch(Protocol):
     def set_node(self, name: str, value: Any) -> None:
         """Give argument `name` a node (or nodes) of the rewritten graph."""
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new operator call right before the node, on operands of the rewritten graph."""
 
     def then(self, target: Any, *args: Any) -> fx.Node:
@@ -81,8 +91,8 @@ class Patch(Protocol):
     def become(self, value: fx.Node) -> None:
         """Let every reader of the node read `value` instead."""
 
-    def values(self, value: FloatArray, like: Any) -> fx.Node:
-        """A new constant in the dtype of an operand."""
+    def values(self, value: FloatArray, like: Any, kind: Any = None) -> fx.Node:
+        """New numbers for the positions of an operand, in its dtype (in that of `kind`, where it is given)."""
 
     def constant(self, value: IntArray) -> fx.Node:
         """A new integer constant that can be an argument."""

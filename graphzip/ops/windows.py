@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import mixing, moved, split_axes
+from graphzip.ops.rules import mixing, moved, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import OpSpec, Result
 
@@ -21,7 +21,7 @@ def pixel_shuffle(site: Site) -> Result:
     """`(.., C r r, H, W) -> (.., C, H r, W r)`: the places that become one channel go together."""
     source, r = site.args["self"], int(site.args["upscale_factor"])
     place = len(site.shape(source)) - 3
-    touching, rest = split_axes(site.axes(source), [place])
+    touching, rest = split_axes(uncut(site, site.axes(source), [place]), [place])
     others = mixing(site, tuple(rest), [place + 1, place + 2], "moves positions")
     made = []
     for axis in touching:
@@ -47,7 +47,7 @@ def pixel_unshuffle(site: Site) -> Result:
         shuffled: IntArray = cells.transpose(order).reshape(*array.shape[:k], channels * r * r, height // r, width // r)
         return shuffled
 
-    return moved(site, site.axes(source), run)
+    return moved(site, uncut(site, site.axes(source), [k, k + 1, k + 2]), run)
 
 
 def columns_of_windows(site: Site) -> Result:
@@ -69,7 +69,7 @@ def windows_of_columns(site: Site) -> Result:
     """`F.fold`, `(B, C k k, L) -> (B, C, H, W)`: the places that are added up to one channel go together."""
     source = site.args["self"]
     lead = len(site.shape(source)) - 2
-    touching, rest = split_axes(site.axes(source), [lead])
+    touching, rest = split_axes(uncut(site, site.axes(source), [lead]), [lead])
     others = mixing(site, tuple(rest), [lead + 1], "adds up overlapping windows")
     places = math.prod(site.args["kernel_size"])
     for axis in others:

@@ -113,7 +113,7 @@ class WideLayout(Layout):
                 classes = self.classes[self.after(axis)]
                 alike = without_repeats(classes, [dim for dim in range(axis.ndim) if dim not in dims])
                 found.append(1.0 / self.copies[alike])
-        return product_of(value, found)
+        return product_of(found)
 
 
 def _repeated(line: IntArray, copies: IntArray) -> IntArray:

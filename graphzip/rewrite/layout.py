@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import fx
 
@@ -130,7 +129,7 @@ class Layout:
         if self.drops:
             return None
         axes = self.axes_along(value, dims)
-        return product_of(value, [self._counts(axis, dims, blocks) for axis in axes if not self.mask(axis).all()])
+        return product_of([self._counts(axis, dims, blocks) for axis in axes if not self.mask(axis).all()])
 
     def axes_along(self, value: fx.Node, dims: Sequence[int]) -> list[IntArray]:
         """The axes of a tensor that extend along one of `dims`."""
@@ -163,16 +162,13 @@ class Layout:
         return axis is not None and bool((self.analysis.roles[axis] & CONSUMER).any())
 
 
-def product_of(value: fx.Node, counts: Sequence[FloatArray]) -> FloatArray | None:
+def product_of(counts: Sequence[FloatArray]) -> FloatArray | None:
     """Counts along several axes of a tensor as one: a single number where all are equal, nothing where they are one."""
     product = np.ones(())
     for each in counts:
         product = product * each
     if np.ptp(product) == 0:
         product = product.ravel()[:1].reshape((1,) * product.ndim)
-    for dim, size in enumerate(value.meta["val"].shape):
-        if isinstance(size, torch.SymInt) and dim < product.ndim and product.shape[dim] > 1:
-            raise RewriteError(f"merged channels lie along dimension {dim} together with the batch")
     return None if (product == 1).all() else product
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
+from graphzip.errors import RewriteError
+from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.sizes import content, is_open, number, open_dims
 from graphzip.graph.state import attach
-from graphzip.labels import IntArray
+from graphzip.labels import IntArray, lies_outside
 from graphzip.ops.site import describe
 from graphzip.ops.spec import FloatArray
 from graphzip.rewrite.layout import Layout
 
 __all__ = ["NodePatch"]
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -31,7 +40,38 @@ class NodePatch:
     _made: int = field(default=0)
 
     def size(self, value: Any, dim: int) -> int:
+        self.before(value, dim)
         return self.layout.size(value, dim)
+
+    def before(self, value: Any, dim: int) -> int:
+        size = value.meta["val"].shape[dim]
+        if is_open(size):
+            raise RewriteError(f"dimension {dim} has a size that the inputs decide; nothing was changed")
+        return number(size)
+
+    def share(self, value: Any, dims: Sequence[int]) -> Fraction:
+        shape = concrete_shape(value.meta["val"])
+        share = Fraction(1)
+        for dim in dims:
+            if self.shrinks(value, dim):
+                share *= Fraction(self.layout.size(value, dim), shape[dim])
+        return share
+
+    def count(self, value: Any, dims: Sequence[int]) -> Any:
+        held = [dim for dim in dims if is_open(value.meta["val"].shape[dim])]
+        fixed = math.prod(self.before(value, dim) for dim in dims if dim not in held)
+        if not held:
+            return fixed
+        grown = fixed / self.share(value, held)
+        found = self._size_of(value, held[0])
+        for dim in held[1:]:
+            found = self.call(operator.mul, found, self._size_of(value, dim))
+        found = self.call(operator.mul, found, grown.numerator)
+        return found if grown.denominator == 1 else self.call(operator.floordiv, found, grown.denominator)
+
+    def _size_of(self, value: fx.Node, dim: int) -> fx.Node:
+        """The size after the rewrite, when the graph runs."""
+        return self.call(aten.sym_size.int, self.copied(value), dim)
 
     def shrinks(self, value: Any, dim: int) -> bool:
         return self.layout.shrinks(value, dim)
@@ -77,29 +117,54 @@ class NodePatch:
         self.copy.args = fx.node.map_arg(args, lambda found: self.to_copy.get(found, found))
         self.copy.kwargs = {}
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.copy.graph.inserting_before(self.copy):
-            return self._owned(self.copy.graph.call_function(target, args))
+            return self._owned(self.copy.graph.call_function(target, args, kwargs))
 
     def then(self, target: Any, *args: Any) -> fx.Node:
         with self.copy.graph.inserting_after(self.copy):
             made = self._owned(self.copy.graph.call_function(target, (self.copy, *args)))
+        made.meta["val"] = self.copy.meta.get("val")
         self.copy.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
         self.to_copy[self.node] = made
         return made
 
     def become(self, value: fx.Node) -> None:
+        value.meta["val"] = self.copy.meta.get("val")
         self.copy.replace_all_uses_with(value)
         self.to_copy[self.node] = value
         self.copy.graph.erase_node(self.copy)
 
-    def values(self, value: FloatArray, like: Any) -> fx.Node:
+    def values(self, value: FloatArray, like: Any, kind: Any = None) -> fx.Node:
+        """Along a dimension whose size the inputs decide the numbers are repeated as often as the graph's run needs."""
         fake = like.meta["val"]
-        tensor = torch.as_tensor(value, dtype=fake.dtype, device=fake.device)
-        if sum(size > 1 for size in value.shape) < 2:
+        repeated: list[tuple[int, int, bool]] = []
+        for dim in sorted(open_dims(fake)) if value.ndim == fake.dim() else ():
+            if value.shape[dim] > 1:
+                width = int(content(fake.shape[dim]) * self.share(like, [dim]))
+                outside = lies_outside(value, dim, width)
+                if outside is None:
+                    raise RewriteError(
+                        f"channels lie along dimension {dim} together with a size that the inputs decide"
+                    )
+                step = 1 if outside else value.shape[dim] // width
+                value = np.take(value, np.arange(width) * step, axis=dim)
+                repeated.append((dim, width, outside))
+        place = (kind if kind is not None else like).meta["val"]
+        made = self._numbers(torch.as_tensor(value, dtype=place.dtype, device=place.device))
+        for dim, width, outside in repeated:
+            times = self.call(operator.floordiv, self._size_of(like, dim), width)
+            if outside:
+                made = self.call(aten.repeat.default, made, [times if d == dim else 1 for d in range(value.ndim)])
+            else:
+                made = self.call(aten.repeat_interleave.self_int, made, times, dim)
+        return made
+
+    def _numbers(self, tensor: torch.Tensor) -> fx.Node:
+        if sum(size > 1 for size in tensor.shape) < 2:
             return self._fetch("multiplicity", tensor)
         flat = self._fetch("multiplicity", tensor.flatten())  # channels of their own in every line, not the same in all
-        return self.call(torch.ops.aten.view.default, flat, list(value.shape))
+        return self.call(aten.view.default, flat, list(tensor.shape))
 
     def constant(self, value: IntArray) -> fx.Node:
         found = self.node.meta["val"]

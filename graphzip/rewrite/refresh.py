@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import cycle
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -17,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import RewriteError
+from graphzip.graph.sizes import is_open
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.ops import OPS
@@ -28,6 +30,8 @@ __all__ = ["refresh"]
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _NUMBERS = (int, float, *_SYMBOLIC)
+_FACTORS = ((3, 5, 7), (5, 7, 3), (2, 3, 2), (3, 2, 2), (2, 2, 2))
+_UNKNOWN = 12
 _INEQUALITIES = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan)
 
 
@@ -71,7 +75,8 @@ def _nothing_decided(environment: Any) -> Iterator[None]:
     def refuse(question: sympy.Basic, answer: Any) -> None:
         kept_apart = isinstance(question, sympy.Ne) and answer == sympy.true
         differs = isinstance(question, sympy.Eq) and answer == sympy.false
-        if not (kept_apart or differs or isinstance(question, _INEQUALITIES)):
+        asked = not (kept_apart or differs or isinstance(question, _INEQUALITIES))
+        if asked and not _follows(environment, question, answer):
             raise RewriteError(f"it fits only where {question} is {answer}, which the inputs need not be")
 
     frozen = environment.frozen
@@ -81,6 +86,22 @@ def _nothing_decided(environment: Any) -> Iterator[None]:
     finally:
         environment.frozen = frozen
         del environment._check_frozen
+
+
+def _follows(environment: Any, question: sympy.Basic, answer: Any) -> bool:
+    """Whether the answer is the same at other sizes for which the graph was made."""
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    conditions = [environment.replace(guard.expr) for guard in environment.guards]
+    symbols = sorted(set().union(question.free_symbols, *(each.free_symbols for each in conditions)), key=str)
+    answers = []
+    for factors in _FACTORS:
+        sizes = {
+            symbol: known.get(symbol, sympy.Integer(_UNKNOWN)) * factor
+            for symbol, factor in zip(symbols, cycle(factors), strict=False)
+        }
+        if all(each.xreplace(sizes) == sympy.true for each in conditions):
+            answers.append(question.xreplace(sizes) == answer)
+    return bool(answers) and all(answers)
 
 
 def _like(node: fx.Node, before: dict[fx.Node, Any]) -> fx.Node | None:
@@ -180,7 +201,7 @@ def _check_sizes(node: fx.Node, before: Any, after: Any) -> None:
 
 
 def _symbols(size: Any) -> Any:
-    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else frozenset()
+    return size.node.expr.free_symbols if is_open(size) else frozenset()
 
 
 def _expression(number: Any) -> Any:
