@@ -53,14 +53,15 @@ def values_of(
     to two gigabytes.
     """
     order = _missing(traced, nodes, kept.done)
-    done = kept.done | {node.name for node in order if node.op != "get_attr"}
+    given = _placeholders(traced, task)  # later nodes may be the first that read one
+    done = kept.done | {node.name for node in (*given, *order) if node.op != "get_attr"}
     live = {node.name for node in nodes}
     for node in traced.graph.nodes:
         if node.name in done and any(user.name not in done for user in node.users):
             live.add(node.name)
     fresh: list[dict[str, Any]] = []
     held = 0
-    for known in list(kept.batches) if kept.done else (_inputs(traced, task, batch) for batch in feed()):
+    for known in list(kept.batches) if kept.done else (_inputs(given, batch) for batch in feed()):
         values = _run(traced, order, known, live, task)
         yield [values[node.name] for node in nodes]
         held += sum(value.nbytes for value in values.values() if isinstance(value, torch.Tensor))
@@ -80,12 +81,15 @@ def _missing(traced: Traced, nodes: Sequence[fx.Node], done: set[str]) -> list[f
     return [node for node in traced.graph.nodes if node in wanted]
 
 
-def _inputs(traced: Traced, task: str, batch: tuple[Any, ...]) -> dict[str, Any]:
+def _placeholders(traced: Traced, task: str) -> list[fx.Node]:
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     names = [each.name for each in traced.tasks]
     start = sum(each.in_spec.num_leaves for each in traced.tasks[: names.index(task)])
-    leaves = pytree.tree_leaves(batch)
-    return {node.name: leaf for node, leaf in zip(placeholders[start : start + len(leaves)], leaves, strict=True)}
+    return placeholders[start : start + traced.tasks[names.index(task)].in_spec.num_leaves]
+
+
+def _inputs(placeholders: Sequence[fx.Node], batch: tuple[Any, ...]) -> dict[str, Any]:
+    return {node.name: leaf for node, leaf in zip(placeholders, pytree.tree_leaves(batch), strict=True)}
 
 
 def _run(traced: Traced, order: Sequence[fx.Node], known: dict[str, Any], live: set[str], task: str) -> dict[str, Any]:

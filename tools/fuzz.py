@@ -134,7 +134,7 @@ class Run:
 
     def take(self, worker: Worker, seed: int) -> None:
         """Run one case; make a failure small where it is a new one."""
-        limit = 2 * self.options.limit + 30
+        limit = 10 * self.options.limit
         row = worker.ask({"seed": seed}, limit)
         with self.lock:
             look = f"{row.get('kind')}|{row.get('stage')}|{row.get('detail', '')[:60]}"

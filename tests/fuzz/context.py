@@ -33,6 +33,7 @@ class _Once:
         self.targets: set[Any] = set()
 
     def __call__(self, model: nn.Module, example_inputs: Any, **options: Any) -> Traced:
+        options["compare"] = True  # the graph is the same, and its notes are those that a compilation needs
         key = self._key(model, example_inputs, options)
         if key is None or key not in self.known:
             traced = trace(model, example_inputs, **options)
@@ -49,7 +50,7 @@ class _Once:
             return None
         state = tuple((name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items())
         told = tuple((tuple(x.shape), x.dtype) for x in inputs)
-        return type(model), state, told, str(options.get("dynamic_shapes"))
+        return type(model), state, told, str(sorted(options.items()))
 
 
 @contextlib.contextmanager

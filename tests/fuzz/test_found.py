@@ -1,0 +1,38 @@
+"""Small models on which random cases found something wrong: what is done with each must come out right."""
+
+from __future__ import annotations
+
+import pytest
+from fuzz.case import Case, check
+from fuzz.program import Input, Program
+
+FOUND: dict[str, tuple[str, int, str, tuple[Input, ...]]] = {}
+"""Name -> the job, its seed, the forward and layers as text, the inputs."""
+
+
+def found(name: str, job: str, seed: int, layers: dict[str, str], forward: str, *inputs: Input) -> None:
+    """Register a model; `forward` is its body."""
+    state = [f"self.{key} = {made}" for key, made in layers.items()]
+    head = ["class Net(nn.Module):", "    def __init__(self):", "        super().__init__()"]
+    body = ["", f"    def forward(self, {', '.join(each.name for each in inputs)}):"]
+    lines = [f"        {line}" for line in forward.strip().split("\n")]
+    text = "\n".join([*head, *(f"        {line}" for line in state), *body, *lines]) + "\n"
+    FOUND[name] = job, seed, text, inputs
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name: str) -> None:
+    job, seed, text, inputs = FOUND[name]
+    outcome = check(Case(seed, job, Program.given(text, *inputs)))
+    assert outcome.status == "ok", f"{outcome.stage}: {outcome.kind}: {outcome.detail}"
+
+
+found(
+    "zip: the second input is read by later layers only",
+    "zip_models",
+    32,
+    {"a1": "nn.Linear(6, 4)", "a3": "nn.Linear(6, 16)", "a9": "nn.Linear(16, 8)", "a14": "nn.Linear(4, 3)"},
+    "return [self.a14(self.a1(x).tanh()), self.a9(self.a3(z).tanh())]",
+    Input("x", (6,)),
+    Input("z", (6,)),
+)
