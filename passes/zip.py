@@ -257,7 +257,7 @@ class ZipPass(FreeTraining):
             cost[group] = np.zeros((joint.size, self.matching.groups[partner].size))
             holders: dict[tuple[str, ...], list[int]] = {}
             for number in joint.tolist():
-                having = tuple(owner for owner in prior if number in self.channels.ids[owner, group])
+                having = tuple(owner for owner in prior if number in self.channels.ids.get((owner, group), ()))
                 holders.setdefault(having, []).append(number)
             for owners, numbers in holders.items() if self.options.metric != "random" else ():
                 rows, place = self._rows_of_numbers(layers, owners, group, numbers, joint)

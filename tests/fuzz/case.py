@@ -28,6 +28,10 @@ FED = 25
 """One case of so many feeds what people feed, instead of running a model."""
 
 
+LAYERS = {"linear": 12.0, "conv": 25.0, "depthwise": 8.0, "residual": 4.0, "gate": 4.0, "batch_norm": 5.0}
+"""Weights of statements for jobs that need layers of `torch.nn`."""
+
+
 @dataclass(frozen=True)
 class Case:
     """Everything is fixed by the seed; the program is replaced while a failure is shrunk."""
@@ -75,7 +79,8 @@ def make_case(
         return Case(seed, "feed", None)
     names = [name for name in JOBS if not jobs or name in jobs]
     name = rng.choices(names, [JOBS[each][1] for each in names])[0]
-    program = make_program(seed, rules=rules)
+    layered = name in ("factor", "share_models", "zip_models", "plan_for") and rules is None
+    program = make_program(seed, rules=rules, weights=LAYERS if layered else None)
     return Case(seed, name, program, onnx=bool(onnx_every) and seed % onnx_every == 0, fresh=rng.random() < 0.1)
 
 

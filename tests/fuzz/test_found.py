@@ -36,3 +36,17 @@ found(
     Input("x", (6,)),
     Input("z", (6,)),
 )
+
+found(
+    "zip: a third model after one whose heads met no shared input",
+    "zip_models",
+    30004,
+    {"a1": "nn.Linear(4, 6)", "a8": "nn.Linear(6, 27)", "a9": "nn.Linear(9, 6)", "a4": "nn.Linear(6, 4)"},
+    """
+y = F.gelu(self.a1(x).relu())
+q, k, v = (v.unflatten(-1, (-1, 3)).transpose(1, 2) for v in self.a8(y).chunk(3, -1))
+z = self.a9(F.scaled_dot_product_attention(q, k, v).permute(0, 2, 1, 3).reshape(x.shape[0], -1, 9)) + y
+return self.a4(z).mean(2), y
+""",
+    Input("x", (4, 4)),
+)
