@@ -194,6 +194,8 @@ def share_models(c: Context) -> None:
     example = dict.fromkeys(models, c.inputs)
     shapes = {"dynamic_shapes": dict.fromkeys(models, c.dynamic)} if c.dynamic is not None else {}
     calibration = _batches(c, models) if r.random() < 0.8 else None
+    if calibration is None and len(c.inputs) > 1:
+        raise NotApplicable("nothing to compare channels by")
     try:
         plan = gz.Plan([gz.CrossDomainShare(**options)])
         prepared = gz.prepare(models, plan, example, calibration=calibration, seed=c.seed, **shapes)

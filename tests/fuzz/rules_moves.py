@@ -161,7 +161,7 @@ def moved(g: Gen) -> None:
         f"{x}.unsqueeze({d}).squeeze({d}) * 2", f"{x}.clone()", f"{x}.contiguous().view({x}.shape)", f"{x}.reshape({x}.shape)", f"{x}.view_as({x})" if x.tensor.is_contiguous() else f"{x}.detach()",
         f"{x}.transpose(0, {d}).transpose({d}, 0)", f"{x}.unsqueeze(0)[0]", f"{x}.expand({x}.shape)", f"{x}.movedim({d}, 0).movedim(0, {d})",
     ]  # fmt: skip
-    if "H" in x.layout:
+    if "H" in x.layout and "W" in x.layout:
         texts += [f"{x}.rot90(1, ({x.dim('H')}, {x.dim('W')}))", f"{x}.transpose({x.dim('H')}, {x.dim('W')})"]
     if x.layout == "BCHW":
         mode = g.one("reflect", "replicate", "circular")
