@@ -227,7 +227,7 @@ def _view(chance: random.Random, name: str, value: Tensor) -> str:
         f"{name}.real",
         f"{name}.ravel()",
         f"torch.atleast_3d({name})",
-        f"{name}.T",
+        *[f"{name}.T"] * (rank == 2),
     ]
     return chance.choice(choices)
 

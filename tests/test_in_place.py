@@ -102,6 +102,8 @@ EXACT = {
     "part of detach": "v0[:, :2].detach()[..., 0].add_(self.q[0]); h = v0",
     "detach reads": "d = v0.detach(); v0.mul_(2); h = d * v0",
     "detach gets a gradient": "d = v0.detach() * 1; e = d.detach(); e.add_(self.q); h = v0 + d + e",
+    "data": "v0.data.mul_(2); v0[:, 0].data[:, 1:] = 1; h = v0 * v0",
+    "data read later": "d = v0.data; v0.mul_(2); h = d * v0 + F.linear(v0, self.p.data)[:, :, :1]",
     "infinite": "v0.masked_fill_(v0 > 0.5, float('inf')); v0.detach().mul_(2); h = v0.clamp(-3, 3)",
     "no_grad": "h = v0\nwith torch.no_grad():\n    h.mul_(2)\n    h[:, 0] = 1\n    h[:, 1:][:, 0] *= 3",
     "no_grad view": "with torch.no_grad():\n    a = v0[:, 1]\n    b = a * 2\n    a.add_(b)\nh = v0 + b.sum()",
@@ -147,6 +149,10 @@ REFUSED = {
     "part of several places": (
         "h = self.layer(v0).expand(3, -1, -1); h.diagonal(0, 0, 1).mul_(2)",
         r"mul_\S* .*writes into a view made by aten.diagonal.default; graphzip cannot carry that write back to",
+    ),
+    "assignment to data": (
+        "h = self.layer(v0); h.data = h.data * 2",
+        r"assignment to .data gives a tensor other memory",
     ),
     "other memory": (
         "h = self.layer(v0).detach(); h.set_(v0)",

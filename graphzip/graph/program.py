@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.branches import Watch, watched
-from graphzip.graph.dropouts import CopyingDropouts
 from graphzip.graph.inputs import has_batch_of_one, with_batch_of_two
 from graphzip.graph.owners import name_owners
 from graphzip.graph.source import first_line
+from graphzip.graph.unseen import ShowUnseen
 
 __all__ = [
     "TRACED_AS_TWO",
@@ -151,7 +151,7 @@ def _tracing_mode() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.enable_grad(), CopyingDropouts():
+        with torch.enable_grad(), ShowUnseen():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
