@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphzip.errors import ArchiveError, GraphZipError
+from graphzip.errors import ArchiveError, GraphZipError, VerificationError
 from graphzip.export.archive import Archive, load_archive, save_archive
-from graphzip.export.joint import export_joint, export_tasks
-from graphzip.export.onnx import ExportReport, export_onnx
+from graphzip.export.example import Free, free_sizes, tensor_leaves
+from graphzip.export.joint import TaskModel, check_joint, check_tasks, export_joint, export_tasks
+from graphzip.export.onnx import ExportReport, check_onnx, export_onnx
 from graphzip.graph.trace import Traced
 from graphzip.results import Report
-from graphzip.rewrite.join import inputs_of, module_of
+from graphzip.rewrite.join import inputs_of, module_of, task_of
 from graphzip.tables import closest
 
 __all__ = ["Compiled", "load", "task_module"]
@@ -74,43 +76,83 @@ class Compiled:
         per_task: bool = False,
         same_input: bool = False,
     ) -> ExportReport:
-        """Write an ONNX file and check it against `module` in onnxruntime.
+        """Write an ONNX file and check it against `module`: graph, weights, and outputs in onnxruntime.
+
+        The batch and the sizes that were asked to be dynamic are free in the file. Where the graph fixes the batch, the
+        file has it fixed and the report says so; with `dynamic_batch=False` it is that of the example. What could not
+        be checked is in the report, too, whose `verified` is then false.
 
         Of several models it is one graph that stores what they share once; inputs and outputs are named after the
         tasks, `a_x` and `a_output`. With `per_task` the path is a directory, made if its parent exists, with
         `<task>.onnx` for each and one `weights.data` that all of them point into. With `same_input` the joint graph has
         one input for all tasks, and what they compute alike, from the input on, is computed once.
 
-        Raises `ExportError` where it cannot be written and `VerificationError` where it computes something else; then
-        no file is left.
+        Raises `ExportError` where it cannot be written and `VerificationError` where it is something else; then no file
+        is left.
         """
         for name, given in (("per_task", per_task), ("same_input", same_input)):
             if given and not self.tasks:
                 raise GraphZipError(f"{name} is for joint models; a single model was compiled: export to a file")
         if per_task and same_input:
             raise GraphZipError("per_task and same_input exclude each other: one input for all needs one file")
+        options: dict[str, Any] = {"opset": opset, "dynamic_batch": dynamic_batch, "verify": verify}
         if per_task:
-            tasks = {name: (self.task(name), self.example_inputs[name]) for name in self.tasks}
-            return export_tasks(tasks, path, opset=opset, dynamic_batch=dynamic_batch, verify=verify)
+            return export_tasks(self._task_models(), path, **options)
         if self.tasks:
             return export_joint(
                 self.module,
                 self.example_inputs,
                 path,
-                opset=opset,
-                dynamic_batch=dynamic_batch,
-                verify=verify,
+                free=self._free_by_task(),
+                conditions=self.traced.conditions,
                 same_input=same_input,
+                **options,
             )
         return export_onnx(
             self.module,
             self.example_inputs,
             path,
-            example_kwargs={} if self.traced.scope else self.traced.example_kwargs,
-            opset=opset,
-            dynamic_batch=dynamic_batch,
-            verify=verify,
+            free=None if self.traced.scope else free_sizes(self.traced),
+            **self._call(),
+            **options,
         )
+
+    def verify(self, path: str | os.PathLike[str]) -> ExportReport:
+        """Check a file that `export` wrote, or a directory that it wrote `per_task`, against `module` as it is now.
+
+        The check is that of `export`, at sizes that are free in the file. Raises `VerificationError` where the file is
+        not this model: a weight, an operator or an output differs, or it cannot be read. The file stays as it is.
+        """
+        if Path(path).is_dir():
+            if not self.tasks:
+                raise VerificationError(f"{path} is a directory, and a single model was compiled; give the file")
+            return check_tasks(self._task_models(), path)
+        if self.tasks:
+            return check_joint(self.module, self.example_inputs, path, conditions=self.traced.conditions)
+        return check_onnx(self.module, self.example_inputs, path, **self._call())
+
+    def _call(self) -> dict[str, Any]:
+        """Keyword arguments and conditions on sizes; with a `scope` the graph knows of neither for the whole model."""
+        if self.traced.scope:
+            return {}
+        return {"example_kwargs": self.traced.example_kwargs, "conditions": self.traced.conditions}
+
+    def _task_models(self) -> dict[str, TaskModel]:
+        free = self._free_by_task()
+        return {
+            name: TaskModel(
+                self.task(name), self.example_inputs[name], free[name], task_of(self.traced, name).conditions
+            )
+            for name in self.tasks
+        }
+
+    def _free_by_task(self) -> dict[str, Free]:
+        free = free_sizes(self.traced)
+        found: dict[str, Free] = {}
+        for name in self.tasks:
+            count = len(tensor_leaves(self.example_inputs[name]))
+            found[name], free = free[:count], free[count:]
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write graph, weights and report to one file that `graphzip.load` reads without the model's source.

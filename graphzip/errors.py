@@ -50,7 +50,10 @@ class ExportError(GraphZipError):
 
 
 class VerificationError(ExportError):
-    """An exported file that does not compute what the module computes. The file has been removed."""
+    """A file that is not the module: another weight, operator or output, or none that can be read.
+
+    An export has then left no file; a file that was only checked stays.
+    """
 
 
 class ArchiveError(GraphZipError):

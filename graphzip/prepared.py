@@ -25,7 +25,7 @@ from graphzip.graph.trace import Traced
 from graphzip.history import History, Record
 from graphzip.plan import Plan
 from graphzip.results import GroupChange, Report, TaskChange
-from graphzip.rewrite.join import inputs_of, module_of, task_of
+from graphzip.rewrite.join import module_of, task_of
 from graphzip.rewrite.refresh import refresh
 from passes.base import Calibrated, Feeds, Pass, Restructuring, Staged, Stepwise
 from passes.table import PASSES
@@ -237,7 +237,7 @@ class Prepared(nn.Module):
             traced = self._progress.traced if unfinished else self._adopt()
             module = self.model if unfinished else _with_submodule(self.model, traced.scope, module_of(traced))
             follow_modes(module, original)
-            inputs = placed(self._hidden["inputs"], original, module) if traced.scope else inputs_of(traced)
+            inputs = _examples(self._hidden["inputs"], original, module)
             compiled = Compiled(module, self._report(module), traced, inputs)
         logger.info("%s", compiled.report)
         return compiled
@@ -450,6 +450,14 @@ def _keep_clusters(module: Prepared, state: dict[str, Any], prefix: str, *_: Any
 def _take_clusters(module: Prepared, _: Any) -> None:
     """Use the clusters that were loaded."""
     module._synced()
+
+
+def _examples(given: Any, original: nn.Module, module: nn.Module) -> Any:
+    """The user's example inputs, as copies where `module` runs; the graph may hold a batch of one as two."""
+    if isinstance(given, dict):
+        return {task: _examples(each, original, module) for task, each in given.items()}
+    own = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, given)
+    return placed(own, original, module)
 
 
 def _task_costs(traced: Traced) -> dict[str, Cost]:

@@ -19,7 +19,6 @@ from torch import nn
 
 from graphzip.errors import ExportError, MissingDependencyError, PlanError, VerificationError
 from graphzip.export import onnx as exporter
-from graphzip.export import verify
 from graphzip.export.onnx import ExportReport, export_onnx
 from graphzip.files import staged, write_text
 
@@ -215,21 +214,6 @@ def test_integers_stay_in_range_and_integer_outputs_are_equal(tmp_path: Path) ->
     assert {value.name: sizes(value) for value in graph.input} == {"ids": ["batch", 3], "weights": [2]}
 
 
-def test_variations_keep_to_the_range_of_the_example() -> None:
-    ids, image = torch.tensor([[1, 9], [4, 2]]), torch.rand(2, 3, 4, 4)
-    example = verify.Example.of((ids, image, ids), {"side": torch.ones(5)})
-    cases = verify.make_cases(example, dynamic=True)
-    assert [case.batch for case in cases] == [2, 2, 3, 1]
-    for case in cases:
-        assert set(case.args[0].flatten().tolist()) <= {1, 9, 4, 2}
-        assert case.args[0].dtype == torch.int64
-        assert image.min() <= case.args[1].min()
-        assert case.args[1].max() <= image.max()
-        assert case.kwargs["side"] is example.kwargs["side"]
-    assert not torch.equal(cases[0].args[1], cases[1].args[1])
-    assert len({id(tensor) for tensor in (*example.args, ids)}) == 4
-
-
 @pytest.mark.parametrize("opset", [18, 21])
 def test_the_requested_opset_is_written(opset: int, rows: torch.Tensor, tmp_path: Path) -> None:
     report = export_onnx(Linear(), (rows,), tmp_path / "model.onnx", opset=opset)
@@ -260,38 +244,27 @@ def test_large_weights_go_to_a_second_file(tmp_path: Path) -> None:
     assert run(tmp_path / "big.onnx", image=torch.randn(3, 3, 6, 6))[0].shape == (3, 40)
 
 
-def perturb_weight(monkeypatch: pytest.MonkeyPatch, scale: np.ndarray) -> None:
-    """Make the writer multiply the first weight by `scale`."""
-    save = exporter._save
+def perturb_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the writer change one number of a weight by a thousandth."""
+    save = exporter.save
 
     def corrupt(model: Any, path: Path, *, external: bool) -> None:
         ir = importlib.import_module("onnx_ir")
         value = next(value for name, value in model.graph.initializers.items() if name.endswith("weight"))
-        array = value.const_value.numpy()
-        value.const_value = ir.tensor((array * np.broadcast_to(scale, array.shape)).astype(array.dtype))
+        array = value.const_value.numpy().copy()
+        array.flat[array.size // 2] *= 1.001
+        value.const_value = ir.tensor(array)
         save(model, path, external=external)
 
-    monkeypatch.setattr(exporter, "_save", corrupt)
-
-
-@pytest.mark.parametrize("elements", ["all", "one"])
-def test_a_weight_off_by_a_thousandth_is_found(
-    elements: str, rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scale = np.full((3, 4), 1.001) if elements == "all" else np.ones((3, 4))
-    scale[1, 2] = 1.001
-    perturb_weight(monkeypatch, scale)
-    with pytest.raises(VerificationError, match=r"'output' .* at batch \d: by .* rounding explains at most"):
-        export_onnx(Linear(), (rows,), tmp_path / "model.onnx")
-    assert left_in(tmp_path) == []
+    monkeypatch.setattr(exporter, "save", corrupt)
 
 
 @pytest.mark.usefixtures("two_files")
 def test_a_mismatch_keeps_the_files_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "big.onnx", verify=False)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    perturb_weight(monkeypatch, np.float32(1.01))
-    with pytest.raises(VerificationError):
+    perturb_weight(monkeypatch)
+    with pytest.raises(VerificationError, match=r"1 of 1080 numbers of weight 'stem.weight' .*; nothing was"):
         export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "big.onnx")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -302,79 +275,8 @@ def test_without_verification_the_report_says_so(rows: torch.Tensor, tmp_path: P
     assert report.tolerance is None
     assert report.batches == ()
     assert not report.verified
+    assert report.to_dict()["verified"] is False
     assert str(report).endswith("not verified")
-
-
-def test_a_batch_that_is_baked_in_is_refused(rows: torch.Tensor, tmp_path: Path) -> None:
-    module = Lambda(lambda x: x.reshape(2, 2, 2).sum(-1))
-    with pytest.raises(
-        ExportError, match=r"dynamic batch: .* constant \(2\); pass dynamic_batch=False to fix the batch"
-    ):
-        export_onnx(module, (rows,), tmp_path / "model.onnx")
-    assert left_in(tmp_path) == []
-    report = export_onnx(module, (rows,), tmp_path / "model.onnx", dynamic_batch=False)
-    assert not report.dynamic_batch
-    assert report.batches == (2,)
-    assert "a fixed batch" in str(report)
-    assert sizes(onnx.load(tmp_path / "model.onnx").graph.input[0]) == [2, 4]
-
-
-def test_nan_and_infinity_are_compared(tmp_path: Path) -> None:
-    x = torch.tensor([[1.0, -1.0], [2.0, 0.5]])
-    report = export_onnx(Lambda(lambda x: (x.log(), 1 / (x * 0))), (x,), tmp_path / "model.onnx")
-    assert report.verified
-    case = verify.Case(2, (x,), {})
-    with pytest.raises(VerificationError, match=r"'output' .* NaN or infinity at other positions"):
-        verify.verify_onnx(tmp_path / "model.onnx", Lambda(lambda x: (x.abs().log(), 1 / (x * 0))), [case])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda x: (x + 1)[:, :2], r"shape \[2, 4\] instead of \[2, 2\]"),
-        (lambda x: (x + 1).double(), r"torch.float32 instead of torch.float64"),
-    ],
-)
-def test_shape_and_dtype_are_compared(wrong: Any, message: str, rows: torch.Tensor, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    export_onnx(Lambda(lambda x: x + 1), (rows,), path, verify=False)
-    with pytest.raises(VerificationError, match=message):
-        verify.verify_onnx(path, Lambda(wrong), [verify.Case(2, (rows,), {})])
-
-
-def test_a_file_that_fails_at_another_batch_is_refused(rows: torch.Tensor, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    module = Lambda(lambda x: x + 1)
-    export_onnx(module, (rows,), path, dynamic_batch=False)
-    with pytest.raises(VerificationError, match=r"fails in onnxruntime at batch 3: .*dynamic_batch=False"):
-        verify.verify_onnx(path, module, verify.make_cases(verify.Example.of((rows,), {}), dynamic=True))
-
-
-def test_a_module_that_takes_one_batch_only_is_refused(rows: torch.Tensor, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    export_onnx(Lambda(lambda x: x + 1), (rows,), path)
-    fixed = Lambda(lambda x: x.reshape(2, 4) + 1)
-    with pytest.raises(ExportError, match="Lambda accepts no batch other than 2; pass dynamic_batch=False"):
-        verify.verify_onnx(path, fixed, verify.make_cases(verify.Example.of((rows,), {}), dynamic=True))
-
-
-def test_a_module_that_refuses_the_variations_is_named(rows: torch.Tensor, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    export_onnx(Lambda(lambda x: x + 1), (rows,), path, verify=False)
-
-    def only_the_example(x: torch.Tensor) -> torch.Tensor:
-        if not torch.equal(x, rows):
-            raise ValueError("not these rows")
-        return x + 1
-
-    cases = verify.make_cases(verify.Example.of((rows,), {}), dynamic=False)
-    with pytest.raises(ExportError, match="Lambda fails on inputs like the example: not these rows; pass example"):
-        verify.verify_onnx(path, Lambda(only_the_example), cases)
-
-
-def test_a_constant_example_is_varied_all_the_same() -> None:
-    _, varied, *_ = verify.make_cases(verify.Example.of((torch.zeros(2, 5),), {}), dynamic=False)
-    assert varied.args[0].unique().numel() == 10
 
 
 def test_a_model_without_a_batch(tmp_path: Path) -> None:
@@ -406,35 +308,6 @@ def test_bfloat16_inputs_cannot_be_fed(tmp_path: Path) -> None:
     x = torch.randn(2, 4).bfloat16()
     with pytest.raises(ExportError, match=r"bfloat16 inputs cannot be fed to onnxruntime .* verify=False"):
         export_onnx(Lambda(lambda x: x.reshape(-1, 2, 2)), (x,), tmp_path / "model.onnx")
-
-
-class MixedPrecision(nn.Module):
-    """Refuses to run in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.randn(4, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.float()  # type: ignore[operator]
-
-
-def test_noise_without_float64(rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = MixedPrecision()
-    report = export_onnx(module, (rows,), tmp_path / "model.onnx")
-    assert report.tolerance is not None
-    assert 0 < report.tolerance < 2e-5
-    module.weight.mul_(1.001)  # type: ignore[operator]
-    with pytest.raises(VerificationError, match="rounding explains at most"):
-        verify.verify_onnx(tmp_path / "model.onnx", module, [verify.Case(2, (rows,), {})])
-
-
-def test_a_graph_that_spells_out_float32_still_gets_a_float64_reference() -> None:
-    module = torch.fx.symbolic_trace(Lambda(lambda x: x.to(torch.float32).exp()))
-    double = verify._in_float64(module)
-    assert double is not None
-    assert double(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
-    assert module(torch.ones(2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

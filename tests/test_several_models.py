@@ -249,7 +249,7 @@ def test_one_input_for_models_of_other_inputs(tmp_path: Path) -> None:
 def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = compiled()
     with torch.no_grad():
-        monkeypatch.setattr("graphzip.export.onnx.verify_onnx", fail)
+        monkeypatch.setattr("graphzip.export.onnx.verify_file", fail)
         with pytest.raises(gz.VerificationError, match="on purpose"):
             result.export(tmp_path / "out", per_task=True)
         with pytest.raises(gz.VerificationError, match="on purpose"):
@@ -257,7 +257,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def fail(*_: Any) -> None:
+def fail(*_: Any, **__: Any) -> None:
     raise gz.VerificationError("on purpose")
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphzip.errors import ExportError
-from graphzip.export.onnx import Built, ExportReport, build, export_mode, export_onnx
-from graphzip.export.verify import Example, require
+from graphzip.errors import ExportError, VerificationError
+from graphzip.export.example import Example, Free, tensor_leaves
+from graphzip.export.onnx import Built, build, check_onnx, export_mode, export_onnx
+from graphzip.export.packages import require
+from graphzip.export.report import ExportReport
+from graphzip.export.verify import read_model
 from graphzip.files import check_target, staged
 from graphzip.graph.tasks import common_module
 
-__all__ = ["export_joint", "export_tasks"]
+__all__ = ["TaskModel", "check_joint", "check_tasks", "export_joint", "export_tasks"]
 
 WEIGHTS = "weights.data"
 
@@ -38,6 +41,8 @@ def export_joint(
     inputs: Mapping[str, tuple[Any, ...]],
     path: str | os.PathLike[str],
     *,
+    free: Mapping[str, Free],
+    conditions: Sequence[str],
     opset: int | None,
     dynamic_batch: bool,
     verify: bool,
@@ -50,23 +55,55 @@ def export_joint(
     `export_onnx`; `ExportError` too where the tasks' inputs differ in shape or type.
     """
     if same_input:
-        return _export_common(module, inputs, path, opset=opset, dynamic_batch=dynamic_batch, verify=verify)
-    rows = max(2, *(_rows(given) for given in inputs.values()))
-    given = tuple(_with_rows(each, rows) for each in inputs.values())
+        _check_alike(inputs)
+    joint, given = _joint(module, inputs, same_input=same_input)
     return export_onnx(
-        module,
-        tuple(each[0] if len(each) == 1 else each for each in given),
+        joint,
+        given,
         path,
+        free=_common(free) if same_input else [dims for each in free.values() for dims in each],
+        conditions=conditions,
         opset=opset,
         dynamic_batch=dynamic_batch,
         verify=verify,
         by_task=True,
+        same_input=same_input,
     )
 
 
-def _export_common(
-    module: nn.Module, inputs: Mapping[str, tuple[Any, ...]], path: str | os.PathLike[str], **options: Any
+def check_joint(
+    module: nn.Module,
+    inputs: Mapping[str, tuple[Any, ...]],
+    path: str | os.PathLike[str],
+    *,
+    conditions: Sequence[str],
 ) -> ExportReport:
+    """Compare a file that `export_joint` wrote, with inputs of their own or with one for all tasks."""
+    there = read_model(Path(path))
+    prefixes = tuple(f"{task}_" for task in inputs)
+    apart = all(value.name.startswith(prefixes) for value in there.graph.inputs)
+    leaves = sum(len(tensor_leaves(each)) for each in inputs.values())
+    same_input = not (apart and leaves == len(there.graph.inputs))
+    joint, given = _joint(module, inputs, same_input=same_input)
+    return check_onnx(joint, given, path, conditions=conditions, by_task=True, same_input=same_input)
+
+
+def _joint(
+    module: nn.Module, inputs: Mapping[str, tuple[Any, ...]], *, same_input: bool
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module of all tasks and its positional inputs."""
+    if same_input:
+        first = next(iter(inputs.values()))
+        return common_module({task: module.get_submodule(task) for task in inputs}, len(first)), first
+    return module, tuple(each[0] if len(each) == 1 else each for each in inputs.values())
+
+
+def _common(free: Mapping[str, Free]) -> Free:
+    """The dimensions that all tasks leave free."""
+    return [[dim for dim in dims[0] if all(dim in each for each in dims)] for dims in zip(*free.values(), strict=True)]
+
+
+def _check_alike(inputs: Mapping[str, tuple[Any, ...]]) -> None:
     kinds = {task: _kinds(given) for task, given in inputs.items()}
     first = next(iter(inputs))
     for task, kind in kinds.items():
@@ -75,8 +112,6 @@ def _export_common(
                 f"same_input: task {task!r} takes {_described(kind)}, task {first!r} takes {_described(kinds[first])}; "
                 "export them with inputs of their own"
             )
-    common = common_module({task: module.get_submodule(task) for task in inputs}, len(inputs[first]))
-    return export_onnx(common, inputs[first], path, by_task=True, same_input=True, **options)
 
 
 def _kinds(inputs: tuple[Any, ...]) -> list[Any]:
@@ -91,8 +126,18 @@ def _described(kinds: list[Any]) -> str:
     return ", ".join("x".join(["N", *map(str, each[0])]) if isinstance(each, tuple) else repr(each) for each in kinds)
 
 
+@dataclass(frozen=True)
+class TaskModel:
+    """The module of one task, its inputs, their free dimensions (see `Free`), and conditions on their sizes."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    free: Free
+    conditions: tuple[str, ...] = ()
+
+
 def export_tasks(
-    tasks: Mapping[str, tuple[nn.Module, tuple[Any, ...]]],
+    tasks: Mapping[str, TaskModel],
     folder: str | os.PathLike[str],
     *,
     opset: int | None,
@@ -112,13 +157,13 @@ def export_tasks(
     with export_mode(verify=verify):
         built = {
             name: build(
-                module,
-                Example.of(inputs, {}),
+                each.module,
+                Example.of(each.inputs, {}, free=each.free, dynamic_batch=dynamic_batch),
                 opset=opset,
-                dynamic_batch=dynamic_batch,
-                shared=_shared(module, [other for other, _ in tasks.values() if other is not module]),
+                shared=_shared(each.module, [other.module for other in tasks.values() if other is not each]),
+                conditions=each.conditions,
             )
-            for name, (module, inputs) in tasks.items()
+            for name, each in tasks.items()
         }
         existed = target.is_dir()
         target.mkdir(exist_ok=True)
@@ -133,9 +178,46 @@ def export_tasks(
                 with suppress(OSError):
                     target.rmdir()
             raise
-    worst = max(reports, key=lambda report: (report.max_abs_diff or 0.0) / (report.tolerance or 1.0))
-    dynamic = all(report.dynamic_batch for report in reports)
-    return replace(worst, path=target, bytes=size, dynamic_batch=dynamic, tasks=tuple(reports))
+    return _together(dict(zip(tasks, reports, strict=True)), target, size)
+
+
+def check_tasks(tasks: Mapping[str, TaskModel], folder: str | os.PathLike[str]) -> ExportReport:
+    """Compare the files that `export_tasks` wrote. Raises `VerificationError`, which names the task."""
+    target = Path(folder)
+    reports = {}
+    for name, each in tasks.items():
+        shared = _shared(each.module, [other.module for other in tasks.values() if other is not each])
+        try:
+            reports[name] = check_onnx(
+                each.module, each.inputs, target / f"{name}.onnx", conditions=each.conditions, shared=shared
+            )
+        except VerificationError as error:
+            raise VerificationError(f"task {name!r}: {error}") from error
+    files = [target / WEIGHTS, *(report.path for report in reports.values())]
+    return _together(reports, target, sum(file.stat().st_size for file in files if file.is_file()))
+
+
+def _together(reports: Mapping[str, ExportReport], folder: Path, size: int) -> ExportReport:
+    worst = max(reports.values(), key=lambda report: (report.max_abs_diff or 0.0) / (report.tolerance or 1.0))
+    compared = all(report.max_abs_diff is not None for report in reports.values())
+    return replace(
+        worst,
+        path=folder,
+        bytes=size,
+        max_abs_diff=worst.max_abs_diff if compared else None,
+        tolerance=worst.tolerance if compared else None,
+        batches=tuple(sorted({size for report in reports.values() for size in report.batches})),
+        dynamic_batch=all(report.dynamic_batch for report in reports.values()),
+        tasks=tuple(reports.values()),
+        inputs={f"{task}_{name}": sizes for task, report in reports.items() for name, sizes in report.inputs.items()},
+        shapes=tuple(
+            {f"{task}_{name}": sizes for name, sizes in shapes.items()}
+            for task, report in reports.items()
+            for shapes in report.shapes
+        ),
+        unchecked=tuple(f"{task}: {sentence}" for task, report in reports.items() for sentence in report.unchecked),
+        notes=tuple(f"{task}: {sentence}" for task, report in reports.items() for sentence in report.notes),
+    )
 
 
 def _shared(module: nn.Module, others: Iterable[nn.Module]) -> set[str]:
@@ -170,21 +252,3 @@ def _write_weights(models: list[Any], path: Path) -> None:
                 value.const_value = ir.ExternalTensor(
                     path.name, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=path.parent
                 )
-
-
-def _rows(inputs: tuple[Any, ...]) -> int:
-    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    return int(sizes[0]) if sizes else 0
-
-
-def _with_rows(inputs: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
-    """The inputs with that many rows in every tensor that has the batch first: all tasks are traced with one number."""
-    batch = _rows(inputs)
-
-    def resize(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == batch:
-            return leaf[torch.arange(rows, device=leaf.device) % batch]
-        return leaf
-
-    resized: tuple[Any, ...] = pytree.tree_map(resize, inputs)
-    return resized

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from graphzip.export.example import free_sizes, tensor_leaves
 from graphzip.export.onnx import export_onnx
-from graphzip.export.verify import require, tensor_leaves
+from graphzip.export.packages import require
+from graphzip.export.runs import session_of
 from graphzip.graph.modules import to_module
 from graphzip.graph.trace import Traced
 
@@ -66,21 +69,36 @@ def latency_of(traced: Traced) -> float:
     module = to_module(traced).eval()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        export_onnx(module, traced.example_inputs, file, example_kwargs=traced.example_kwargs, verify=False)
-        options = require("onnxruntime").SessionOptions()
-        options.log_severity_level = 4
-        session = require("onnxruntime").InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    leaves = tensor_leaves((traced.example_inputs, traced.example_kwargs))
-    one = traced.batch_dynamic and all(leaf.dim() for leaf in leaves)
-    values = [(leaf[:1] if one else leaf).detach().cpu().numpy() for leaf in leaves]
-    feed = {each.name: value for each, value in zip(session.get_inputs(), values, strict=False)}
-    session.run(None, feed)
+        export_onnx(
+            module,
+            traced.example_inputs,
+            file,
+            example_kwargs=traced.example_kwargs,
+            free=free_sizes(traced),
+            verify=False,
+        )
+        session = session_of(file)
+    feed = _feed(session, tensor_leaves((traced.example_inputs, traced.example_kwargs)), one=True)
+    try:
+        session.run(None, feed)
+    except Exception:  # the model takes no batch of one
+        feed = _feed(session, tensor_leaves((traced.example_inputs, traced.example_kwargs)), one=False)
+        session.run(None, feed)
     times: list[float] = []
     while len(times) < _RUNS or sum(times) < _LONG:
         start = time.perf_counter()
         session.run(None, feed)
         times.append(time.perf_counter() - start)
     return 1e3 * float(np.median(times))
+
+
+def _feed(session: Any, leaves: Sequence[torch.Tensor], *, one: bool) -> dict[str, Any]:
+    """The example, or of what has a free batch one sample."""
+    feed = {}
+    for each, leaf in zip(session.get_inputs(), leaves, strict=True):
+        free = bool(each.shape) and not isinstance(each.shape[0], int)
+        feed[each.name] = (leaf[:1] if one and free else leaf).detach().cpu().numpy()
+    return feed
 
 
 def _repeats(session: Any, image: Any) -> int:

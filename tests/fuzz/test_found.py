@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fuzz.case import Case, check
 from fuzz.program import Input, Program
 

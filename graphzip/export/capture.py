@@ -1,0 +1,289 @@
+"""`torch.export` a module for ONNX: with the sizes free that tracing left free, and names for what goes in and out."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from graphzip.errors import ExportError
+from graphzip.export.example import Example, Size, Sizes, tensor_leaves
+
+__all__ = ["Captured", "capture", "first_line", "renamed"]
+
+logger = logging.getLogger(__name__)
+
+_BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program, the example that it was captured with, and how to call what it takes and gives.
+
+    `symbols` has a name for every free size, by the name that the program has for it. `notes` are sentences on sizes
+    that had to be fixed.
+    """
+
+    program: ExportedProgram
+    example: Example
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sizes: Sizes
+    symbols: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int | str, ...]]:
+        """The shape of every input, where free sizes have their names."""
+        return {
+            name: tuple(size if isinstance(size, int) else renamed(str(size), self.symbols) for size in sizes)
+            for name, sizes in zip(self.inputs, self.sizes.leaves, strict=True)
+        }
+
+
+def capture(skeleton: nn.Module, example: Example, *, by_task: bool = False, same_input: bool = False) -> Captured:
+    """Trace `skeleton` with the free sizes of the example free; where its graph fixes the batch, with that fixed.
+
+    Names of a joint module begin with the task's, those of inputs only where each task has inputs of its own. Raises
+    `ExportError` where the module does not run on the example, cannot be traced, or returns nothing to export.
+    """
+    outputs = _output_names(skeleton, example, by_task=by_task)
+    program, example, notes = _program(skeleton, example)
+    values = _input_values(program)
+    if by_task and not same_input:
+        joint = _joint_inputs(skeleton, example)
+        inputs, batches = [f"{task}_{name}" for task, name in joint], [f"{task}_{_BATCH}" for task, _ in joint]
+    else:
+        inputs, batches = [name for name, _ in values], [_BATCH] * len(values)
+    sizes = _sizes(program)
+    symbols = _symbol_names(sizes, inputs, batches)
+    inputs = _apart(inputs)
+    notes += tuple(
+        f"dimension {dim} of input {name!r} is fixed at {leaf[dim]} in the file: the model computes with this number"
+        for name, leaf, dims in zip(inputs, sizes.leaves, example.free, strict=True)
+        for dim in dims
+        if isinstance(leaf[dim], int)
+    )
+    return Captured(program, example, tuple(inputs), tuple(outputs), sizes, symbols, notes)
+
+
+def _program(skeleton: nn.Module, example: Example) -> tuple[ExportedProgram, Example, tuple[str, ...]]:
+    """The program with as much free as can be, the example for it, and a note where the batch had to be fixed."""
+    wanted = any(0 in dims for dims in example.free)
+    without_batch = replace(example.fixed(), free=tuple(tuple(dim for dim in dims if dim) for dims in example.free))
+    reason = "the model computes with this number"
+    if wanted:
+        try:
+            program = _traced(skeleton, example)
+            if _sizes(program).batches:
+                return program, example, ()
+        except Exception as error:
+            logger.debug("no trace with a free batch", exc_info=True)
+            reason = first_line(error)
+    try:
+        program = _traced(skeleton, without_batch)
+    except Exception as error:
+        raise ExportError(
+            f"{type(skeleton).__name__} cannot be traced for export: {first_line(error)}; make its control flow "
+            "independent of the values of tensors"
+        ) from error
+    fixed = example.asked and without_batch.batch is not None
+    note = f"the batch is fixed at {without_batch.batch} in the file: {reason}"
+    return program, without_batch, (note,) if fixed else ()
+
+
+def _traced(skeleton: nn.Module, example: Example) -> ExportedProgram:
+    with _tensors_only(skeleton):
+        shapes = _dynamic_shapes(skeleton, example) if any(example.free) else None
+        return torch.export.export(skeleton, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _dynamic_shapes(skeleton: nn.Module, example: Example) -> dict[str, Any]:
+    """Every free size by itself: which of them are equal, the trace finds out."""
+    free = iter(example.free)
+
+    def dims(leaf: Any) -> Any:
+        return dict.fromkeys(next(free), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+
+    args, kwargs = pytree.tree_map(dims, (example.args, example.kwargs))
+    return dict(inspect.signature(skeleton.forward).bind(*args, **kwargs).arguments)
+
+
+@contextmanager
+def _tensors_only(module: nn.Module) -> Iterator[None]:
+    """Inside, `forward` returns a flat tuple of tensors: ONNX has no dicts, no None and no Python numbers."""
+    forward, own = module.forward, vars(module).get("forward")
+
+    @functools.wraps(forward)
+    def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor_leaves(forward(*args, **kwargs)))
+
+    vars(module)["forward"] = tensors
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
+def _input_values(program: ExportedProgram) -> list[tuple[str, torch.Tensor]]:
+    """Name and fake value of the tensor inputs: the arguments of `forward`, `argument_key` for what lies in a dict."""
+    user = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in user]
+    return [(node.name, node.meta["val"]) for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+
+
+def _sizes(program: ExportedProgram) -> Sizes:
+    leaves: list[tuple[Size, ...]] = []
+    known: dict[sympy.Symbol, int] = {}
+    for _, value in _input_values(program):
+        sizes: list[Size] = []
+        for size in value.shape:
+            fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+            sizes.append(size.node.expr if fixed is None else int(fixed))
+            if fixed is None:
+                known.update(_hints(size))
+        leaves.append(tuple(sizes))
+    return Sizes(tuple(leaves), known)
+
+
+def _hints(size: torch.SymInt) -> dict[sympy.Symbol, int]:
+    """The sizes that the symbols in an expression had in the example."""
+    expression = size.node.expr
+    if isinstance(expression, sympy.Symbol):
+        known: Any = size.node.hint
+        return {expression: int(known)}
+    environment: Any = size.node.shape_env
+    hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    return {symbol: int(hints[symbol]) for symbol in sorted(expression.free_symbols, key=str)}
+
+
+def _symbol_names(sizes: Sizes, inputs: Sequence[str], batches: Sequence[str]) -> dict[str, str]:
+    """`batch` for the first free batch, `y_batch` for that of another input, `x_2` for another free size."""
+    names: dict[str, str] = {}
+    for leaf, name, batch in zip(sizes.leaves, inputs, batches, strict=True):
+        for dim, size in enumerate(leaf):
+            for symbol in [] if isinstance(size, int) else sorted(map(str, size.free_symbols)):
+                if symbol not in names:
+                    wanted = batch if dim == 0 else f"{name}_{dim}"
+                    taken = wanted in names.values()
+                    names[symbol] = f"{name}_{_BATCH}" if dim == 0 and taken else wanted
+    return dict(zip(names, _apart(names.values()), strict=True))
+
+
+def renamed(text: str, symbols: Mapping[str, str]) -> str:
+    """The text with other names for the symbols in it."""
+    named = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in symbols))
+    return named.sub(lambda match: symbols[match[0]], text) if symbols else text
+
+
+def _apart(names: Iterable[str]) -> list[str]:
+    """The names with a number behind those that occurred before."""
+    taken: dict[str, None] = {}
+    for name in names:
+        unique, count = name, 1
+        while unique in taken:
+            unique, count = f"{name}_{count}", count + 1
+        taken[unique] = None
+    return list(taken)
+
+
+def _output_names(skeleton: nn.Module, example: Example, *, by_task: bool) -> list[str]:
+    """Run once and name the tensors that come out; of a joint model the key of the task comes first."""
+    leaves = _leaves_with_keys(_run(skeleton, example))
+    tensors = [(keys, leaf) for keys, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise ExportError(
+            f"{type(skeleton).__name__} returns no tensor, so there is nothing to export; return its result"
+        )
+    for leaf in [*example.leaves, *(leaf for _, leaf in tensors)]:
+        if leaf.is_complex():
+            raise ExportError("ONNX runtimes have no complex numbers; pass and return torch.view_as_real(...) instead")
+    if by_task:
+        return [f"{_output_name(keys[:1])}_{_output_name(keys[1:])}" for keys, _ in tensors]
+    return [_output_name(keys) for keys, _ in tensors]
+
+
+def _run(skeleton: nn.Module, example: Example) -> Any:
+    """What the module returns on the example, or, where it takes no batch of two, on the example as it was given."""
+    try:
+        return skeleton(*example.args, **example.kwargs)
+    except Exception as error:
+        if example.given is not None:
+            return _run(skeleton, example.given)
+        raise ExportError(
+            f"{type(skeleton).__name__} fails on the example inputs: {first_line(error)}; pass inputs it accepts"
+        ) from error
+
+
+_Keys = tuple[int | str, ...]
+
+
+def _leaves_with_keys(tree: Any, keys: _Keys = ()) -> list[tuple[_Keys, Any]]:
+    """Every leaf and the way to it: positions, and names where a part has one."""
+    kind = pytree._get_node_type(tree)
+    if kind not in pytree.SUPPORTED_NODES or pytree.tree_structure(tree).is_leaf():
+        return [(keys, tree)]
+    node = pytree.SUPPORTED_NODES[kind]
+    if node.flatten_with_keys_fn is not None:
+        parts = [(_plain(key), child) for key, child in node.flatten_with_keys_fn(tree)[0]]
+    else:
+        children, _ = node.flatten_fn(tree)
+        parts = [(_field(tree, child, number), child) for number, child in enumerate(children)]
+    return [found for key, child in parts for found in _leaves_with_keys(child, (*keys, key))]
+
+
+def _plain(key: Any) -> int | str:
+    if isinstance(key, pytree.SequenceKey):
+        return int(key.idx)
+    return str(getattr(key, "key", getattr(key, "name", key)))
+
+
+def _field(tree: Any, child: Any, number: int) -> int | str:
+    """The key or attribute under which a container has this part, or its number."""
+    named = tree.items() if isinstance(tree, Mapping) else getattr(tree, "__dict__", {}).items()
+    return next((str(name) for name, value in named if value is child), number)
+
+
+def _output_name(keys: _Keys) -> str:
+    """`output`, `output_1` by position, or the key in a dict, nested ones joined by underscores."""
+    parts = [str(key) for key in keys]
+    if not keys or isinstance(keys[0], int):
+        parts = ["output", *parts]
+        if parts[1:] == ["0"]:
+            parts.pop()
+    return re.sub(r"\W", "_", "_".join(parts))
+
+
+def _joint_inputs(skeleton: nn.Module, example: Example) -> list[tuple[str, str]]:
+    """The task of every tensor input of a joint module, and the argument of the task's own module that it is."""
+    found = []
+    for name, given in inspect.signature(skeleton.forward).bind(*example.args).arguments.items():
+        child: Any = skeleton.get_submodule(name)
+        several = isinstance(given, tuple) and len(inspect.signature(child.forward).parameters) > 1
+        arguments = inspect.signature(child.forward).bind(*(given if several else (given,))).arguments
+        for keys, leaf in _leaves_with_keys(dict(arguments)):
+            if isinstance(leaf, torch.Tensor):
+                found.append((name, _output_name(keys)))
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something; the headline of a violated constraint does not."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    if lines and lines[0].startswith("Constraints violated") and details:
+        return details[0].partition(". If you")[0]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,263 @@
+"""Run a module, and an ONNX file in onnxruntime on the CPU, on the same calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphzip.errors import ExportError, VerificationError
+from graphzip.export.capture import Captured
+from graphzip.export.example import Case, Wish, make_case, tensor_leaves, wishes
+from graphzip.export.outputs import CHANGE, Reference
+from graphzip.export.packages import require
+
+__all__ = ["Refusal", "Run", "Runs", "references", "run_all", "run_session", "session_of", "short"]
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A call of the module, why it was made, and what came out."""
+
+    kind: str
+    case: Case
+    outputs: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A call that was wanted and that the module does not take, and what it said."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a module gives for the example first, and then for all other calls that were wanted and that it takes."""
+
+    made: tuple[Run, ...]
+    refused: tuple[Refusal, ...]
+
+
+def run_all(module: nn.Module, captured: Captured) -> Runs:
+    """Raises `ExportError` where the module does not take the example."""
+    made: list[Run] = []
+    refused: list[Refusal] = []
+    for wish in wishes(captured.sizes):
+        run = _fulfilled(module, captured, wish)
+        if isinstance(run, Run):
+            made.append(run)
+        elif wish.kind == "example":
+            raise ExportError(
+                f"{type(module).__name__} fails on the example inputs: {run.reason}; pass inputs it accepts"
+            )
+        else:
+            refused.append(run)
+    return Runs(tuple(made), tuple(refused))
+
+
+def _fulfilled(module: nn.Module, captured: Captured, wish: Wish) -> Run | Refusal:
+    reason = "these sizes do not fit together"
+    for chosen in wish.choices:
+        case = make_case(captured.example, captured.sizes, chosen, varied=wish.kind != "example")
+        if case is None:
+            continue
+        try:
+            return Run(wish.kind, case, _call(module, case))
+        except Exception as error:
+            reason = short(error)
+    return Refusal(wish.kind, reason)
+
+
+def _call(module: nn.Module, case: Case) -> list[torch.Tensor]:
+    with _full_precision():
+        result = module(*case.args, **case.kwargs)
+    return [leaf.detach().cpu() for leaf in tensor_leaves(result)]
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Without TensorFloat-32 and its like: they would lift the noise, and with it the tolerance, a thousandfold."""
+    matmul = torch.get_float32_matmul_precision()
+    convolution = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+def references(module: nn.Module, captured: Captured, runs: Sequence[Run]) -> list[Reference]:
+    """What every output should be, and what is needed to judge how far it may be off."""
+    count = len(runs[0].outputs)
+    exact = _exactly(module, runs)
+    noisy = [] if exact else [_jittered(module, runs[0].case, _rounding, seed) for seed in range(3)]
+    changed = _changed(module, runs[0])
+    dependent = _given(captured)
+    calls = [_described(run, captured) for run in runs]
+    return [
+        Reference(
+            name=captured.outputs[k],
+            wanted=[run.outputs[k] for run in runs],
+            exact=[outputs[k] for outputs in exact] if exact else None,
+            noisy=[outputs[k] for outputs in noisy],
+            changed=changed[k],
+            eps=_eps(module, runs[0].outputs[k]),
+            given=dependent[k],
+            calls=calls,
+        )
+        for k in range(count)
+    ]
+
+
+def _described(run: Run, captured: Captured) -> str:
+    if run.kind != "sizes":
+        return "on the example" if run.case.batch is None else f"at batch {run.case.batch}"
+    sizes = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(captured.inputs, run.case.shapes, strict=True))
+    return f"for {sizes}"
+
+
+def _exactly(module: nn.Module, runs: Sequence[Run]) -> list[list[torch.Tensor]] | None:
+    """All calls in float64; `None` where the module does not run in it, or computes in it anyway."""
+    if any(tensor.dtype == torch.float64 for tensor in [*module.parameters(), *module.buffers(), *runs[0].outputs]):
+        return None
+    double = _in_float64(module)
+    if double is None:
+        return None
+    found = []
+    for run in runs:
+        args, kwargs = pytree.tree_map(_widen, (run.case.args, run.case.kwargs))
+        try:
+            found.append(_call(double, Case(args, kwargs)))
+        except Exception:
+            return None
+        if [each.shape for each in found[-1]] != [each.shape for each in run.outputs]:
+            return None
+    return found
+
+
+def _widen(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+
+def _in_float64(module: nn.Module) -> nn.Module | None:
+    """A copy in float64, where dtypes that a traced graph spells out are float64 too."""
+    try:
+        double = copy.deepcopy(module).double()
+    except Exception:
+        return None
+    for part in double.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, _widen_dtype)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, _widen_dtype)
+            part.recompile()
+    return double
+
+
+def _widen_dtype(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _rounding(tensor: torch.Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
+
+
+def _jittered(module: nn.Module, case: Case, by: Any, seed: int) -> list[torch.Tensor]:
+    """A call in which every weight and every input is off by a share of itself, up or down."""
+    generator = torch.Generator().manual_seed(_SEED + seed)
+
+    def jitter(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return leaf
+        sign = torch.randint(2, leaf.shape, generator=generator).to(leaf.device, leaf.dtype) * 2 - 1
+        return leaf * (1 + by(leaf) * sign)
+
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for tensor in [*other.parameters(), *other.buffers()]:
+            tensor.copy_(jitter(tensor))
+    args, kwargs = pytree.tree_map(jitter, (case.args, case.kwargs))
+    return _call(other, Case(args, kwargs))
+
+
+def _changed(module: nn.Module, run: Run) -> list[torch.Tensor]:
+    """The outputs with all weights and inputs off by a thousandth: a change that a check has to find."""
+
+    def share(tensor: torch.Tensor) -> float:
+        return max(CHANGE, 128 * torch.finfo(tensor.dtype).eps)
+
+    try:
+        return _jittered(module, run.case, share, 0)
+    except Exception:
+        return run.outputs
+
+
+def _given(captured: Captured) -> list[bool]:
+    """For every output, whether it depends on values of the inputs, and not only on their sizes."""
+    user = set(captured.program.graph_signature.user_inputs)
+    known: dict[fx.Node, bool] = {}
+    for node in captured.program.graph.nodes:
+        if node.op == "placeholder":
+            known[node] = node.name in user
+        elif node.op != "output":
+            sized = "sym_size" in str(node.target)
+            known[node] = not sized and any(known[each] for each in node.all_input_nodes)
+    by_name = {node.name: value for node, value in known.items()}
+    return [by_name.get(str(name), True) for name in captured.program.graph_signature.user_outputs]
+
+
+def _eps(module: nn.Module, output: torch.Tensor) -> float:
+    """The unit roundoff of the coarsest floating-point type at work; 0 for an output of integers."""
+    if not output.is_floating_point():
+        return 0.0
+    dtypes = {
+        tensor.dtype for tensor in [output, *module.parameters(), *module.buffers()] if tensor.is_floating_point()
+    }
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def session_of(source: Path | bytes) -> Any:
+    """onnxruntime's own error where it cannot load the model."""
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    model = source if isinstance(source, bytes) else str(source)
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, run: Run, call: str) -> list[torch.Tensor]:
+    """Raises `VerificationError` where the file does not take the inputs that the module takes."""
+    leaves = run.case.leaves
+    if any(leaf.dtype == torch.bfloat16 for leaf in leaves):
+        raise ExportError(
+            "bfloat16 inputs cannot be fed to onnxruntime on the CPU, so the model cannot be verified; convert the "
+            "module to float32 first, or pass verify=False"
+        )
+    inputs = session.get_inputs()
+    feed = {node.name: leaf.cpu().contiguous().numpy() for node, leaf in zip(inputs, leaves, strict=True)}
+    try:
+        results = session.run(None, feed)
+    except Exception as error:
+        raise VerificationError(f"the file fails in onnxruntime {call}: {short(error)}") from error
+    return [torch.from_numpy(result) for result in results]
+
+
+def short(error: BaseException, path: Path | None = None) -> str:
+    """The first line of what an error says."""
+    text = str(error).replace(f"Load model from {path} failed:", "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
