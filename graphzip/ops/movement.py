@@ -19,7 +19,7 @@ from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 from graphzip.ops.views import patch_sizes
 
-__all__ = ["SPECS", "patch_sizes"]
+__all__ = ["SPECS"]
 
 aten = torch.ops.aten
 
