@@ -17,7 +17,6 @@ from graphzip.labels import IntArray, support
 from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, shape_along, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
-from graphzip.ops.views import patch_sizes
 
 __all__ = ["SPECS"]
 
