@@ -20,6 +20,7 @@ from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.trace import trace
 from graphzip.plan import Plan
 from graphzip.prepared import Prepared
+from graphzip.rewrite.forms import trace_in
 from graphzip.rewrite.join import join
 from passes.base import Restructuring, Staged
 from passes.table import PASSES
@@ -38,15 +39,16 @@ def channel_groups(
     *,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
+    mode: str = "eval",
 ) -> ChannelGroups:
     """The channel groups of `model`: which channels are coupled, and which of them can be merged.
 
     `example_inputs` are positional arguments, batch first. Nothing is computed on real weights, so a model on the meta
-    device will do. `scope` names a submodule to look at alone.
+    device will do. `scope` names a submodule to look at alone. `mode` is that of `prepare`.
 
     Raises `TraceError` for a model that cannot be traced, `ExampleInputError` for inputs it does not accept.
     """
-    traced = trace(model, example_inputs, scope=scope, dynamic_shapes=dynamic_shapes)
+    traced = trace_in(mode, model, example_inputs, scope=scope, dynamic_shapes=dynamic_shapes)
     return channel_groups_of(traced, analyse(traced.graph))
 
 
@@ -67,6 +69,7 @@ def prepare(
     seed: int = 0,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
+    mode: str = "eval",
 ) -> Prepared:
     """Decide what the plan does to `model`, and give a copy of it to train before it is done.
 
@@ -74,12 +77,17 @@ def prepare(
     inputs are left out). `seed` fixes every random choice. `scope` names the submodule to compile inside the model.
     `dynamic_shapes` is handed to `torch.export.export`; by default only the batch is dynamic.
 
+    `mode` says which form of the model the result has. "eval": what the model computes in eval mode, where batch norm
+    and dropout follow `.train()` and `.eval()`. "train": the training form, too (other outputs, auxiliary heads, drop
+    paths), which the result computes after `.train()`, and the eval form after `.eval()` and in a file. What the
+    result does not have, the report says.
+
     Where the plan has a pass that joins models, `model` is a mapping from task names to modules, and `example_inputs`,
     `calibration` and `dynamic_shapes` (where given) are mappings with the same keys.
 
     Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`.
     """
-    return _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, trained=True)
+    return _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, mode, trained=True)
 
 
 def _prepare(
@@ -90,6 +98,7 @@ def _prepare(
     seed: int,
     scope: str | None,
     dynamic_shapes: Any | None,
+    mode: str,
     *,
     trained: bool,
 ) -> Prepared:
@@ -100,10 +109,12 @@ def _prepare(
         if isinstance(model, Mapping):
             if scope is not None:
                 raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
+            if mode != "eval":
+                raise PlanError(f"mode={mode!r} is for one model, but several were given; join their eval forms")
             return _prepare_several(model, plan, example_inputs, calibration, seed, dynamic_shapes, borrowed=borrowed)
         inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
         trainable = _copy(model, borrowed=borrowed)
-        traced = trace(trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes, compare=True)
+        traced = trace_in(mode, trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes, compare=True)
         check_calibration(calibration, model, len(inputs))
         return Prepared(
             trainable,
@@ -164,6 +175,7 @@ def compile(
     seed: int = 0,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
+    mode: str = "eval",
 ) -> Compiled:
     """Carry out a plan: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
 
@@ -172,7 +184,7 @@ def compile(
     pass allows it: those that are mapped from files are read where they lie.
     """
     trained = train is not None
-    prepared = _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, trained=trained)
+    prepared = _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, mode, trained=trained)
     if train is not None:
         for stage in prepared.steps():
             train(prepared, stage)

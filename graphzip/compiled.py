@@ -17,6 +17,7 @@ from graphzip.export.example import Free, free_sizes, tensor_leaves
 from graphzip.export.joint import TaskModel, check_joint, check_tasks, export_joint, export_tasks
 from graphzip.export.onnx import ExportReport, check_onnx, export_onnx
 from graphzip.graph.trace import Traced
+from graphzip.graph.two_forms import eval_form
 from graphzip.results import Report
 from graphzip.rewrite.join import inputs_of, module_of, task_of
 from graphzip.tables import closest
@@ -109,7 +110,7 @@ class Compiled:
                 **options,
             )
         return export_onnx(
-            self.module,
+            eval_form(self.module),
             self.example_inputs,
             path,
             free=None if self.traced.scope else free_sizes(self.traced),

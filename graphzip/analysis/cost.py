@@ -10,6 +10,7 @@ from torch import fx
 
 from graphzip.graph.inputs import hint
 from graphzip.graph.trace import Traced
+from graphzip.graph.two_forms import form_nodes
 from graphzip.ops import OPS
 from graphzip.ops.site import Site, bind
 
@@ -35,15 +36,16 @@ def cost_of(traced: Traced) -> Cost:
     """Count a traced model on the shapes it was traced with.
 
     Operators that see parameters only, such as those that build a kernel, run once and not for every sample: they are
-    not counted.
+    not counted. Of a graph with two forms it is the operations of the eval form.
     """
     total = 0
     fed: set[fx.Node] = set()
+    counted = None if traced.forms is None else form_nodes(traced.graph, traced.forms, training=False)
     for node in traced.graph.nodes:
         if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
             fed.add(node)
         spec = OPS.get(node.target) if node.op == "call_function" else None
-        if spec is not None and spec.macs is not None and node in fed:
+        if spec is not None and spec.macs is not None and node in fed and (counted is None or node in counted):
             total += spec.macs(Site.of(node, bind(node)))
     return Cost(sum(parameter.numel() for parameter in traced.module.parameters()), total // _batch(traced))
 

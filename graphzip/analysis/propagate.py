@@ -140,7 +140,7 @@ class _Walk:
         args = bind(node) if hasattr(node.target, "_schema") else {}
         site = Site(node, args, self.space, self.result.axes, self.raw, self.blocked, self.derived)
         operands = site.tensors()
-        random = is_random(node)
+        random = is_random(node) and not node.meta.get("follows_mode")
         if random:
             hold_draws(site)
         if spec is None and random:

@@ -21,7 +21,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.state import attach, get_tensor
 from graphzip.graph.tasks import Task, check_task_names
 from graphzip.graph.trace import Traced
+from graphzip.graph.two_forms import Forms, splits
 from graphzip.version import __version__
 
 __all__ = ["FORMAT", "VERSION", "Archive", "load_archive", "save_archive", "sealed"]
@@ -104,6 +105,7 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
             "batch_dynamic": traced.batch_dynamic,
             "report": report,
             "tasks": [_task_to_json(task) for task in traced.tasks],
+            "forms": None if traced.forms is None else asdict(traced.forms),
         }
         text = json.dumps(document, allow_nan=False)
         graph_from_json(_document(text).graph)
@@ -326,14 +328,24 @@ def _archive(document: Document, tensors: Mapping[str, torch.Tensor]) -> Archive
         batch_dynamic=document.batch_dynamic,
         conditions=tuple(document.conditions),
         tasks=tuple(_task(task) for task in document.tasks),
+        forms=_forms(document, module.graph),
     )
     _restore_metadata(traced, set(document.numbers))
     return Archive(traced, document.report, described)
 
 
+def _forms(document: Document, graph: fx.Graph) -> Forms | None:
+    if document.forms is None:
+        return None
+    forms = Forms(document.forms.evaluated, tuple(document.forms.conditions))
+    if not splits(graph, forms):
+        raise GraphFormatError(f"the outputs are not those of two forms of which the first has {forms.evaluated}")
+    return forms
+
+
 def _check_conditions(document: Document) -> None:
     ranks = {name: len(shape) for name, shape, _ in document.inputs}
-    for text in document.conditions:
+    for text in (*document.conditions, *(document.forms.conditions if document.forms else ())):
         for name, dim in sizes_of(parse(text)):
             known = -ranks.get(name, 0) <= dim < ranks.get(name, 0) if isinstance(dim, int) else dim is None
             if not known or name not in ranks:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Described", "Document", "Example", "GraphEntry", "Leaf", "NodeEntry", "State", "TaskEntry"]
+__all__ = ["Described", "Document", "Example", "FormsEntry", "GraphEntry", "Leaf", "NodeEntry", "State", "TaskEntry"]
 
 _LARGEST_SIZE = 2**31
 _MOST_DIMENSIONS = 64
@@ -14,6 +14,7 @@ _MOST_DIMENSIONS = 64
 Name = Annotated[str, Field(max_length=1024)]
 Size = Annotated[int, Field(ge=0, lt=_LARGEST_SIZE)]
 Shape = Annotated[list[Size], Field(max_length=_MOST_DIMENSIONS)]
+Condition = Annotated[str, Field(max_length=10_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -95,6 +96,13 @@ class TaskEntry(_Strict):
     outputs: list[Any] | None
 
 
+class FormsEntry(_Strict):
+    """With how many of the graph's outputs the eval form comes, and what sizes the training form asks for."""
+
+    evaluated: Size
+    conditions: list[Condition]
+
+
 class Document(_Strict):
     """Everything about a saved model but its tensors."""
 
@@ -108,7 +116,8 @@ class Document(_Strict):
     module_types: dict[Name, Name]
     scope: Name
     training_only: list[str]
-    conditions: list[Annotated[str, Field(max_length=10_000)]]
+    conditions: list[Condition]
     batch_dynamic: bool
     report: dict[str, Any]
     tasks: list[TaskEntry] = []
+    forms: FormsEntry | None = None

@@ -196,7 +196,7 @@ def _one_layer_each(
 ) -> None:
     """Stacked and bidirectional recurrent layers: one call per layer and direction, each of a width of its own."""
     directions = 2 if bidirectional else 1
-    if layers * directions == 1 or (train and dropout):
+    if layers * directions == 1:
         return
     states = list(state) if isinstance(state, (list, tuple)) else [state]
     each, time = len(params) // (layers * directions), 1 if batch_first else 0
@@ -215,6 +215,8 @@ def _one_layer_each(
             found.append(build(aten.flip.default, made, [time]) if direction else made)
             ends.append(end)
         x = build(aten.cat.default, found, 2) if len(found) > 1 else found[0]
+        if train and dropout and layer + 1 < layers:
+            x = build(aten.dropout.default, x, dropout, True)
     for part in list(build.node.users):
         position: Any = part.args[1]
         if position:

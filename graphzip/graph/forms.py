@@ -21,7 +21,7 @@ from graphzip.graph.operators import arguments_of
 from graphzip.graph.source import owner_of, source_of
 from graphzip.graph.state import get_tensor
 
-__all__ = ["Form", "differences", "form_of", "shown"]
+__all__ = ["Form", "Place", "counts_batches", "differences", "form_of", "same_numbers", "shown"]
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ class _Reader:
                 self.refs[node] = self._constant(str(node.target))
             elif node.op == "output":
                 outputs = node.args[0]
-            elif node in live and not is_assertion(node) and not self._counts_batches(node):
+            elif node in live and not is_assertion(node) and not counts_batches(node):
                 self._step(node)
         spec = _out_spec(self.module.graph)
         returned = (str(spec), fx.node.map_aggregate(outputs, self._ref), _kinds(outputs))
@@ -112,7 +112,11 @@ class _Reader:
             key = (place, str(target), args["p"])
             if not args["train"]:
                 self.followed.add(key)
-            if not args["train"] or self._follows(key) or isinstance(self._owner(place), nn.MultiheadAttention):
+            if (
+                not args["train"]
+                or self._follows(key)
+                or isinstance(module_named(self.model, place[0]), nn.MultiheadAttention)
+            ):
                 self.refs[node] = self._ref(args[next(iter(args))])
                 return
         args |= self._switches(place, target, args)
@@ -123,7 +127,7 @@ class _Reader:
 
     def _switches(self, place: Place, target: Any, args: Mapping[Any, Any]) -> dict[str, Any]:
         """Arguments that say the mode, where the result follows it, or its loss is told by the module alone."""
-        owner, key = self._owner(place), (place, str(target))
+        owner, key = module_named(self.model, place[0]), (place, str(target))
         if target is aten.batch_norm.default and args["running_mean"] is not None:
             if not args["training"]:
                 self.followed.add(key)
@@ -141,12 +145,6 @@ class _Reader:
     def _follows(self, key: Any) -> bool:
         return self.other is not None and key in self.other.followed
 
-    def _owner(self, place: Place) -> nn.Module | None:
-        try:
-            return self.model.get_submodule(place[0])
-        except AttributeError:
-            return None
-
     def _ref(self, value: Any) -> Any:
         return self.refs[value] if isinstance(value, fx.Node) else value
 
@@ -155,14 +153,16 @@ class _Reader:
             return ("state", name)
         return _Constant(get_tensor(self.module, name))
 
-    def _counts_batches(self, node: fx.Node) -> bool:
-        first = node.args[0] if node.args else None
-        return (
-            node.target is aten.add_.Tensor
-            and isinstance(first, fx.Node)
-            and first.op == "get_attr"
-            and str(first.target).rpartition(".")[2] == "num_batches_tracked"
-        )
+
+def counts_batches(node: fx.Node) -> bool:
+    """Whether a node is the step of a batch norm's counter, which the norm takes by itself."""
+    first = node.args[0] if node.args else None
+    return (
+        node.target is aten.add_.Tensor
+        and isinstance(first, fx.Node)
+        and first.op == "get_attr"
+        and str(first.target).rpartition(".")[2] == "num_batches_tracked"
+    )
 
 
 class _Constant:
@@ -172,16 +172,19 @@ class _Constant:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Constant) or self.value.dtype != other.value.dtype:
-            return False
-        if self.value.is_meta or other.value.is_meta:
-            return self.value.shape == other.value.shape
-        return torch.equal(self.value, other.value)
+        return isinstance(other, _Constant) and same_numbers(self.value, other.value)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{self.value.dtype}{list(self.value.shape)}"
+
+
+def same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two constants are equal; without numbers to compare, whether they may be."""
+    if one is other or one.dtype != other.dtype or one.shape != other.shape:
+        return one is other
+    return one.is_meta or other.is_meta or torch.equal(one, other)
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
@@ -257,38 +260,61 @@ def differences(model: nn.Module, evaluated: Form, trained: Form, told: Iterable
         )
     missing, extra = (Counter(step.said for step in form.steps if not step.is_size) for form in (evaluated, trained))
     missing, extra = missing - extra, extra - missing
-    changed = list(dict.fromkeys(owner for _, owner, _, _ in (*extra, *missing)))
-    news = [owner for owner in changed if not is_inside(owner, told)]
-    yield from _by_module(model, evaluated, news, [*extra, *missing])
+    changed = [*extra, *missing]
+    for (what, kind, lines), names in _by_kind(model, evaluated, trained, changed, told).items():
+        alike = f", and {len(names) - 1} like it" if len(names) > 1 else ""
+        who = f"'{names[0]}' ({kind}{alike})" if names[0] else kind
+        more = f" and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+        yield f"{who} {what.format(lines=', '.join(lines[:_NAMED]) + more)}{_ADVICE}"
     if not changed and not said:
         yield f"{name} computes something else in training mode, which is left out{_ADVICE}"
 
 
 _ADVICE = " (mode='train' keeps both)"
 _NAMED = 3
+_ONLY_TRAINING = "acts only in training and is left out"
+_ONLY_EVAL = "does not act in training; in the result it acts in both modes"
+_OTHERWISE = "computes something else in training mode ({lines}), which is left out"
+
+_Kind = tuple[str, str, tuple[str, ...]]
+"""What is said of a module, its class, and the operators that differ."""
 
 
-def _by_module(
-    model: nn.Module, evaluated: Form, owners: Sequence[str], changed: Sequence[tuple[str, str, str, str]]
-) -> Iterator[str]:
-    """One sentence on each module, or on several of one class that differ in the same operators."""
-    found: dict[tuple[str, bool, tuple[str, ...]], list[str]] = {}
-    present = {step.owner for step in evaluated.steps}
-    for owner in owners:
-        kind = type(model.get_submodule(owner)).__name__
-        lines = tuple(dict.fromkeys(_line(target, source) for target, own, source, _ in changed if own == owner))
-        found.setdefault((kind, bool(owner) and owner not in present, lines), []).append(owner)
-    for (kind, only, lines), names in found.items():
-        alike = f", and {len(names) - 1} like it" if len(names) > 1 else ""
-        who = f"'{names[0]}' ({kind}{alike})" if names[0] else kind
-        if only:
-            yield f"{who} acts only in training and is left out{_ADVICE}"
-        else:
-            more = f" and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
-            where = f"{', '.join(lines[:_NAMED])}{more}"
-            yield f"{who} computes something else in training mode ({where}), which is left out{_ADVICE}"
+def _by_kind(
+    model: nn.Module,
+    evaluated: Form,
+    trained: Form,
+    changed: Sequence[tuple[str, str, str, str]],
+    told: Iterable[str],
+) -> dict[_Kind, list[str]]:
+    """Modules that differ, together with others of their class that differ alike; not what is inside of one told of."""
+    in_eval, in_training = ({step.owner for step in form.steps} for form in (evaluated, trained))
+    told = list(told)
+    found: dict[_Kind, list[str]] = {}
+    order = list(dict.fromkeys(owner for _, owner, _, _ in changed))
+    for owner in sorted(order, key=lambda name: name.count(".")):
+        if is_inside(owner, told):
+            continue
+        what = _OTHERWISE
+        if owner and (owner not in in_eval or owner not in in_training):
+            what = _ONLY_EVAL if owner in in_eval else _ONLY_TRAINING
+            told.append(owner)
+        found.setdefault((what, type(module_named(model, owner)).__name__, _lines(changed, owner)), []).append(owner)
+    return dict(sorted(found.items(), key=lambda item: min(map(order.index, item[1]))))
+
+
+def _lines(changed: Sequence[tuple[str, str, str, str]], owner: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_line(target, source) for target, own, source, _ in changed if own == owner))
 
 
 def _line(target: str, source: str) -> str:
     name = target.split(".")[1] if target.count(".") > 1 else target
     return f"{name} at {source}" if source else name
+
+
+def module_named(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that name, if there is one."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

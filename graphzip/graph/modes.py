@@ -24,11 +24,13 @@ __all__ = [
     "DROPOUTS",
     "DROPOUTS_IN_PLACE",
     "FROZEN",
+    "is_exactly",
     "is_inside",
     "lost_in_training",
     "mark_cumulative",
     "module_types",
     "settle_modes",
+    "spectral_norms",
     "unread",
 ]
 
@@ -98,12 +100,12 @@ def settle_modes(
         if _is_norm(node, training=False):
             if owner in asleep:
                 types[_running_mean(node)] = FROZEN
-            elif not _is_exactly(model, owner, _NORMS):
+            elif not is_exactly(model, owner, _NORMS):
                 open_norms.append(node)
         elif _is_dropout(node, training=False):
             if owner in asleep:
                 _remove(node)
-            elif not _is_exactly(model, owner, nn.modules.dropout._DropoutNd):
+            elif not is_exactly(model, owner, nn.modules.dropout._DropoutNd):
                 open_dropouts.append(node)
         elif node.target is aten.rrelu.default and owner in asleep:
             types.pop(owner, None)
@@ -141,7 +143,8 @@ def _asleep(model: nn.Module) -> set[str]:
     return {name for name, module in in_mode(model, True).named_modules() if not module.training}
 
 
-def _is_exactly(model: nn.Module, name: str, kind: type) -> bool:
+def is_exactly(model: nn.Module, name: str, kind: type) -> bool:
+    """Whether a module is of a class of `torch.nn` that derives from `kind`."""
     module = model.get_submodule(name)
     return isinstance(module, kind) and _is_torch_class(type(module))
 
@@ -166,9 +169,9 @@ def _remove(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def unread(model: nn.Module, graph: fx.Graph, aliases: Aliases) -> dict[str, str]:
-    """Sentences on the outermost modules none of whose parameters the eval graph reads, under any name."""
-    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+def unread(model: nn.Module, graphs: Iterable[fx.Graph], aliases: Aliases) -> dict[str, str]:
+    """Sentences on the outermost modules none of whose parameters the graphs read, under any name."""
+    used = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
     found: dict[str, str] = {}
     told: set[str] = set()
     for name, module in model.named_modules():
@@ -191,11 +194,20 @@ def lost_in_training(model: nn.Module) -> dict[str, str]:
     """Sentences on layers of `torch.nn` that do something in training that an eval graph does not have."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        who = f"'{name}' " if name else ""
         share = getattr(module, "dropout", 0.0)
-        hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and share:
+            who = f"'{name}' " if name else ""
             found[name] = f"{who}({type(module).__name__}) drops out {share:g} only in training and that is left out"
-        elif isinstance(module, _SpectralNorm) or SpectralNorm in hooks:
+    return found
+
+
+def spectral_norms(model: nn.Module) -> dict[str, str]:
+    """Sentences on spectral norms, whose training step writes to buffers: no graph has it."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _SpectralNorm) or any(
+            isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
+        ):
+            who = f"'{name}' " if name else ""
             found[name] = f"{who}(spectral norm) updates its vectors only in training and that is left out"
     return found

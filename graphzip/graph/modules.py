@@ -21,14 +21,17 @@ from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
 from graphzip.graph.operators import CONVOLUTIONS, arguments_of
 from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
 from graphzip.graph.trace import Traced
+from graphzip.graph.two_forms import TwoForms, one_form
 
 __all__ = ["to_module"]
 
 aten = torch.ops.aten
 
 
-def to_module(traced: Traced, own: dict[int, torch.Tensor] | None = None) -> fx.GraphModule:
+def to_module(traced: Traced, own: dict[int, torch.Tensor] | None = None) -> nn.Module:
     """A module with the call signature and the parameter names of the model that was traced.
+
+    Where the graph has two forms, the module computes that of its mode.
 
     All tensors are copies; `own` keeps those made, by the `id` of the tensor, for modules that share them. Inputs whose
     shape the graph was not made for raise `InputShapeError`.
@@ -36,10 +39,15 @@ def to_module(traced: Traced, own: dict[int, torch.Tensor] | None = None) -> fx.
     module = traced.copy(compiled=False).module
     _own_state(module, {} if own is None else own)
     _Restorer(module, traced.module_types).run()
-    _check_inputs(module, traced)
-    module.graph.lint()
-    module.recompile()
-    return module
+    if traced.forms is None:
+        _check_inputs(module.graph, traced, traced.conditions)
+        module.graph.lint()
+        module.recompile()
+        return module
+    evaluated, trained = (one_form(module.graph, traced.forms, training=mode) for mode in (False, True))
+    _check_inputs(evaluated, traced, traced.conditions)
+    _check_inputs(trained, traced, traced.forms.conditions)
+    return TwoForms(module, evaluated, trained, type(module).__name__)
 
 
 def _own_state(root: nn.Module, own: dict[int, torch.Tensor]) -> None:
@@ -51,16 +59,15 @@ def _own_state(root: nn.Module, own: dict[int, torch.Tensor]) -> None:
         attach(root, name, own[id(tensor)], persistent=is_persistent(root, name))
 
 
-def _check_inputs(module: fx.GraphModule, traced: Traced) -> None:
-    """Let the module refuse inputs that the graph was not made for."""
-    graph = module.graph
+def _check_inputs(graph: fx.Graph, traced: Traced, conditions: tuple[str, ...]) -> None:
+    """Let a graph refuse inputs that it was not made for."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     leaves = pytree.tree_leaves((traced.example_inputs, traced.example_kwargs))
     tensors = {
         spec.name: node for node, spec in zip(placeholders, traced.inputs, strict=True) if spec.dtype is not None
     }
-    if traced.conditions:
-        terms = tuple(parse(text) for text in traced.conditions)
+    if conditions:
+        terms = tuple(parse(text) for text in conditions)
         numbers = {
             spec.name: node
             for node, spec in zip(placeholders, traced.inputs, strict=True)
@@ -68,7 +75,7 @@ def _check_inputs(module: fx.GraphModule, traced: Traced) -> None:
         }
         asked = tensors | numbers
         with graph.inserting_after(placeholders[-1]):
-            graph.call_function(check_sizes, (traced.conditions, terms, tuple(asked), *asked.values()))
+            graph.call_function(check_sizes, (conditions, terms, tuple(asked), *asked.values()))
     for node, spec, leaf in zip(reversed(placeholders), reversed(traced.inputs), reversed(leaves), strict=True):
         with graph.inserting_after(placeholders[-1]):
             if spec.dtype is None:

@@ -35,7 +35,8 @@ def settle(skeleton: nn.Module, given: Call, flat: Flat, form_of: FormOf | None 
     groups: dict[tuple[str, ...], list[Open]] = {}
     for each in flat.open:
         groups.setdefault(each.places, []).append(each)
-    kept = [each for places, group in groups.items() if not _same_at_one(skeleton, flat, places) for each in group]
+    apart = [group for places, group in groups.items() if not _same_at_one(skeleton, flat, places, form_of)]
+    kept = [each for group in apart for each in group]
     flat = _with_conditions(flat, kept)
     unfit = _unfit(flat, given)
     if not unfit:
@@ -105,7 +106,7 @@ def _unfit(flat: Flat, given: Call) -> str:
     return next((text for text in flat.conditions if not holds(text, known)), "")
 
 
-def _same_at_one(skeleton: nn.Module, flat: Flat, places: tuple[str, ...]) -> bool:
+def _same_at_one(skeleton: nn.Module, flat: Flat, places: tuple[str, ...], form_of: FormOf | None) -> bool:
     """Whether the model, traced where these sizes are one, is the same graph."""
     ones = {symbol: sympy.Integer(1) for symbol, place in flat.sizes.names.items() if place in places}
     call = _cut(flat, ones)
@@ -116,7 +117,7 @@ def _same_at_one(skeleton: nn.Module, flat: Flat, places: tuple[str, ...]) -> bo
         for tensor, dims in zip(_tensors(call), _open_dims(flat), strict=True)
     ]
     try:
-        twin = flatten(run_export(skeleton, call, _automatic(_tensors(call), dims)), skeleton)
+        twin = flatten(run_export(skeleton, call, _automatic(_tensors(call), dims)), skeleton, form_of)
     except Exception as error:
         logger.info("%s does not trace where %s is one: %s", type(skeleton).__name__, ", ".join(places), error)
         return False

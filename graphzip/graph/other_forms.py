@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphzip.graph.asked import Asked, asked
 from graphzip.graph.blocks import open_blocks
 from graphzip.graph.copies import borrow, in_mode, switches_by_itself
 from graphzip.graph.forms import Form, differences, form_of, shown
+from graphzip.graph.modes import lost_in_training, spectral_norms
+from graphzip.graph.program import Program
 from graphzip.graph.source import first_line
 
 __all__ = ["OtherForms"]
@@ -32,7 +33,7 @@ class OtherForms:
         self,
         model: nn.Module,
         questions: Asked,
-        export: Callable[[nn.Module], ExportedProgram],
+        export: Callable[[nn.Module], Program],
         run: Callable[[nn.Module], Any],
     ) -> None:
         self.model = model
@@ -40,36 +41,57 @@ class OtherForms:
         self.switches = switches_by_itself(model)
         self._export = export
         self._run = run
-        self._training: fx.GraphModule | Exception | None = None
+        self._twin: nn.Module | None = None
+        self._training: Program | Exception | None = None
+        self._graph: fx.GraphModule | None = None
 
-    def training(self) -> fx.GraphModule:
-        """The raw graph of the training mode. Raises what tracing it raises."""
+    def twin(self) -> nn.Module:
+        """A copy in training mode; but spectral norms, whose step is told of and writes to buffers, take none."""
+        if self._twin is None:
+            self._twin = in_mode(self.model, True)
+            for name in spectral_norms(self._twin):
+                self._twin.get_submodule(name).training = False
+        return self._twin
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the training mode has other weights than the model: some layers merge them."""
+        held = {id(tensor) for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        return any(id(tensor) not in held for tensor in [*self.twin().parameters(), *self.twin().buffers()])
+
+    def training(self) -> Program:
+        """The exported training mode. Raises what exporting it raises."""
         if self._training is None:
             try:
                 with asked():
-                    self._training = self._opened(in_mode(self.model, True))
+                    self._training = self._export(self.twin())
             except Exception as error:
                 self._training = error
         if isinstance(self._training, Exception):
             raise self._training
         return self._training
 
-    def _opened(self, twin: nn.Module) -> fx.GraphModule:
-        unlifted = self._export(twin).module(check_guards=False)
-        assert isinstance(unlifted, fx.GraphModule)
-        open_blocks(unlifted)
-        return unlifted
+    def training_module(self) -> fx.GraphModule:
+        """The raw graph of the training mode. Raises what tracing it raises."""
+        if self._graph is None:
+            self._graph = _opened(self.training())
+        return self._graph
+
+    @property
+    def asks(self) -> bool:
+        """Whether the model may do something else in training that is not `torch.nn`'s."""
+        return bool(self.questions.mode) or self.switches
 
     def eval_form(self, module: fx.GraphModule) -> Form | None:
         """The form of the raw eval graph, where something asks what other forms there are."""
-        asks = self.questions.mode or self.questions.grad or self.switches
+        asks = self.asks or self.questions.grad or lost_in_training(self.model)
         return form_of(module, self.model) if asks else None
 
     def notes(self, evaluated: Form, told: Iterable[str]) -> Iterator[str]:
         """Sentences on what other forms do that the eval form does not; not on modules that were `told` of."""
-        if self.questions.mode or self.switches:
+        if self.asks:
             try:
-                trained = form_of(self.training(), self.model, evaluated)
+                trained = form_of(self.training_module(), self.model, evaluated)
             except Exception as error:
                 yield self._untraceable(error)
             else:
@@ -119,7 +141,13 @@ class OtherForms:
         """Whether the answer to `torch.is_grad_enabled()` makes a difference, or may make one."""
         try:
             with asked(grad=False):
-                found = form_of(self._opened(in_mode(self.model, False)), self.model)
+                found = form_of(_opened(self._export(self.model)), self.model)
         except Exception:
             return True
         return found.computes != evaluated.computes or found.outputs != evaluated.outputs
+
+
+def _opened(program: Program) -> fx.GraphModule:
+    unlifted = program.unlifted()
+    open_blocks(unlifted)
+    return unlifted

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.branches import Watch, watched
+from graphzip.graph.copies import share_copy
 from graphzip.graph.inputs import has_batch_of_one, with_batch_of_two
 from graphzip.graph.owners import name_owners
 from graphzip.graph.source import first_line
@@ -59,9 +60,9 @@ class Program:
     watch: Watch
     notes: tuple[str, ...] = ()
 
-    def again(self, model: nn.Module) -> ExportedProgram:
+    def again(self, model: nn.Module) -> Program:
         """Another form of the model, exported in the same way. Raises what `torch.export` raises."""
-        return run_export(model, self.call, self.shapes).exported
+        return run_export(model, self.call, self.shapes)
 
     def unlifted(self) -> fx.GraphModule:
         module = self.exported.module(check_guards=False)
@@ -124,11 +125,15 @@ def _noted(program: Program, note: str) -> Program:
 
 
 def run_export(skeleton: nn.Module, call: Call, shapes: Any | None) -> Program:
-    """`torch.export` with dimensions as `shapes` says, by default with an open batch. Raises what it raises."""
+    """`torch.export` with dimensions as `shapes` says, by default with an open batch. Raises what it raises.
+
+    A copy is exported: what a model keeps of its inputs would stay in it, and is of no use outside of the export.
+    """
     shapes = shapes if shapes is not None else _batch_is_dynamic(call)
     with _tracing_mode(), _quiet(), watched() as watch:
-        exported = export(skeleton, *call, dynamic_shapes=shapes or None, strict=False)
-    name_owners(exported.graph_module, skeleton)
+        twin = share_copy(skeleton)
+        exported = export(twin, *call, dynamic_shapes=shapes or None, strict=False)
+    name_owners(exported.graph_module, twin)
     return Program(exported, call, shapes, watch)
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.source import describe
 
-__all__ = ["is_random", "random_nodes", "random_notes", "shared_dims"]
+__all__ = ["is_dropout", "is_random", "random_nodes", "random_notes", "shared_dims"]
 
 _Arguments = Mapping[str, Any]
 
@@ -60,6 +60,11 @@ def is_random(node: fx.Node) -> bool:
         return False
     draws = _SWITCHES.get(_name(node))
     return draws is None or draws(arguments_of(node))
+
+
+def is_dropout(node: fx.Node) -> bool:
+    """Whether a random operator is one that regularises training, and can be switched off."""
+    return is_random(node) and _name(node) in _SWITCHES.keys() - {"bernoulli"}
 
 
 def random_nodes(graph: fx.Graph) -> list[fx.Node]:

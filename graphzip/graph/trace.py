@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +22,18 @@ from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.asked import asked
 from graphzip.graph.copies import flags_kept, in_mode
 from graphzip.graph.flat import Flat, flatten
+from graphzip.graph.follow import Follower
+from graphzip.graph.forms import Form
 from graphzip.graph.inputs import InputSpec, input_specs
-from graphzip.graph.modes import lost_in_training, mark_cumulative, module_types, settle_modes, unread
+from graphzip.graph.modes import (
+    FROZEN,
+    lost_in_training,
+    mark_cumulative,
+    module_types,
+    settle_modes,
+    spectral_norms,
+    unread,
+)
 from graphzip.graph.one import settle
 from graphzip.graph.other_forms import OtherForms
 from graphzip.graph.program import Call, export_program, run_model, separate, where
@@ -38,8 +49,9 @@ from graphzip.graph.state import (
     share_tree,
 )
 from graphzip.graph.tasks import Task
+from graphzip.graph.two_forms import Forms
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "trace", "trace_training"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +64,9 @@ class Traced:
     was traced from). `node.meta["val"]` is a fake tensor whose batch dimension is symbolic, `node.meta["owner"]` the
     name of the submodule that ran the operator, `node.meta["source"]` its line in the model's source. The graph is the
     model only for inputs that fit `inputs` and `conditions`. Where several models were joined, `tasks` lists them, and
-    the names of modules and parameters begin with the name of the task. `notes` are sentences on what the graph does
-    not hold of the model, such as branches that exist only in training; they become the report's.
+    the names of modules and parameters begin with the name of the task. Where `forms` is given, the graph computes the
+    training form, too. `notes` are sentences on what the graph does not hold of the model, such as branches that exist
+    only in training; they become the report's.
     """
 
     module: fx.GraphModule
@@ -67,6 +80,7 @@ class Traced:
     batch_dynamic: bool = True
     conditions: tuple[str, ...] = ()
     tasks: tuple[Task, ...] = ()
+    forms: Forms | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -172,6 +186,128 @@ def trace(
 
     Raises `ExampleInputError` where the model does not accept the inputs, `TraceError` where it cannot be traced.
     """
+    _check(model, example_inputs)
+    with torch.inference_mode(False), flags_kept(model):
+        source = _Source.of(model, example_inputs, scope)
+        flat, other = source.flat(dynamic_shapes, other_forms=compare)
+        traced = source.traced(flat, lambda: other.training_module().graph)
+        skeleton = source.skeleton
+        lost = unread(skeleton, [traced.graph], traced.aliases) | lost_in_training(skeleton) | spectral_norms(skeleton)
+        more = () if flat.form is None else other.notes(flat.form, tuple(lost))
+        drop_unread(traced.module, traced.graph)
+        traced.notes = (*lost.values(), *random_notes(traced.graph), *flat.all_notes(), *other.draws(), *more)
+        return traced
+
+
+def trace_training(
+    model: nn.Module, example_inputs: tuple[Any, ...], *, scope: str | None = None, dynamic_shapes: Any | None = None
+) -> tuple[Traced, Traced | None]:
+    """Trace the eval form and the training form; none where training is the same but for batch norm and dropout.
+
+    In the training form, too, batch norms and dropouts are as in eval: the module made of it lets them follow its mode.
+    The notes of both say what neither form holds. Arguments and errors are those of `trace`; `TraceError` too where the
+    training form cannot be traced, or wants other weights or inputs than the eval form.
+    """
+    _check(model, example_inputs)
+    with torch.inference_mode(False), flags_kept(model):
+        source = _Source.of(model, example_inputs, scope)
+        flat, other = source.flat(dynamic_shapes, other_forms=True)
+        traced = source.traced(flat, lambda: other.training_module().graph)
+        trained = None
+        if flat.form is not None and (other.asks or lost_in_training(source.skeleton)):
+            trained = _trained(source, other, flat.form, traced)
+        graphs = [each.graph for each in (traced, trained) if each is not None]
+        lost = unread(source.skeleton, graphs, traced.aliases) | spectral_norms(source.skeleton)
+        for each in (traced, trained):
+            if each is not None:
+                drop_unread(each.module, each.graph)
+        traced.notes = (*lost.values(), *random_notes(traced.graph), *flat.all_notes(), *other.draws())
+        return traced, trained
+
+
+def _trained(source: _Source, other: OtherForms, evaluated: Form, traced: Traced) -> Traced:
+    """The training form in the words of the eval form."""
+    name = type(source.skeleton).__name__
+    advice = "compile the eval form (mode='eval'), or a part of the model alone (scope='name.of.submodule')"
+    try:
+        program = other.training()
+    except Exception as error:
+        text = f"{first_line(error)}{where(error)}"
+        raise TraceError(f"the training form of {name} cannot be traced: {text}; {advice}") from error
+    if other.has_own_weights:
+        raise TraceError(
+            f"train() and eval() of {name} change its weights, so its two forms cannot share them; {advice}"
+        )
+    follower = Follower(source.skeleton, evaluated)
+    flat = flatten(program, source.skeleton, follower.rewrite)
+    flat = settle(other.twin(), source.given, flat, follower.rewrite)
+    trained = source.traced(flat, None)
+    if trained.inputs != traced.inputs:
+        raise TraceError(f"the training form of {name} takes {trained.inputs}, the eval form {traced.inputs}; {advice}")
+    frozen = {trained.aliases.get(mean, mean): FROZEN for mean in follower.frozen}
+    notes = (*follower.notes, *(f"in training mode, {note}" for note in flat.all_notes()))
+    return replace(trained, module_types=trained.module_types | frozen, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A copy of the model in eval mode, the inputs it is given, and its name in the user's model."""
+
+    skeleton: nn.Module
+    given: Call
+    scope: str
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: tuple[Any, ...], scope: str | None) -> _Source:
+        skeleton = _skeleton(model)
+        given: Call = (separate(example_inputs), {})
+        if scope:
+            skeleton, given = _enter_scope(model, skeleton, scope, given[0])
+        _check_names(skeleton)
+        mark_cumulative(skeleton)
+        return cls(skeleton, given, scope or "")
+
+    def flat(self, dynamic_shapes: Any | None, *, other_forms: bool) -> tuple[Flat, OtherForms]:
+        """The graph of the eval form; with `other_forms` it is kept in the form that others are compared with."""
+        with asked() as questions:
+            program = export_program(self.skeleton, self.given, dynamic_shapes)
+        other = OtherForms(
+            self.skeleton,
+            questions,
+            lambda twin: flat.program.again(twin),
+            lambda twin: run_model(twin, flat.program.call),
+        )
+        form_of = other.eval_form if other_forms else None
+        with asked():
+            flat = settle(self.skeleton, self.given, flatten(program, self.skeleton, form_of), form_of)
+        return flat, other
+
+    def traced(self, flat: Flat, training: Callable[[], fx.Graph] | None) -> Traced:
+        """A form of the model, with all its parameters; `training` gives the raw graph of the training mode."""
+        module, call = flat.module, flat.program.call
+        types = module_types(self.skeleton)
+        if training is not None:
+            settle_modes(module, self.skeleton, types, flat.aliases, training)
+        module.recompile()
+        _mark_constants(module, self.skeleton)
+        specs = input_specs(module.graph)
+        batch_dynamic = any(None in spec.shape for spec in specs)
+        if not batch_dynamic:
+            logger.warning("%s fixes its batch size to that of the example inputs", type(self.skeleton).__name__)
+        return Traced(
+            module=module,
+            inputs=specs,
+            example_inputs=call[0],
+            example_kwargs=call[1],
+            aliases=flat.aliases,
+            module_types=types,
+            scope=self.scope,
+            batch_dynamic=batch_dynamic,
+            conditions=flat.conditions,
+        )
+
+
+def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     if not isinstance(model, nn.Module):
         raise TraceError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     if isinstance(model, torch.jit.ScriptModule):
@@ -183,22 +319,6 @@ def trace(
             f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
             "for a single input write (x,)"
         )
-    with torch.inference_mode(False), flags_kept(model):
-        skeleton = _skeleton(model)
-        given: Call = (separate(example_inputs), {})
-        if scope:
-            skeleton, given = _enter_scope(model, skeleton, scope, given[0])
-        _check_names(skeleton)
-        mark_cumulative(skeleton)
-        with asked() as questions:
-            program = export_program(skeleton, given, dynamic_shapes)
-        other = OtherForms(
-            skeleton, questions, lambda twin: flat.program.again(twin), lambda twin: run_model(twin, flat.program.call)
-        )
-        form_of = other.eval_form if compare else None
-        with asked():
-            flat = settle(skeleton, given, flatten(program, skeleton, form_of), form_of)
-        return _to_traced(flat, skeleton, scope or "", other)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -240,35 +360,6 @@ def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[
             f"scope {scope!r} is not run by {type(model).__name__} on the example inputs; choose one that is"
         )
     return inner, seen[0]
-
-
-def _to_traced(flat: Flat, source: nn.Module, scope: str, other: OtherForms) -> Traced:
-    module, call = flat.module, flat.program.call
-    types = module_types(source)
-    settle_modes(module, source, types, flat.aliases, lambda: other.training().graph)
-    module.recompile()
-    drop_unread(module, module.graph)
-    _mark_constants(module, source)
-    lost = unread(source, module.graph, flat.aliases) | lost_in_training(source)
-    notes = [*flat.all_notes(), *other.draws()]
-    if flat.form is not None:
-        notes += other.notes(flat.form, tuple(lost))
-    specs = input_specs(module.graph)
-    batch_dynamic = any(None in spec.shape for spec in specs)
-    if not batch_dynamic:
-        logger.warning("%s fixes its batch size to that of the example inputs", type(source).__name__)
-    return Traced(
-        module=module,
-        inputs=specs,
-        example_inputs=call[0],
-        example_kwargs=call[1],
-        aliases=flat.aliases,
-        module_types=types,
-        scope=scope,
-        notes=(*lost.values(), *random_notes(module.graph), *notes),
-        batch_dynamic=batch_dynamic,
-        conditions=flat.conditions,
-    )
 
 
 def _mark_constants(module: fx.GraphModule, source: nn.Module) -> None:

@@ -132,7 +132,7 @@ def inputs_of(traced: Traced) -> Any:
     }
 
 
-def module_of(traced: Traced) -> fx.GraphModule:
+def module_of(traced: Traced) -> nn.Module:
     """The module to train: of one model, or of several with the tensors that they share, as copies."""
     if not traced.tasks:
         return to_module(traced)
