@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
+from graphzip.arguments import check_examples, check_module, check_name
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.asked import asked
 from graphzip.graph.copies import flags_kept, in_mode
@@ -172,17 +173,10 @@ def trace(
 
     Raises `ExampleInputError` where the model does not accept the inputs, `TraceError` where it cannot be traced.
     """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"{type(model).__name__} is TorchScript, which hides its source; pass the nn.Module it is from"
-        )
-    if not isinstance(example_inputs, tuple):
-        raise ExampleInputError(
-            f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
-            "for a single input write (x,)"
-        )
+    check_module(model)
+    check_examples(example_inputs)
+    if scope is not None:
+        check_name(scope, "scope")
     with torch.inference_mode(False), flags_kept(model):
         skeleton = _skeleton(model)
         given: Call = (separate(example_inputs), {})
