@@ -12,12 +12,14 @@ from torch import nn
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.analysis.groups import ChannelGroups, channel_groups_of
+from graphzip.arguments import check_callable, check_module, check_seed
 from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
 from graphzip.graph.copies import borrow
 from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.trace import trace
+from graphzip.guard import call_user, public
 from graphzip.plan import Plan
 from graphzip.prepared import Prepared
 from graphzip.rewrite.forms import trace_in
@@ -33,6 +35,7 @@ Inputs = tuple[Any, ...] | Mapping[str, tuple[Any, ...]]
 Calibration = Iterable[Any] | Mapping[str, Iterable[Any]]
 
 
+@public
 def channel_groups(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
@@ -52,6 +55,7 @@ def channel_groups(
     return channel_groups_of(traced, analyse(traced.graph))
 
 
+@public
 def cost(module: nn.Module, example_inputs: tuple[Any, ...]) -> Cost:
     """Parameters, and multiply-accumulates for one sample of the shape of `example_inputs`.
 
@@ -60,6 +64,7 @@ def cost(module: nn.Module, example_inputs: tuple[Any, ...]) -> Cost:
     return cost_of(trace(module, example_inputs))
 
 
+@public
 def prepare(
     model: Models,
     plan: Plan,
@@ -104,6 +109,7 @@ def _prepare(
 ) -> Prepared:
     """`prepare`; where nothing is `trained`, weights need no copy for a first pass that leaves the model alone."""
     _check(model, plan)
+    check_seed(seed)
     borrowed = not trained and _keeps_off(plan)
     with torch.inference_mode(False):
         if isinstance(model, Mapping):
@@ -165,6 +171,7 @@ def _prepare_several(
     )
 
 
+@public
 def compile(
     model: Models,
     plan: Plan,
@@ -183,11 +190,12 @@ def compile(
     normally and says so in the report. Without training, weights are not copied before they change where the first
     pass allows it: those that are mapped from files are read where they lie.
     """
+    check_callable(train, "train", "train(prepared, stage)")
     trained = train is not None
     prepared = _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, mode, trained=trained)
     if train is not None:
         for stage in prepared.steps():
-            train(prepared, stage)
+            call_user(train, prepared, stage)
     return prepared.convert()
 
 
@@ -199,8 +207,8 @@ def _keeps_off(plan: Plan) -> bool:
 
 def _check(model: Models, plan: Plan) -> None:
     several = isinstance(model, Mapping)
-    if not several and not isinstance(model, nn.Module):
-        raise GraphZipError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    if not several:
+        check_module(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"expected a graphzip.Plan, got {type(plan).__name__}; write Plan([...]) or Plan.load(path)")
     joins = [f"passes[{number}].{options.kind}" for number, options in enumerate(plan.passes) if options.joins]
@@ -217,8 +225,7 @@ def _check_models(models: Mapping[str, nn.Module]) -> None:
         raise GraphZipError(f"a mapping of models needs at least two tasks, got {list(models)}; add the others")
     check_task_names(models)
     for name, model in models.items():
-        if not isinstance(model, nn.Module):
-            raise GraphZipError(f"task {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module(model, f"task {name!r}")
 
 
 def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from numbers import Real
 from typing import Any, Final
 
 import numpy as np
@@ -20,17 +19,24 @@ from graphzip.allocation import Curve, allocate
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.groups import ChannelGroup, channel_groups_of
 from graphzip.analysis.price import Price, prices_of
-from graphzip.calibration import batch_arguments, check_calibration
-from graphzip.errors import PlanError
+from graphzip.arguments import check_callable, check_examples, check_module, check_name, check_seed, whole
+from graphzip.calibration import check_calibration
+from graphzip.errors import PlanError, WeightsError
 from graphzip.export.measure import latency_of
-from graphzip.files import write_text
+from graphzip.files import check_target
+from graphzip.graph.batches import batch_arguments, check_batches, each_batch
 from graphzip.graph.copies import share_copy
 from graphzip.graph.modules import to_module
-from graphzip.graph.state import named_state
 from graphzip.graph.trace import Traced, trace
 from graphzip.graph.values import Values
+from graphzip.guard import call_user, public
+from graphzip.measurements import Measurements, identity, key_of
+from graphzip.numeric import all_finite
 from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
+from graphzip.plan_checks import show
+from graphzip.version import __version__
 from passes.cluster_merge import ClusterMergePass, Known, known_of
+from passes.clustering import BUILT_IN, clustering_of
 from passes.layer_rows import layers_of
 from passes.refit import Effort, refit
 from passes.widths import resolve
@@ -38,6 +44,8 @@ from passes.widths import resolve
 __all__ = ["Sensitivity", "WidthStudy", "plan_for"]
 
 logger = logging.getLogger(__name__)
+
+_BUDGETS: Final = ("macs", "params", "bytes", "latency")
 
 _SHARES: Final = (0.75, 0.5, 0.25, 0.125)
 """Widths that a group is measured at, and its smallest one; in between, losses lie on straight lines."""
@@ -47,6 +55,7 @@ _FITTED: Final = 0.7  # of these for fits; outputs are judged on the others
 _FOLLOWING: Final = 8  # layers that are fitted from the first on that reads a group, for a measurement
 _QUICK: Final = Effort(rows=1 << 14, rounds=1)
 _TRIES: Final = 8  # bisections of a latency
+_WORST: Final = 1e12  # a loss that no plan would take
 
 Progress = Callable[[int, int, str], object]
 """`(done, all, what is next)`."""
@@ -65,6 +74,7 @@ class Sensitivity:
     points: tuple[tuple[int, float], ...]
 
 
+@public
 def plan_for(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
@@ -75,6 +85,7 @@ def plan_for(
     latency: float | None = None,
     calibration: Iterable[Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate_name: str | None = None,
     passes: Sequence[PassOptions] = (),
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -88,16 +99,30 @@ def plan_for(
     with the same data. Without it, the example inputs take its place and the plan needs no data. `evaluate` takes a
     module in eval mode and returns a score, the higher the better; with it, widths are judged by the score instead of
     by the outputs. `passes` are the plan's passes, the first `ClusterMerge` of which gets its `keep` here; its other
-    options hold. `cache` is a file that keeps measurements, so that a stopped run goes on where it was.
+    options hold.
+
+    `cache` is a file that keeps measurements, so that a stopped run goes on where it was. What is kept counts for the
+    same model, weights, data, options and version alone, and for the same `evaluate`: that is told by its code and all
+    that it reads, or by `evaluate_name`, a name of yours, where that cannot be told (a name that stays means a score
+    that stays).
 
     Raises `PlanError` where no budget or several are given, or the budget is out of reach, before anything is measured:
     the message says what can be reached. Raises `TraceError` and `ExampleInputError` as `compile` does.
     """
-    study = WidthStudy(
-        model, example_inputs, calibration=calibration, evaluate=evaluate, passes=passes, cache=cache, seed=seed
-    )
     budget = {"macs": macs, "params": params, "bytes": bytes, "latency": latency}
     given = {what: amount for what, amount in budget.items() if amount is not None}
+    _one(given)
+    check_callable(progress, "progress", "progress(done, all, what)")
+    study = WidthStudy(
+        model,
+        example_inputs,
+        calibration=calibration,
+        evaluate=evaluate,
+        evaluate_name=evaluate_name,
+        passes=passes,
+        cache=cache,
+        seed=seed,
+    )
     study.check(**given)
     study.measure(progress)
     return study.plan(**given)
@@ -109,6 +134,7 @@ class WidthStudy:
     The arguments are those of `plan_for`.
     """
 
+    @public
     def __init__(
         self,
         model: nn.Module,
@@ -116,10 +142,19 @@ class WidthStudy:
         *,
         calibration: Iterable[Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate_name: str | None = None,
         passes: Sequence[PassOptions] = (),
         cache: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
+        check_module(model)
+        check_examples(example_inputs)
+        check_seed(seed)
+        check_callable(evaluate, "evaluate", "evaluate(module), which gives a score")
+        if evaluate_name is not None:
+            check_name(evaluate_name, "evaluate_name")
+        if cache is not None:
+            check_target(cache, PlanError)
         check_calibration(calibration, model, len(example_inputs))
         self.model, self.example_inputs, self.seed = model, example_inputs, seed
         self.evaluate = evaluate
@@ -130,11 +165,14 @@ class WidthStudy:
             self.analysis = analyse(self.traced.graph)
             self.groups = channel_groups_of(self.traced, self.analysis)
         self.batches = _leaves(calibration if calibration is not None else [example_inputs], len(example_inputs))
+        check_batches(self.traced.inputs, self.batches)
         self.choices = self._choices()
         self.prices = prices_of(self.traced, self.analysis, [self.groups[name] for name in self.choices])
-        self.cache = None if cache is None else _Cache(Path(cache), self._fingerprint())
+        key = None if cache is None else self._key(evaluate_name)
+        self.cache = None if cache is None or key is None else Measurements(cache, key)
         self.sensitivities: tuple[Sensitivity, ...] = ()
 
+    @public
     def check(self, **budget: float) -> None:
         """Raises `PlanError` unless exactly one budget is given and it can be met."""
         what, amount = _one(budget)
@@ -151,6 +189,7 @@ class WidthStudy:
                 "that much, or let more groups shrink"
             )
 
+    @public
     @torch.no_grad()
     def measure(self, progress: Progress | None = None) -> tuple[Sensitivity, ...]:
         """Narrow every group alone to some widths and see what that does; nothing is measured twice."""
@@ -162,7 +201,7 @@ class WidthStudy:
             loss = None if self.cache is None else self.cache.get(name, width)
             if loss is None:
                 if progress is not None:
-                    progress(number, len(wanted), f"{name}: {width} channels")
+                    call_user(progress, number, len(wanted), f"{name}: {width} channels")
                 assert lab is not None
                 loss = lab.loss(name, width)
                 logger.info("%s: %d of %d channels move the outputs by %.3g", name, width, self.groups[name].size, loss)
@@ -170,7 +209,7 @@ class WidthStudy:
                     self.cache.put(name, width, loss)
             found[name, width] = loss
         if progress is not None:
-            progress(len(wanted), len(wanted), "")
+            call_user(progress, len(wanted), len(wanted), "")
         self.sensitivities = tuple(
             Sensitivity(
                 name,
@@ -181,6 +220,7 @@ class WidthStudy:
         )
         return self.sensitivities
 
+    @public
     def plan(self, **budget: float) -> Plan:
         """The plan for a budget; `measure` comes first."""
         what, amount = _one(budget)
@@ -189,9 +229,11 @@ class WidthStudy:
         price = self._price(what)
         return self._plan_of(self._allocated(price, _absolute(amount, price.whole), what))
 
+    @public
     def frontier(self, what: str = "macs", steps: int = 12) -> list[tuple[float, float]]:
         """Pairs of a cost (a share of the original's) and the sum of losses that is expected there."""
         price, found = self._price(what), []
+        whole(steps, "steps", least=2, most=10_000)
         curves = self._curves()
         for share in np.linspace(0.1, 1.0, steps):
             gone = allocate(curves, price, share * price.whole)
@@ -237,6 +279,8 @@ class WidthStudy:
         ]
 
     def _price(self, what: str) -> Price:
+        if what not in ("macs", "params", "bytes"):
+            raise PlanError(f"{what!r} has no price; ask for macs, params or bytes")
         price: Price = getattr(self.prices, what)
         return price
 
@@ -294,19 +338,30 @@ class WidthStudy:
         """The analysis, which passes need not repeat, and nothing of the data."""
         return Known(self.analysis, self.groups, {}, {})
 
-    def _fingerprint(self) -> str:
-        """Changes with the weights, the data and all that decides what a measurement gives."""
-        digest = hashlib.sha256()
-        for name, value in named_state(self.traced.module):
-            digest.update(
-                name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
-        for leaf in pytree.tree_leaves(self.batches):
-            if isinstance(leaf, torch.Tensor):
-                digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    def _key(self, evaluate_name: str | None) -> str | None:
+        """What the measurements of this study are kept under; nothing where it cannot be told from another one."""
+        clustering = self.options.clustering
+        called: dict[str, Any] = {"clustering": None if clustering in BUILT_IN else clustering_of(clustering)}
+        called["evaluate"] = self.evaluate
+        told = {}
+        for what, function in called.items():
+            if what == "evaluate" and evaluate_name is not None:
+                told[what] = f"name {evaluate_name}"
+            elif function is not None:
+                try:
+                    told[what] = f"code {identity(function)}"
+                except ValueError as error:
+                    logger.warning(
+                        "measurements are not kept: the %s function holds %s, which cannot be told from another; "
+                        "give evaluate_name= a name for what evaluate computes",
+                        what,
+                        error,
+                    )
+                    return None
         options = self.options.model_copy(update={"keep": 1.0}).to_dict()
-        digest.update(json.dumps([options, self.seed, self.evaluate is not None, _SHARES, _SAMPLES]).encode())
-        return digest.hexdigest()
+        constants = [_SHARES, _SAMPLES, _FITTED, _FOLLOWING, _QUICK.rows, _QUICK.rounds]
+        versions = [__version__, torch.__version__]
+        return key_of(self.traced, self.batches, options, self.seed, self.has_data, constants, versions, told)
 
 
 class _Laboratory:
@@ -317,12 +372,17 @@ class _Laboratory:
         self.known = known_of(
             study.options, self.traced, study.analysis, study.groups, list(study.choices), study.batches
         )
-        self.score = study.evaluate(_module(self.traced)) if study.evaluate is not None else 0.0
+        self.score = self._scored(self.traced) if study.evaluate is not None else 0.0
         self.layers = [layer.name for layer in layers_of(self.traced).values()]
         fitted, judged = _parts(study.batches)
         self.fitting, self.judging = Values(self.traced, fitted), Values(self.traced, judged)
         if study.evaluate is None:
             self.wanted = _flat(Values(self.traced, judged).outputs())
+            if not all_finite(self.wanted):
+                raise WeightsError(
+                    "the model's outputs are NaN or infinite on the data that widths are judged by; check the data and "
+                    "the model's weights"
+                )
 
     def loss(self, name: str, width: int) -> float:
         """With all groups but this one as they are."""
@@ -339,7 +399,7 @@ class _Laboratory:
         if study.evaluate is not None:
             fitted = merge.options.compensate == "data"
             slim = merge.convert(self.traced) if fitted else merge.merged(self.traced).traced
-            return max(self.score - study.evaluate(_module(slim)), 0.0)
+            return max(self.score - self._scored(slim), 0.0)
         start = self._first_node(name)
         merged = merge.merged(self.traced)
         if study.options.compensate == "data":
@@ -348,6 +408,19 @@ class _Laboratory:
             refit(old, new, merged.layout, merged.means, only=self._nearby(name), effort=_QUICK)
         self.judging = _just_before(start, self.judging)
         return _relative(self.wanted, _flat(self.judging.fork(merged.traced).outputs()))
+
+    def _scored(self, traced: Traced) -> float:
+        """What `evaluate` says of a model. Raises `PlanError` where that is no score."""
+        assert self.study.evaluate is not None
+        found: Any = call_user(self.study.evaluate, _module(traced))
+        if isinstance(found, torch.Tensor | np.ndarray) and math.prod(found.shape) == 1:
+            found = found.item()
+        if isinstance(found, bool) or not isinstance(found, Real):
+            raise PlanError(f"evaluate gave {show(found)}, which is no number; give a score, the higher the better")
+        score = float(found)
+        if not math.isfinite(score):
+            raise PlanError(f"evaluate gave {score}; give a finite score, the higher the better")
+        return score
 
     def _params(self, name: str, *roles: str) -> set[str]:
         prefix = f"{self.traced.scope}." if self.traced.scope else ""
@@ -374,8 +447,7 @@ class _Laboratory:
 
 def _passes_of(passes: Sequence[PassOptions], *, has_data: bool) -> tuple[list[PassOptions], ClusterMerge]:
     """The plan's passes and the one of them whose widths are found."""
-    listed = list(passes) or [ClusterMerge()]
-    Plan(listed)
+    listed = list(Plan(passes).passes) or [ClusterMerge()]
     number = next((n for n, options in enumerate(listed) if isinstance(options, ClusterMerge)), None)
     if number is None:
         raise PlanError("passes: none of them is a ClusterMerge, whose widths could be found; add ClusterMerge()")
@@ -408,7 +480,10 @@ def _one(budget: Mapping[str, float]) -> tuple[str, float]:
         given = ", ".join(budget) or "none"
         raise PlanError(f"give one budget of macs, params, bytes and latency; got {given}")
     ((what, amount),) = budget.items()
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0:
+    if what not in _BUDGETS:
+        raise PlanError(f"{what} is no budget; give one of {', '.join(_BUDGETS)}")
+    number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    if not number or not amount > 0 or not math.isfinite(amount):
         raise PlanError(f"{what}: {amount!r} is not a budget; write a share such as 0.5, or an amount above 1")
     return what, amount
 
@@ -424,7 +499,7 @@ def _shown(amount: float, what: str) -> str:
 
 
 def _leaves(batches: Iterable[Any], inputs: int) -> list[tuple[Any, ...]]:
-    return [tuple(pytree.tree_leaves(batch_arguments(batch, inputs))) for batch in batches]
+    return [tuple(pytree.tree_leaves(batch_arguments(batch, inputs))) for batch in each_batch(batches)]
 
 
 def _parts(batches: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
@@ -455,33 +530,11 @@ def _flat(outputs: Any) -> torch.Tensor:
 
 
 def _relative(wanted: torch.Tensor, given: torch.Tensor) -> float:
-    return float((wanted - given).square().mean() / wanted.var().clamp(min=torch.finfo(wanted.dtype).tiny))
+    """At most `_WORST`, which stands for outputs that are not finite too."""
+    spread = wanted.var(correction=0) if wanted.numel() else wanted.new_zeros(())
+    found = float((wanted - given).square().mean() / spread.clamp(min=torch.finfo(wanted.dtype).tiny))
+    return min(found, _WORST) if math.isfinite(found) else _WORST
 
 
 def _module(traced: Traced) -> nn.Module:
     return to_module(traced).eval()
-
-
-class _Cache:
-    """Measurements in a JSON file, as long as its fingerprint fits."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-        self._losses: dict[str, float] = {}
-        if path.exists():
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-                fits = data["fingerprint"] == fingerprint
-                self._losses = {str(key): float(value) for key, value in data["losses"].items()} if fits else {}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise PlanError(f"cache: {path} is not a file of measurements ({error}); name another one") from error
-            if not fits:
-                logger.warning("%s was measured with another model, data or options; it is measured anew", path)
-
-    def get(self, group: str, width: int) -> float | None:
-        return self._losses.get(f"{group}={width}")
-
-    def put(self, group: str, width: int, loss: float) -> None:
-        self._losses[f"{group}={width}"] = loss
-        data = {"fingerprint": self.fingerprint, "losses": self._losses}
-        write_text(self.path, json.dumps(data, indent=1), PlanError)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphzip.errors import ExampleInputError, GraphZipError
+from graphzip.arguments import re_iterable
+from graphzip.graph.batches import batch_arguments, each_batch, run_batch
 from graphzip.graph.copies import eval_copy
 
-__all__ = ["batch_arguments", "check_calibration", "drift", "placed", "run_batch"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["check_calibration", "drift", "placed"]
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any] | None
         return None
     old, new = eval_copy(before), eval_copy(after)
     worst = scale = 0.0
-    for batch in calibration:
+    for batch in each_batch(calibration):
         args = batch_arguments(batch, inputs)
         expected = run_batch(old, args)
         for left, right in zip(_leaves(expected), _leaves(run_batch(new, placed(args, old, new))), strict=True):
@@ -45,49 +43,14 @@ def _leaves(output: Any) -> list[torch.Tensor]:
     return [leaf.double() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def run_batch(model: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The output for one calibration batch. Raises `ExampleInputError` for a batch that the model does not accept."""
-    try:
-        return model(*args)
-    except GraphZipError:
-        raise
-    except Exception as error:
-        shapes = ", ".join(str(tuple(arg.shape)) if isinstance(arg, torch.Tensor) else repr(arg) for arg in args)
-        raise ExampleInputError(
-            f"calibration: {type(model).__name__} fails on a batch ({shapes}): {error}; make it yield batches that "
-            "model(*batch) accepts"
-        ) from error
-
-
 def check_calibration(calibration: Iterable[Any] | None, model: nn.Module, inputs: int) -> None:
     """Raises `ExampleInputError` unless `calibration` can be gone through again and `model` takes its first batch."""
     if calibration is None:
         return
-    if isinstance(calibration, torch.Tensor | Mapping | str):
-        raise ExampleInputError(
-            f"calibration is a {type(calibration).__name__}; pass a list of batches or a DataLoader"
-        )
-    batches = iter(calibration)
-    if batches is calibration:
-        raise ExampleInputError(
-            f"calibration is a {type(calibration).__name__}, which can be gone through only once; pass a list of "
-            "batches or a DataLoader"
-        )
-    first = next(batches, None)
-    if first is None:
-        raise ExampleInputError("calibration yields no batch; pass at least one")
-    with torch.no_grad():
-        run_batch(eval_copy(model), batch_arguments(first, inputs))
-
-
-def batch_arguments(batch: Any, inputs: int) -> tuple[Any, ...]:
-    """The positional inputs of one calibration batch; what a loader yields beyond them (labels) is left out."""
-    if isinstance(batch, Mapping):
-        raise ExampleInputError("calibration yields a mapping; make it yield a tensor or a tuple of positional inputs")
-    args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    if len(args) > inputs:
-        logger.info("calibration batches have %d entries, the model takes %d: the rest is left out", len(args), inputs)
-    return args[:inputs]
+    for first in each_batch(re_iterable(calibration, "calibration")):
+        with torch.no_grad():
+            run_batch(eval_copy(model), batch_arguments(first, inputs))
+        return
 
 
 def placed(values: tuple[Any, ...], before: nn.Module, after: nn.Module) -> tuple[Any, ...]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphzip.errors import ArchiveError, GraphZipError, VerificationError
+from graphzip.arguments import check_flag, check_name, whole
+from graphzip.errors import ArchiveError, ExportError, GraphZipError, VerificationError
 from graphzip.export.archive import Archive, load_archive, save_archive
 from graphzip.export.example import Free, free_sizes, tensor_leaves
 from graphzip.export.joint import TaskModel, check_joint, check_tasks, export_joint, export_tasks
 from graphzip.export.onnx import ExportReport, check_onnx, export_onnx
+from graphzip.files import as_path
 from graphzip.graph.trace import Traced
 from graphzip.graph.two_forms import eval_form
+from graphzip.guard import public
 from graphzip.results import Report
 from graphzip.rewrite.join import inputs_of, module_of, task_of
 from graphzip.tables import closest
@@ -60,6 +62,7 @@ class Compiled:
         """Names of the tasks of a joint model; none for a single model."""
         return tuple(task.name for task in self.traced.tasks)
 
+    @public
     def task(self, name: str) -> nn.Module:
         """The module of one task alone; what it shares with others are the same `Parameter` objects.
 
@@ -67,6 +70,7 @@ class Compiled:
         """
         return task_module(self.module, self.tasks, name)
 
+    @public
     def export(
         self,
         path: str | os.PathLike[str],
@@ -91,6 +95,11 @@ class Compiled:
         Raises `ExportError` where it cannot be written and `VerificationError` where it is something else; then no file
         is left.
         """
+        flags = {"dynamic_batch": dynamic_batch, "verify": verify, "per_task": per_task, "same_input": same_input}
+        for name, flag in flags.items():
+            check_flag(flag, name)
+        if opset is not None:
+            whole(opset, "opset", least=1)
         for name, given in (("per_task", per_task), ("same_input", same_input)):
             if given and not self.tasks:
                 raise GraphZipError(f"{name} is for joint models; a single model was compiled: export to a file")
@@ -98,7 +107,7 @@ class Compiled:
             raise GraphZipError("per_task and same_input exclude each other: one input for all needs one file")
         options: dict[str, Any] = {"opset": opset, "dynamic_batch": dynamic_batch, "verify": verify}
         if per_task:
-            return export_tasks(self._task_models(), path, **options)
+            return export_tasks(self._task_models(), as_path(path, ExportError), **options)
         if self.tasks:
             return export_joint(
                 self.module,
@@ -118,13 +127,14 @@ class Compiled:
             **options,
         )
 
+    @public
     def verify(self, path: str | os.PathLike[str]) -> ExportReport:
         """Check a file that `export` wrote, or a directory that it wrote `per_task`, against `module` as it is now.
 
         The check is that of `export`, at sizes that are free in the file. Raises `VerificationError` where the file is
         not this model: a weight, an operator or an output differs, or it cannot be read. The file stays as it is.
         """
-        if Path(path).is_dir():
+        if as_path(path, VerificationError).is_dir():
             if not self.tasks:
                 raise VerificationError(f"{path} is a directory, and a single model was compiled; give the file")
             return check_tasks(self._task_models(), path)
@@ -155,6 +165,7 @@ class Compiled:
             found[name], free = free[:count], free[count:]
         return found
 
+    @public
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write graph, weights and report to one file that `graphzip.load` reads without the model's source.
 
@@ -164,6 +175,7 @@ class Compiled:
         save_archive(self.traced, path, report=self.report.to_dict())
 
 
+@public
 def load(path: str | os.PathLike[str]) -> Compiled:
     """Read what `Compiled.save` wrote; nothing is unpickled and the original model's source is not needed.
 
@@ -186,6 +198,7 @@ def task_module(module: nn.Module, tasks: tuple[str, ...], name: str) -> nn.Modu
     """The child of a joint module that is task `name`. Raises `GraphZipError` where there is none."""
     if not tasks:
         raise GraphZipError(f"no task {name!r}: a single model was compiled; use `.module`")
+    check_name(name, "task")
     if name not in tasks:
         raise GraphZipError(f"no task {name!r}; {closest(name, tasks)}")
     return module.get_submodule(name)

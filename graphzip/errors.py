@@ -13,6 +13,7 @@ __all__ = [
     "GraphZipError",
     "InputShapeError",
     "MissingDependencyError",
+    "NotFoundError",
     "PlanError",
     "RewriteError",
     "TraceError",
@@ -62,6 +63,12 @@ class ArchiveError(GraphZipError):
 
 class WeightsError(GraphZipError):
     """A weights file that cannot be read or does not fit the model."""
+
+
+class NotFoundError(GraphZipError, KeyError, IndexError):
+    """A name or a number that nothing has."""
+
+    __str__ = Exception.__str__  # that of KeyError puts quotes around the message
 
 
 class MissingDependencyError(GraphZipError, ImportError):

@@ -14,17 +14,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import reprlib
 import shutil
 import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from graphzip.errors import GraphZipError
 from graphzip.locks import held, hold, locked
 
-__all__ = ["check_target", "companion", "staged", "write_bytes", "write_text"]
+__all__ = ["as_path", "check_target", "companion", "is_file", "staged", "write_bytes", "write_text"]
 
 _LOCK, _NEW = "lock", "new"
 
@@ -35,9 +37,31 @@ def check_target(path: str | os.PathLike[str], error: type[GraphZipError]) -> Pa
     Call it before the long work starts. Raises `error` where the directory does not exist or is not writable, or
     where `path` is a directory itself.
     """
-    target = Path(path)
-    if target.is_symlink():
-        target = Path(os.path.realpath(target))
+    target = as_path(path, error)
+    try:
+        return _creatable(Path(os.path.realpath(target)) if target.is_symlink() else target, error)
+    except OSError as reason:
+        raise _unwritable(target, reason, error) from reason
+
+
+def as_path(path: Any, error: type[GraphZipError]) -> Path:
+    """`path` as a `Path`. Raises `error` where it is no path at all."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise error(f"{reprlib.repr(path)} is not a path; give the name of a file as text or as a pathlib.Path")
+    if "\0" in os.fspath(path):
+        raise error(f"{reprlib.repr(path)} is not a path: it has a null character in it")
+    return Path(path)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file, no directory and no device, is there; one that cannot be looked at is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _creatable(target: Path, error: type[GraphZipError]) -> Path:
     folder = target.parent
     if target.is_dir():
         raise error(f"{target} is a directory; give the name of a file in it")

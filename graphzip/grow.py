@@ -11,6 +11,7 @@ from graphzip.api import prepare
 from graphzip.errors import GraphZipError, PlanError
 from graphzip.graph.factored import AtomConv
 from graphzip.graph.state import named_state
+from graphzip.guard import public
 from graphzip.plan import AtomFactorize, Plan
 from graphzip.prepared import Prepared, follow_modes
 
@@ -22,6 +23,7 @@ _FINER: Final = ("net", "block", "layer", None)
 _SAME: Final = "same"
 
 
+@public
 def expand(
     prepared: Prepared, *, share: str | None = _SAME, atoms: int | None = None, dynamic_shapes: Any | None = None
 ) -> Prepared:
@@ -34,6 +36,8 @@ def expand(
     Raises `GraphZipError` where `prepared` is not at a pass of atoms, `PlanError` where sharing would get coarser or
     atoms fewer.
     """
+    if not isinstance(prepared, Prepared):
+        raise GraphZipError(f"expected what graphzip.prepare gave, got {type(prepared).__name__}; pass that")
     position = prepared._progress.position
     options = prepared.plan.passes[position] if position < len(prepared.plan.passes) else None
     if not isinstance(options, AtomFactorize):

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, overload
 
-from graphzip.errors import GraphZipError, MissingDependencyError
+from graphzip.errors import GraphZipError, MissingDependencyError, NotFoundError
 from graphzip.files import staged
+from graphzip.guard import public
 
 __all__ = ["History", "Record"]
 
@@ -58,7 +59,10 @@ class History(Sequence[Record]):
     @overload
     def __getitem__(self, key: slice) -> list[Record]: ...
     def __getitem__(self, key: int | slice) -> Record | list[Record]:
-        return self._records[key]
+        try:
+            return self._records[key]
+        except (IndexError, TypeError):
+            raise NotFoundError(f"no record {key!r}; there are {len(self)}, numbered from 0") from None
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records)
@@ -85,6 +89,7 @@ class History(Sequence[Record]):
         """JSON-ready."""
         return {"records": [asdict(record) for record in self._records]}
 
+    @public
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the deviation of every group and of all on a logarithmic axis, and the loss below it, into a file.
 

@@ -74,6 +74,8 @@ def check_finite(layer: str, *values: Tensor) -> None:
 
 def checked(value: Tensor, what: str) -> Tensor:
     """The values in float64. Raises `WeightsError`, which begins with `what`, where they are not finite."""
+    if value.is_meta:
+        raise WeightsError(f"{what}: there are no values, for the model is on the meta device; load its weights first")
     if not all_finite(value):
         raise WeightsError(f"{what}: there are values that are NaN or infinite; check the model's weights and the data")
     return value.double()

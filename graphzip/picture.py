@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from graphzip import tables
+from graphzip.arguments import whole
 from graphzip.errors import GraphZipError, MissingDependencyError
 from graphzip.files import check_target, staged
+from graphzip.guard import public
 from graphzip.results import Report
 
 __all__ = ["draw_groups", "draw_sharing", "draw_study"]
@@ -78,6 +80,7 @@ class _Line:
         return max(self.makers + self.readers)
 
 
+@public
 def draw_groups(groups: Groups, path: str | os.PathLike[str]) -> Path:
     """Write a picture of `gz.channel_groups(...)` to `path` (.svg, .png or .pdf) and give the path.
 
@@ -88,6 +91,8 @@ def draw_groups(groups: Groups, path: str | os.PathLike[str]) -> Path:
     Raises `GraphZipError` for another kind of file or a directory that does not exist, `MissingDependencyError`
     without matplotlib.
     """
+    if not hasattr(groups, "order"):
+        raise GraphZipError(f"expected what graphzip.channel_groups gave, got {type(groups).__name__}; pass that")
     layers, lines = _lines(groups)
     lanes = _lanes(lines)
     width = max(lanes, default=0) + 1
@@ -99,6 +104,7 @@ def draw_groups(groups: Groups, path: str | os.PathLike[str]) -> Path:
     return picture.target
 
 
+@public
 def draw_sharing(report: Report, path: str | os.PathLike[str], *, largest: int = 10) -> Path:
     """Write how large the clusters of `CrossDomainShare` are as bars to `path` (.svg, .png or .pdf); give the path.
 
@@ -108,6 +114,9 @@ def draw_sharing(report: Report, path: str | os.PathLike[str], *, largest: int =
     Raises `GraphZipError` for a report without such clusters, another kind of file or a directory that does not exist,
     `MissingDependencyError` without matplotlib.
     """
+    if not isinstance(report, Report):
+        raise GraphZipError(f"expected the report of a compiled model, got {type(report).__name__}; pass its .report")
+    whole(largest, "largest", least=1)
     summaries = [found for each in report.passes for kind, found in each.items() if kind == "cross_domain_share"]
     if not summaries:
         raise GraphZipError("the report has no shared weights to draw; pass that of a plan with CrossDomainShare")
@@ -130,12 +139,15 @@ def draw_sharing(report: Report, path: str | os.PathLike[str], *, largest: int =
     return picture.target
 
 
+@public
 def draw_study(study: Study, path: str | os.PathLike[str]) -> Path:
     """Write a picture of a measured `gz.WidthStudy` to `path` (.svg, .png or .pdf) and give the path.
 
     Left, how far the outputs move as each group alone is narrowed; right, the loss that is expected of the best split
     at each share of the multiply-accumulates. Raises as `draw_groups` does.
     """
+    if not getattr(study, "sensitivities", ()):
+        raise GraphZipError(f"{type(study).__name__} is no graphzip.WidthStudy that has measured; call measure() first")
     with _picture(path, 11, 4.5) as picture:
         import matplotlib as mpl
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graphzip.errors import PlanError
-from graphzip.files import write_text
+from graphzip.files import as_path, write_text
+from graphzip.guard import public
 from graphzip.plan_checks import (
     Problems,
     check_balance,
@@ -46,6 +46,7 @@ from graphzip.plan_checks import (
     is_flag,
     is_int,
     is_list,
+    listed,
     one_of,
     path_or_none,
     share_of_atoms,
@@ -119,7 +120,9 @@ class PassOptions(BaseModel):
     joins: ClassVar[bool] = False
     """Whether it takes several models and lets them share; a plan with such a pass is given a mapping of models."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *values: Any, **options: Any) -> None:
+        if values:
+            raise PlanError(f"{self.kind}: {show(values[0])} has no name; options are given by name, such as keep=0.5")
         problems = _fill(self, options, self.kind)
         if problems:
             raise plan_error(problems)
@@ -130,7 +133,32 @@ class PassOptions(BaseModel):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with other options in place of those named in `update`. Raises `PlanError` as the constructor does."""
+        if update is not None and not isinstance(update, Mapping):
+            raise PlanError(f"{self.kind}: {show(update)} is not a mapping of options")
         return type(self)(**(self.to_dict() | dict(update))) if update else super().model_copy(deep=deep)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **_: Any) -> Self:
+        """The pass with the options of a mapping. Raises `PlanError` as the constructor does."""
+        if isinstance(obj, cls):
+            return obj
+        if not isinstance(obj, Mapping):
+            raise PlanError(f"{cls.kind}: {show(obj)} is not a mapping of options")
+        return cls(**{str(name): value for name, value in obj.items()})
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **_: Any) -> Self:
+        """The pass with the options of a JSON object. Raises `PlanError` as the constructor does."""
+        try:
+            return cls.model_validate(json.loads(json_data))
+        except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"{cls.kind}: not valid JSON: {error}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise PlanError(f"{self.kind}.{name}: a pass is frozen once made; use model_copy(update={{...}})")
+
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return [(name, value) for name, value in self if name in self.model_fields_set]
@@ -406,10 +434,12 @@ class Plan:
 
     __slots__ = ("_inputs", "_passes")
 
+    @public
     def __init__(self, passes: Iterable[PassOptions], *, inputs: Iterable[Sequence[int]] | None = None) -> None:
-        if isinstance(passes, (PassOptions, str, Mapping)) or not isinstance(passes, Iterable):
+        items = None if isinstance(passes, PassOptions) else listed(passes)
+        if items is None:
             raise PlanError(f"passes: {show(passes)} is not a list of passes; write Plan([ClusterMerge()])")
-        self._passes = tuple(passes)
+        self._passes = tuple(items)
         problems: list[str] = []
         for position, options in enumerate(self._passes):
             if isinstance(options, type) and issubclass(options, PassOptions):
@@ -432,6 +462,7 @@ class Plan:
         return self._inputs
 
     @classmethod
+    @public
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The plan that `data`, in the layout of the plan file, describes.
 
@@ -448,18 +479,21 @@ class Plan:
         return data
 
     @classmethod
+    @public
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan file (YAML, UTF-8).
 
         Raises `PlanError`, naming the file, when it cannot be read or is not a valid plan.
         """
-        source = os.fspath(path)
+        file = as_path(path, PlanError)
+        source = str(file)
         try:
-            data = read_yaml(Path(path))
+            data = read_yaml(file)
         except ValueError as error:
             raise PlanError(f"{source}: {error}") from None
         return _read(data, source)
 
+    @public
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan file. It is written whole or not at all.
 
@@ -494,7 +528,7 @@ def _check_order(passes: Sequence[PassOptions]) -> None:
 def _shapes(value: Any, problems: list[str]) -> tuple[Shape, ...] | None:
     if value is None:
         return None
-    shapes = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else []
+    shapes = listed(value)
     if not shapes or not all(is_list(shape) and len(shape) for shape in shapes):
         problems.append(f"inputs: {show(value)} is not a list of shapes, such as [[2, 3, 224, 224]]")
         return None

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 __all__ = [
+    "MOST",
     "Problems",
     "Wrong",
     "check_amount",
@@ -32,6 +33,7 @@ __all__ = [
     "is_flag",
     "is_int",
     "is_list",
+    "listed",
     "named",
     "one_of",
     "path_or_none",
@@ -41,14 +43,18 @@ __all__ = [
 ]
 
 
+MOST = 1 << 31
+"""No size and no count is as large."""
+
+
 def count_of(what: str, *, optional: bool = False) -> Callable[[Any], int | None]:
     """An int of at least 1; `None` too where `optional`."""
 
     def check(value: Any) -> int | None:
         if value is None and optional:
             return None
-        if not is_int(value) or value < 1:
-            raise ValueError(f"{value!r} is not a number of {what}; write an int of at least 1")
+        if not is_int(value) or not 1 <= value < MOST:
+            raise ValueError(f"{value!r} is not a number of {what}; write an int of at least 1 and below {MOST}")
         return int(value)
 
     return check
@@ -90,7 +96,7 @@ def share_of_atoms(value: Any) -> float:
 def slice_shape(value: Any) -> tuple[int, ...]:
     """Sizes along the out channels, the in channels and the dimensions of the kernel."""
     sizes = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else []
-    whole = all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 1 for size in sizes)
+    whole = all(is_int(size) and 1 <= size < MOST for size in sizes)
     if len(sizes) not in (3, 4, 5) or not whole:
         raise ValueError(
             f"{value!r} is not the shape of a slice; write its out channels, in channels and kernel size, such as "
@@ -102,7 +108,7 @@ def slice_shape(value: Any) -> tuple[int, ...]:
 def height_and_width(value: Any) -> tuple[int, int]:
     """Two sizes."""
     sizes = list(value) if is_list(value) else []
-    if len(sizes) != 2 or not all(is_int(size) and size >= 1 for size in sizes):
+    if len(sizes) != 2 or not all(is_int(size) and 1 <= size < MOST for size in sizes):
         raise ValueError(f"{value!r} is not a height and a width; write two ints of at least 1, such as [4, 4]")
     return int(sizes[0]), int(sizes[1])
 
@@ -129,6 +135,14 @@ def is_int(value: object) -> TypeGuard[int]:
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def listed(value: Any) -> list[Any] | None:
+    """What can be gone through, as a list; no text and no mapping."""
+    try:
+        return None if isinstance(value, (str, bytes, Mapping)) else list(value)
+    except TypeError:
+        return None
 
 
 def named(value: Mapping[Any, Any], check: Callable[[Any], Any]) -> dict[str, Any]:
@@ -216,7 +230,7 @@ def check_name(value: Any) -> str:
 
 
 def check_multiple(value: Any) -> int:
-    if not is_int(value) or value < 1:
+    if not is_int(value) or not 1 <= value < MOST:
         raise Wrong(f"{show(value)} is not a number of channels; write an int of at least 1")
     return int(value)
 

@@ -10,11 +10,17 @@ import yaml
 
 __all__ = ["read_yaml", "to_yaml"]
 
+_MOST = 1 << 24
+
 
 def read_yaml(path: Path) -> Any:
     """The data of a YAML file in UTF-8. Raises `ValueError` with what is wrong where it cannot be read."""
     try:
-        return yaml.load(path.read_bytes().decode("utf-8-sig"), Loader=_Loader)
+        with path.open("rb") as file:
+            content = file.read(_MOST + 1)
+        if len(content) > _MOST:
+            raise ValueError(f"larger than {_MOST:,} bytes, which no plan is")
+        return yaml.load(content.decode("utf-8-sig"), Loader=_Loader)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -17,13 +17,17 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from graphzip.analysis.cost import Cost, cost_of
-from graphzip.calibration import batch_arguments, drift, placed, run_batch
+from graphzip.arguments import whole
+from graphzip.calibration import drift, placed
 from graphzip.compiled import Compiled, task_module
-from graphzip.errors import ExampleInputError, GraphZipError, RewriteError
+from graphzip.errors import GraphZipError, RewriteError, WeightsError
+from graphzip.graph.batches import batch_arguments, check_batches, each_batch, run_batch
 from graphzip.graph.copies import flags_kept, in_mode, switches_by_itself
 from graphzip.graph.trace import Traced
+from graphzip.guard import public, users_own
 from graphzip.history import History, Record
 from graphzip.plan import Plan
+from graphzip.plan_checks import show
 from graphzip.results import GroupChange, Report, TaskChange
 from graphzip.rewrite.join import module_of, task_of
 from graphzip.rewrite.refresh import refresh
@@ -103,6 +107,7 @@ class Prepared(nn.Module):
         """Names of the tasks where several models were prepared; none for one model."""
         return tuple(task.name for task in self._progress.traced.tasks)
 
+    @public
     def task(self, name: str) -> nn.Module:
         """The module of one task, whose parameters are those of `model`, as it is at this stage of the plan.
 
@@ -110,6 +115,19 @@ class Prepared(nn.Module):
         """
         return task_module(self.model, self.tasks, name)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over a checkpoint of a model that was prepared with the same plan, or the weights of the original one.
+
+        Raises `WeightsError` where they do not fit.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except GraphZipError:
+            raise
+        except Exception as error:
+            raise WeightsError(f"the state does not fit what was prepared: {error}") from error
+
+    @public
     def steps(self) -> Iterator[str]:
         """Stages of the plan that are left, by name. Train in the body of the loop; the next turn carries it out."""
         while (active := self._progress.active) is not None:
@@ -123,6 +141,7 @@ class Prepared(nn.Module):
             if self._progress.active is active:
                 self._finish()
 
+    @public
     def collapse_(self) -> None:
         """Bring the model into the state that `convert` would leave it in, at its present widths, and train from there.
 
@@ -135,24 +154,28 @@ class Prepared(nn.Module):
                 self._adopt()
             active.collapse_(self._inner())
 
+    @public
     def pull_(self, fraction: float) -> None:
         """Move every clustered slice by `fraction` (0 to 1) of the way to the centre of its cluster."""
-        if not 0.0 <= fraction <= 1.0:
+        if not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0:
             raise GraphZipError(f"pull_ takes a fraction between 0 and 1, got {fraction}")
         active = self._synced()
         if active is not None:
             active.pull_(self._inner(), fraction)
 
+    @public
     def deviation(self) -> float:
         """Sum of squared kernel deviations from the cluster centres (C-SGD, Eq. 7); kernels only."""
         active = self._synced()
         return 0.0 if active is None else active.deviation(self._inner())
 
+    @public
     def residual(self) -> float:
         """Sum of squares of the kernels that go (C-SGD, Eq. 22): what pruning them instead of merging would lose."""
         active = self._synced()
         return 0.0 if active is None else active.residual(self._inner())
 
+    @public
     def optimizer(
         self, cls: type[Optimizer], params: Iterable[Any] | None = None, *, steps: int | None = None, **options: Any
     ) -> Optimizer:
@@ -172,8 +195,10 @@ class Prepared(nn.Module):
         Make it anew for every stage of a plan: a step with that of an earlier stage raises `GraphZipError`. So does an
         optimizer that evaluates the model within its step (LBFGS); "auto" without `steps` raises `PlanError`.
         """
+        if steps is not None:
+            whole(steps, "steps", least=1)
         active = self._synced()
-        optimizer = cls(self.parameters() if params is None else params, **options)
+        optimizer = _made(cls, self.parameters() if params is None else params, options)
         if active is None:
             return optimizer
         active.bind(optimizer, self._inner(), steps=steps)
@@ -202,17 +227,19 @@ class Prepared(nn.Module):
         """The deviation of every group, and the loss where `record` was told one, over the optimizer's steps."""
         return self._history
 
+    @public
     def record(self, loss: float | torch.Tensor | None = None, **values: float) -> Record:
         """Add the present deviations to `history`, with the loss and other numbers (an accuracy, say) beside them."""
         active = self._progress.active
         groups = {} if active is None else active.deviations(self._inner())
-        told = float(loss.detach() if isinstance(loss, torch.Tensor) else loss) if loss is not None else None
+        told = None if loss is None else _told(loss, "loss")
         residual = 0.0 if active is None else active.residual(self._inner())
-        given = {name: float(value) for name, value in values.items()}
+        given = {name: _told(value, name) for name, value in values.items()}
         record = Record(self._progress.taken, groups, told, given, residual)
         self._history.add(record)
         return record
 
+    @public
     def regularizer(self) -> torch.Tensor:
         """A term to add to the loss; zero where the current pass has none."""
         active = self._synced()
@@ -222,6 +249,7 @@ class Prepared(nn.Module):
         parameter = next(self.model.parameters(), None)
         return torch.zeros(()) if parameter is None else parameter.new_zeros(())
 
+    @public
     def convert(self) -> Compiled:
         """Carry out every pass that is left and give the slimmer model; the prepared one can be thrown away then."""
         unfinished = self._progress.active is not None
@@ -246,7 +274,11 @@ class Prepared(nn.Module):
         """The current pass, with the clusters of the buffer: a checkpoint or another process may have set them."""
         active = self._progress.active
         if active is not None and not torch.equal(self.clusters.cpu(), active.state()):
-            active.load_state(self.clusters)
+            try:
+                active.load_state(self.clusters)
+            except GraphZipError:
+                self.clusters = active.state().to(self.clusters.device)
+                raise
         return active
 
     def _inner(self) -> nn.Module:
@@ -302,7 +334,7 @@ class Prepared(nn.Module):
             return {}
 
         def feed(name: str) -> Iterator[tuple[Any, ...]]:
-            return (batch_arguments(batch, len(inputs[name])) for batch in calibration[name])
+            return (batch_arguments(batch, len(inputs[name])) for batch in each_batch(calibration[name]))
 
         return {name: partial(feed, name) for name in self.tasks}
 
@@ -322,14 +354,16 @@ class Prepared(nn.Module):
         calibration, inputs = self._hidden["calibration"], self._hidden["inputs"]
         with flags_kept(self.model):
             self.model.eval()
-        for name in self.tasks or ("",):
-            module = self.model.get_submodule(name)
-            for batch in calibration[name] if name else calibration:
-                run_batch(module, batch_arguments(batch, len(inputs[name] if name else inputs)))
-        if switches_by_itself(self.model):
-            self.model.train(root)
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            for name in self.tasks or ("",):
+                module = self.model.get_submodule(name)
+                for batch in each_batch(calibration[name] if name else calibration):
+                    run_batch(module, batch_arguments(batch, len(inputs[name] if name else inputs)))
+        finally:
+            if switches_by_itself(self.model):
+                self.model.train(root)
+            for module, mode in modes.items():
+                module.training = mode
 
     def _end(self, stage: str) -> None:
         """Let the current pass do what comes between its stages."""
@@ -354,12 +388,7 @@ class Prepared(nn.Module):
             self._run_calibration()
         finally:
             hook.remove()
-        expected = len(self._progress.traced.inputs)
-        if any(len(values) != expected for values in found):
-            raise ExampleInputError(
-                f"calibration: the traced model takes {expected} inputs, a batch brings {len(found[0])}; give batches "
-                "of the structure of example_inputs"
-            )
+        check_batches(self._progress.traced.inputs, found)
         return found
 
     def _finish(self) -> None:
@@ -440,6 +469,26 @@ class Prepared(nn.Module):
             )
             for name in self.tasks
         }
+
+
+def _made(cls: type[Optimizer], params: Iterable[Any], options: Mapping[str, Any]) -> Optimizer:
+    """An optimizer of the user's choice. Raises `GraphZipError` where it refuses what it is given."""
+    if not isinstance(cls, type) or not issubclass(cls, Optimizer):
+        raise GraphZipError(f"expected a class of optimizers such as torch.optim.SGD, got {show(cls)}")
+    try:
+        return cls(params, **options)
+    except Exception as error:
+        if users_own(error):
+            raise
+        raise GraphZipError(f"{cls.__name__} refuses its parameters or options: {error}") from error
+
+
+def _told(value: Any, name: str) -> float:
+    """A number for the history; one that is not finite is a number too."""
+    try:
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise GraphZipError(f"{name}: {show(value)} is not a number") from None
 
 
 def _keep_clusters(module: Prepared, state: dict[str, Any], prefix: str, *_: Any) -> None:

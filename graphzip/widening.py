@@ -11,10 +11,12 @@ from torch import nn
 
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, channel_groups_of
+from graphzip.arguments import check_name, check_seed
 from graphzip.calibration import drift
 from graphzip.errors import PlanError, RewriteError
 from graphzip.graph.modules import to_module
 from graphzip.graph.trace import trace
+from graphzip.guard import public
 from graphzip.prepared import follow_modes
 from graphzip.rewrite.grow import grow_channels
 from graphzip.tables import closest
@@ -22,9 +24,11 @@ from passes.widths import matches
 
 __all__ = ["widen"]
 
+_MOST = 1 << 20  # times as wide
 _SAME = 1e-4  # outputs of a widened model may differ by the rounding of float32, relative to the largest
 
 
+@public
 def widen(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
@@ -53,6 +57,9 @@ def widen(
     outputs cannot be preserved (a norm over channels of which some have more copies than others), `TraceError`,
     `ExampleInputError`.
     """
+    check_seed(seed)
+    if isinstance(exclude, str) or not isinstance(exclude, Sequence) or not all(isinstance(g, str) for g in exclude):
+        raise PlanError(f"exclude: {exclude!r} is not a list of globs on names")
     if init not in ("preserve", "fresh"):
         raise PlanError(f"init: {init!r} is unknown; write 'preserve' or 'fresh'")
     with torch.inference_mode(False), torch.no_grad():
@@ -83,6 +90,8 @@ def _widths(
 ) -> list[tuple[ChannelGroup, int]]:
     """The groups that grow, and how wide they get."""
     given = factor if isinstance(factor, Mapping) else {"*": factor}
+    for key in given:
+        check_name(key, f"factor[{key!r}]")
     for key in (*given, *exclude):
         if key != "*" and not any(matches(key, group.name) for group in groups):
             raise PlanError(f"{key!r} matches no channel group; {closest(key, groups.names)}")
@@ -102,6 +111,8 @@ def _widths(
 
 def _width(group: ChannelGroup, amount: float | int, where: str) -> int:
     blocks = len(group.blocks)
+    if isinstance(amount, int | float) and amount > _MOST:
+        raise PlanError(f"{where}: {amount:g} is too large for any layer; write a factor such as 2.0")
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not math.isfinite(amount):
         raise PlanError(f"{where}: {amount!r} is not a factor; write a number of at least 1")
     if where != "factor" and isinstance(amount, int):

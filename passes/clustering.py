@@ -24,10 +24,19 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from graphzip.errors import PlanError, WeightsError
+from graphzip.guard import call_user
 from graphzip.numeric import pivoted_cholesky
 from graphzip.tables import closest
 
-__all__ = ["Clustering", "check_clustering", "cluster", "clusterings", "register_clustering"]
+__all__ = [
+    "BUILT_IN",
+    "Clustering",
+    "check_clustering",
+    "cluster",
+    "clustering_of",
+    "clusterings",
+    "register_clustering",
+]
 
 Features = NDArray[np.floating[Any]]
 Labels = NDArray[np.intp]
@@ -40,7 +49,7 @@ _Function = TypeVar("_Function", bound=Clustering)
 _MANY: Final = 8192  # rows; the inner products of more are not held
 _ROUNDS: Final = 30  # of Lloyd's algorithm over many rows
 
-_BUILT_IN: Final = ("kmeans", "even", "imbalanced")
+BUILT_IN: Final = ("kmeans", "even", "imbalanced")
 _CLUSTERINGS: Final[dict[str, Clustering]] = {}
 
 
@@ -49,10 +58,16 @@ def register_clustering(name: str) -> Callable[[_Function], _Function]:
 
     Raises `PlanError` for the name of a clustering that graphzip brings.
     """
-    if name in _BUILT_IN and name in _CLUSTERINGS:
+    if not isinstance(name, str) or not name:
+        raise PlanError(f"{name!r} is not the name of a clustering; a name is text")
+    if name in BUILT_IN and name in _CLUSTERINGS:
         raise PlanError(f"clustering {name!r} is built in and cannot be replaced; register under another name")
 
     def register(function: _Function) -> _Function:
+        if not callable(function):
+            raise PlanError(
+                f"clustering {name!r}: {function!r} cannot be called; register a function (features, k, seed)"
+            )
         _CLUSTERINGS[name] = function
         return function
 
@@ -62,6 +77,11 @@ def register_clustering(name: str) -> Callable[[_Function], _Function]:
 def clusterings() -> tuple[str, ...]:
     """The names that a plan can give as `clustering`."""
     return tuple(_CLUSTERINGS)
+
+
+def clustering_of(name: str) -> Clustering | None:
+    """The function that is registered under a name."""
+    return _CLUSTERINGS.get(name)
 
 
 def check_clustering(name: str, where: str = "clustering") -> None:
@@ -93,7 +113,8 @@ def cluster(name: str, features: Features, k: int, *, seed: int = 0, what: str =
         return [[channel] for channel in range(n)]
     view = features.view()
     view.flags.writeable = False
-    return _checked(_CLUSTERINGS[name](view, k, seed), n, k, f"{what}: clustering {name!r}")
+    found = call_user(_CLUSTERINGS[name], view, k, seed)
+    return _checked(found, n, k, f"{what}: clustering {name!r}")
 
 
 def _checked(clusters: Iterable[Iterable[int]], n: int, k: int, what: str) -> list[list[int]]:

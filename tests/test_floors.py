@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.errors", "graphzip.locks", "graphzip.version"),
-    ("graphzip.files", "graphzip.numeric", "graphzip.tables"),
+    ("graphzip.arguments", "graphzip.files", "graphzip.guard", "graphzip.numeric", "graphzip.tables"),
     ("graphzip.graph",),
     ("graphzip.labels",),
     ("graphzip.ops",),
@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.calibration", "graphzip.compiled"),
     ("passes",),
     ("graphzip.prepared",),
-    ("graphzip.api", "graphzip.budget", "graphzip.widening"),
+    ("graphzip.api", "graphzip.budget", "graphzip.measurements", "graphzip.widening"),
     ("graphzip.grow",),
     ("graphzip",),
     ("graphzip.models", "graphzip.weights"),

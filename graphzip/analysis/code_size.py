@@ -14,13 +14,17 @@ import torch
 from scipy.fft import dctn
 from torch import nn
 
+from graphzip.arguments import check_module, whole
 from graphzip.errors import GraphZipError
+from graphzip.guard import public
+from graphzip.numeric import checked
 
 __all__ = ["suggest_code_size"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@public
 def suggest_code_size(model: nn.Module, slice: Sequence[int] = (16, 16, 3, 3), *, energy: float = 0.9) -> int:
     """The number of DCT basis slices that hold a share `energy` (above 0, at most 1) of the kernels' energy.
 
@@ -30,8 +34,13 @@ def suggest_code_size(model: nn.Module, slice: Sequence[int] = (16, 16, 3, 3), *
 
     Raises `GraphZipError` where no kernel holds a slice of this shape or `energy` is out of range.
     """
-    if not 0.0 < energy <= 1.0:
+    check_module(model)
+    if not isinstance(energy, int | float) or not 0.0 < energy <= 1.0:
         raise GraphZipError(f"energy is {energy}; pass a share above 0 and at most 1")
+    if not isinstance(slice, Sequence) or not slice:
+        raise GraphZipError(f"slice: {slice!r} is not the shape of a slice, such as (16, 16, 3, 3)")
+    for size in slice:
+        whole(size, "slice", least=1)
     spectrum, count = np.zeros(tuple(slice)), 0
     for piece in _slices(model, tuple(slice)):
         spectrum += dctn(piece, type=2, norm="ortho") ** 2
@@ -47,7 +56,7 @@ def suggest_code_size(model: nn.Module, slice: Sequence[int] = (16, 16, 3, 3), *
 def _slices(model: nn.Module, size: tuple[int, ...]) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     layers = [layer for layer in model.modules() if isinstance(layer, _CONVOLUTIONS)]
     for layer in layers[1:]:
-        kernel = layer.weight.detach().double().cpu()
+        kernel = checked(layer.weight.detach(), "a kernel").cpu()
         whole = kernel.dim() == len(size) and all(a >= b for a, b in zip(kernel.shape, size, strict=True))
         if not whole or math.prod(kernel.shape[2:]) == 1 < math.prod(size[2:]):
             continue

@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 from graphzip.analysis.patches import patches
+from graphzip.arguments import check_module, re_iterable
 from graphzip.errors import GraphZipError
+from graphzip.graph.batches import run_batch
 from graphzip.graph.copies import eval_copy
-from graphzip.numeric import pseudo_inverse, singular, singular_values, symmetric_eigen
+from graphzip.guard import public, user_data
+from graphzip.numeric import checked, pseudo_inverse, singular, singular_values, symmetric_eigen
 
 __all__ = ["CoefficientRank", "RankPair", "coefficient_rank", "effective_rank"]
 
@@ -79,6 +82,7 @@ class _Layer:
     inner: list[torch.Tensor] | None = None
 
 
+@public
 @torch.no_grad()
 def coefficient_rank(model: nn.Module, calibration: Iterable[Any]) -> CoefficientRank:
     """Compare the coefficients of every two convolutions with equal kernels and feature sizes.
@@ -86,15 +90,17 @@ def coefficient_rank(model: nn.Module, calibration: Iterable[Any]) -> Coefficien
     `calibration` yields batches: a tensor, or a tuple whose first entry is the model's input. The model runs in eval
     mode and is left as it was. Convolutions of one and two dimensions with kernels above 1x1 and without groups count.
 
-    Raises `GraphZipError` where no two layers can be compared.
+    Raises `GraphZipError` where no two layers can be compared, `ExampleInputError` for data that the model refuses.
     """
+    check_module(model)
+    data = re_iterable(calibration, "calibration")
     watched = eval_copy(model)
     layers = {name: layer for name, layer in watched.named_modules() if _counts(layer)}
     seen = {name: _factors(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.register_forward_pre_hook(_watch(seen[name]))
-    for batch in calibration:
-        watched(batch[0] if isinstance(batch, tuple | list) else batch)
+    for batch in user_data(data):
+        run_batch(watched, tuple(batch[:1]) if isinstance(batch, tuple | list) else (batch,))
     pairs = [
         _compare((one, two), seen[one], seen[two])
         for one, two in combinations(seen, 2)
@@ -117,7 +123,7 @@ def _counts(layer: nn.Module) -> bool:
 
 def _factors(layer: Any) -> _Layer:
     """`A` as `(c, c' m)` and the atoms as `(m, L)`, exactly."""
-    kernel = layer.weight.detach().double().cpu()
+    kernel = checked(layer.weight.detach(), "the kernel of a layer").cpu()
     left, values, atoms = singular(kernel.flatten(2).flatten(0, 1), what="the kernel of a layer")
     return _Layer((left * values).reshape(len(kernel), -1), atoms, inner=[])
 

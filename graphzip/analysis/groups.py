@@ -14,6 +14,7 @@ from torch import nn
 
 from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level
 from graphzip.analysis.explain import Explanation, explain
+from graphzip.errors import NotFoundError
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray, ranks
@@ -154,9 +155,12 @@ class ChannelGroups(Sequence[ChannelGroup]):
             )
         if isinstance(key, str):
             if key not in self._by_name:
-                raise KeyError(f"no channel group {key!r}; {closest(key, self._by_name)}")
+                raise NotFoundError(f"no channel group {key!r}; {closest(key, self._by_name)}")
             return self._by_name[key]
-        return self._groups[key]
+        try:
+            return self._groups[key]
+        except (IndexError, TypeError):
+            raise NotFoundError(f"no channel group {key!r}; there are {len(self)}, numbered from 0") from None
 
     def widths(self) -> dict[str, int]:
         """Channels of every group that can shrink, as the `keep` of a `ClusterMerge` that brings a wider model here.
@@ -182,7 +186,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
     def explain(self, name: str) -> Explanation:
         """The operators along which the channels of a group run, up to the one that pins them where one does.
 
-        Raises `KeyError` for an unknown name, with the closest ones.
+        Raises `NotFoundError` for an unknown name, with the closest ones.
         """
         assert self._explain is not None
         return self._explain(self[name])

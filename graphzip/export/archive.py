@@ -38,7 +38,7 @@ from graphzip.errors import ArchiveError, GraphZipError
 from graphzip.export.document import Described, Document, State, TaskEntry
 from graphzip.export.graph_json import check_state_name, dtype_named, graph_from_json, graph_to_json, identifier
 from graphzip.export.tree_json import GraphFormatError, spec_from_json, spec_to_json
-from graphzip.files import check_target, staged
+from graphzip.files import as_path, check_target, is_file, staged
 from graphzip.graph.conditions import parse, sizes_of
 from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.state import attach, get_tensor
@@ -135,7 +135,7 @@ def load_archive(path: str | os.PathLike[str]) -> Archive:
     Raises `ArchiveError` for a file that is missing, damaged, of another format, of a newer version, or that holds
     what a saved model does not.
     """
-    source = Path(path)
+    source = as_path(path, ArchiveError)
     try:
         document, tensors, made_by = _read(source)
     except RecursionError as error:
@@ -153,7 +153,7 @@ def load_archive(path: str | os.PathLike[str]) -> Archive:
 
 def _read(source: Path) -> tuple[Document, dict[str, torch.Tensor], str]:
     """The document, the tensors, and what to add to an error where another version wrote the file."""
-    if not source.is_file():
+    if not is_file(source):
         raise ArchiveError(f"there is no file {source}; pass the path that the model was saved to")
     try:
         with safetensors.safe_open(source, framework="pt") as file:

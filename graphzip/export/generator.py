@@ -10,13 +10,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from graphzip.arguments import check_module, check_name
 from graphzip.errors import ArchiveError, GraphZipError
 from graphzip.files import staged
 from graphzip.graph.factored import SliceConv
+from graphzip.guard import public
 
 __all__ = ["save_generator"]
 
 
+@public
 def save_generator(model: nn.Module, path: str | os.PathLike[str], *, layer: str = "*") -> None:
     """Write the generator of `model`, `(elements of a slice, numbers per code)`, to a safetensors file.
 
@@ -27,6 +30,8 @@ def save_generator(model: nn.Module, path: str | os.PathLike[str], *, layer: str
     Raises `GraphZipError` where the layers that match have no generator or more than one, `ArchiveError` where the file
     cannot be written.
     """
+    check_module(model)
+    check_name(layer, "layer")
     found: dict[int, torch.Tensor] = {}
     for name, inner in model.named_modules():
         if isinstance(inner, SliceConv) and fnmatchcase(name, layer):

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
+from graphzip.arguments import check_examples, check_module, check_name
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.asked import asked
 from graphzip.graph.copies import flags_kept, in_mode
@@ -186,7 +187,7 @@ def trace(
 
     Raises `ExampleInputError` where the model does not accept the inputs, `TraceError` where it cannot be traced.
     """
-    _check(model, example_inputs)
+    _check(model, example_inputs, scope)
     with torch.inference_mode(False), flags_kept(model):
         source = _Source.of(model, example_inputs, scope)
         flat, other = source.flat(dynamic_shapes, other_forms=compare)
@@ -208,7 +209,7 @@ def trace_training(
     The notes of both say what neither form holds. Arguments and errors are those of `trace`; `TraceError` too where the
     training form cannot be traced, or wants other weights or inputs than the eval form.
     """
-    _check(model, example_inputs)
+    _check(model, example_inputs, scope)
     with torch.inference_mode(False), flags_kept(model):
         source = _Source.of(model, example_inputs, scope)
         flat, other = source.flat(dynamic_shapes, other_forms=True)
@@ -307,18 +308,11 @@ class _Source:
         )
 
 
-def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"{type(model).__name__} is TorchScript, which hides its source; pass the nn.Module it is from"
-        )
-    if not isinstance(example_inputs, tuple):
-        raise ExampleInputError(
-            f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
-            "for a single input write (x,)"
-        )
+def _check(model: nn.Module, example_inputs: tuple[Any, ...], scope: str | None) -> None:
+    check_module(model)
+    check_examples(example_inputs)
+    if scope is not None:
+        check_name(scope, "scope")
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

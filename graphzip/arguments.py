@@ -1,0 +1,130 @@
+"""Arguments of the public functions: what they have to be, said before any work is done."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from graphzip.errors import ExampleInputError, GraphZipError, PlanError, TraceError
+
+__all__ = [
+    "check_callable",
+    "check_examples",
+    "check_flag",
+    "check_module",
+    "check_name",
+    "check_seed",
+    "number",
+    "re_iterable",
+    "whole",
+]
+
+_SEEDS = 1 << 32  # what numpy takes
+
+
+def check_module(model: Any, what: str = "") -> None:
+    """Raises `TraceError` unless `model` is one `nn.Module` that has its parameters; `what` is what it is given as."""
+    lead = f"{what}: " if what else ""
+    if isinstance(model, Mapping):
+        raise TraceError(
+            f"{lead}expected a torch.nn.Module, got a {type(model).__name__} of {len(model)}; give one model at a time"
+        )
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TraceError(f"{lead}expected a torch.nn.Module, got the class {model.__name__}; make one of it first")
+    if isinstance(model, torch.export.ExportedProgram):
+        raise TraceError(f"{lead}expected a torch.nn.Module, got an ExportedProgram; pass the model it was made of")
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"{lead}expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{lead}{type(model).__name__} is TorchScript, which hides its source; pass the nn.Module it is from"
+        )
+    lazy = [name for name, held in _state(model) if is_lazy(held)]
+    if lazy:
+        raise TraceError(
+            f"{lead}{type(model).__name__} has no {lazy[0]!r} yet, for its layers are lazy; run it on a batch first"
+        )
+
+
+def _state(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def check_examples(example_inputs: Any) -> None:
+    """Raises `ExampleInputError` unless they are a tuple of positional arguments with at least one sample."""
+    if not isinstance(example_inputs, tuple):
+        raise ExampleInputError(
+            f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
+            "for a single input write (x,)"
+        )
+    first = next((leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, torch.Tensor)), None)
+    if first is not None and first.dim() and first.shape[0] == 0:
+        raise ExampleInputError(
+            f"example_inputs have a batch of the shape {tuple(first.shape)}; give at least one sample"
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Raises `PlanError` unless it is a number that seeds every random source."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < _SEEDS:
+        raise PlanError(f"seed: {reprlib.repr(seed)} is not a seed; write an int from 0 to {_SEEDS - 1}")
+
+
+def check_callable(value: Any, name: str, example: str) -> None:
+    """Raises `PlanError` unless it is `None` or can be called as in the example."""
+    if value is not None and not callable(value):
+        raise PlanError(f"{name}: {reprlib.repr(value)} cannot be called; give a function, {example}")
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Raises `GraphZipError` unless it is true or false."""
+    if not isinstance(value, bool):
+        raise GraphZipError(f"{name}: {reprlib.repr(value)} is neither True nor False")
+
+
+def check_name(value: Any, name: str) -> None:
+    """Raises `GraphZipError` unless it is text."""
+    if not isinstance(value, str):
+        raise GraphZipError(f"{name}: {reprlib.repr(value)} is not a name; a name is text")
+
+
+def number(
+    value: Any, name: str, *, above: float | None = None, least: float = -math.inf, most: float = math.inf
+) -> float:
+    """A finite number in a range. Raises `GraphZipError` where it is none."""
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not least <= value <= most or (above is not None and not value > above):
+        low = f"above {above:g}" if above is not None else f"of at least {least:g}" if least > -math.inf else ""
+        high = f"of at most {most:g}" if most < math.inf else ""
+        wanted = " and ".join(each for each in (low, high) if each)
+        raise GraphZipError(f"{name}: {reprlib.repr(value)} is out of range; write a number {wanted}".rstrip())
+    return float(value)
+
+
+def whole(value: Any, name: str, *, least: int = 0, most: int = 1 << 31) -> int:
+    """An int in a range. Raises `GraphZipError` where it is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+        raise GraphZipError(f"{name}: {reprlib.repr(value)} is out of range; write an int from {least} to {most}")
+    return int(value)
+
+
+def re_iterable(data: Any, name: str) -> Iterable[Any]:
+    """Data that can be gone through again and again. Raises `ExampleInputError` where it cannot."""
+    kind = type(data).__name__
+    iterable = isinstance(data, Iterable) or hasattr(type(data), "__getitem__")
+    if not iterable or isinstance(data, torch.Tensor | Mapping | str | bytes | nn.Module):
+        raise ExampleInputError(f"{name} is a {kind}; pass a list of batches or a DataLoader")
+    if isinstance(data, Iterator):
+        raise ExampleInputError(
+            f"{name} is a {kind}, which can be gone through only once; pass a list of batches or a DataLoader"
+        )
+    return data  # type: ignore[no-any-return]
