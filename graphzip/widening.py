@@ -80,7 +80,7 @@ def widen(
     if apart is None or not apart <= _SAME:
         raise RewriteError(
             f"the outputs of the widened model differ by {apart:.1e} of the largest; use a whole factor, exclude the "
-            "groups that pass a norm, an attention or a mean over channels, or start anew with init='fresh'"
+            "groups that pass a norm over channels, or start anew with init='fresh'"
         )
     return wide
 

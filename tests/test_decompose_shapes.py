@@ -192,6 +192,63 @@ def test_broadcasting(seed: int) -> None:
         assert_same(target, numbers(*whole).flatten(), numbers(*whole))
 
 
+# --- second names --------------------------------------------------------------------------------------------------
+
+
+def said_at_once() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Calls of operators that say in one word what others say."""
+    shapes = ((3, 4), (5,), (), (2, 3, 4))
+    yield from ((target, (numbers(*shape),)) for shape in shapes for target in (
+        aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default, aten.ravel.default,
+        aten.absolute.default, aten.negative.default, aten.arctan.default, aten.fix.default,
+    ))  # fmt: skip
+    for stack in (aten.hstack.default, aten.vstack.default, aten.row_stack.default, aten.dstack.default):
+        yield from ((stack, ([numbers(*shape), numbers(*shape)],)) for shape in shapes)
+    yield aten.hstack.default, ([numbers(2), numbers(3)],)
+    yield aten.hstack.default, ([numbers(4, 2), numbers(4, 3)],)
+    yield aten.vstack.default, ([numbers(3, 4), numbers(4)],)
+    yield aten.column_stack.default, ([numbers(3), numbers(3, 2), numbers(3)],)
+    yield aten.column_stack.default, ([numbers(), numbers()],)
+    yield aten.block_diag.default, ([numbers(3, 4), numbers(2), numbers(), numbers(1, 2)],)
+    for turns, dims in itertools.product(range(-2, 6), ([0, 1], [1, 0], [0, 2], [-1, 1])):
+        yield aten.rot90.default, (numbers(2, 3, 4), turns, dims)
+    yield aten.rot90.default, (numbers(2, 3),)
+    for split in (aten.hsplit, aten.vsplit, aten.dsplit):
+        yield from ((split.int, (numbers(4, 4, 4), 2)), (split.array, (numbers(4, 4, 4), [1, 3])))
+    yield aten.hsplit.int, (numbers(6), 3)
+    yield aten.unsafe_chunk.default, (numbers(5, 3), 2)
+    yield aten.unsafe_chunk.default, (numbers(5, 3), 2, -1)
+    yield aten.unsafe_split.Tensor, (numbers(5, 3), 2, 1)
+    yield aten.unsafe_split_with_sizes.default, (numbers(5, 3), [2, 1], 1)
+    yield aten.narrow_copy.default, (numbers(5, 3), 0, 1, 3)
+    yield aten.select_copy.int, (numbers(5, 3), 0, -1)
+    yield aten.expand_copy.default, (numbers(3, 1), [2, 3, 4])
+    yield from ((target, (numbers(3, 4),)) for target in (
+        aten.fliplr.default, aten.flipud.default, aten.adjoint.default, aten.mH.default, aten.matrix_H.default,
+    ))  # fmt: skip
+    yield from ((target, (numbers(3), numbers(4))) for target in (aten.outer.default, aten.ger.default))
+    for left, right in ([(4,), (4,)], [(3, 4), (4,)], [(3, 4), (2, 4)], [(2, 3, 4), (5, 4)], [(), (3, 4)]):
+        yield aten.inner.default, (numbers(*left), numbers(*right))
+    yield aten.tensordot.default, (numbers(2, 3, 4), numbers(4, 3, 5), [1, 2], [1, 0])
+    yield aten.tensordot.default, (numbers(2, 3), numbers(4, 5), [], [])
+    yield aten.tensordot.default, (numbers(2, 1), numbers(3, 5), [-1], [0])
+    yield aten.linalg_vecdot.default, (numbers(2, 3), numbers(1, 3))
+    for size in ([3, 4], [1, 4], [4], [3, 1], [1], []):
+        yield aten.sum_to_size.default, (numbers(2, 3, 4), size)
+    yield aten.sum_to_size.default, (numbers(3, 4), [3, 4])
+    yield aten.clip.default, (numbers(3), -0.5, 0.5)
+    yield aten.clip.Tensor, (numbers(3), numbers(1), None)
+    yield from ((target, (numbers(3), 0.5)) for target in (aten.greater.Scalar, aten.less_equal.Scalar))
+    yield aten.not_equal.Tensor, (numbers(3), numbers(3))
+
+
+@pytest.mark.usefixtures("seeded")
+def test_what_is_said_at_once() -> None:
+    for target, args in said_at_once():
+        assert_same(target, *args)
+    assert_same(aten.linalg_vecdot.default, numbers(3, 2), numbers(3, 1), dim=0)
+
+
 # --- recurrent layers ----------------------------------------------------------------------------------------------
 
 

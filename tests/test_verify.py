@@ -97,16 +97,17 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[gz.Compiled, Path]
     return result, path
 
 
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_weight_off_by_a_thousandth_is_found_in_every_layer(
-    resnet: tuple[gz.Compiled, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, resnet: tuple[gz.Compiled, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, source = resnet
+    remember_builds(monkeypatch)
     assert result.verify(source).verified
     model = onnx.load(source)
     names = [tensor.name for tensor in model.graph.initializer if np.prod(tensor.dims) > 16]
     assert len(names) > 40
-    remember_builds(monkeypatch)
-    for name in names:
+    for name in names[::step]:
         changed = onnx.load(source)
 
         def nudge(array: np.ndarray) -> None:
@@ -222,7 +223,7 @@ BLIND: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "saturated": (lambda y: (y * 1e6).sigmoid(), "'output' hardly shows a change|rounding explains"),
     "integers": (lambda y: y.argmax(1), "outputs of integers|'output' is the same for all inputs"),
     "constant": (lambda y: y * 0 + 3, "'output' is the same for all inputs"),
-    "offset": (lambda y: y + 1e6, "rounding explains differences of .* in output 'output'"),
+    "offset": (lambda y: y + 1e6, "rounding (explains|moves) .*output 'output'"),
 }
 
 

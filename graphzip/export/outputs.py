@@ -41,6 +41,7 @@ _VALUES = 6
 _NOTICED = 0.05
 _UNSTABLE = 0.1
 _DOUBT = 32.0
+_TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _Judge:
         for row in (exceeds.sum(1) > allowed).nonzero().flatten().tolist():
             judged.unchecked += self.excess(row)
         within = self.off.masked_fill(exceeds, 0.0)
-        share = _largest(within) / self.tolerance.clamp(min=torch.finfo(torch.float64).tiny)
+        share = _largest(within) / self.tolerance.clamp(min=_TINY)
         if share.numel():
             worst = int(share.argmax())
             judged.difference, judged.tolerance = float(within[worst].max()), float(self.tolerance[worst])
@@ -195,11 +196,13 @@ class _Judge:
         restless = self.unstable.double().mean(1) > _UNSTABLE
         loud = ~self.constant & ((self.tolerance > self.limit) | restless)
         if bool(loud.any()):
-            row = int((self.tolerance / self.limit.clamp(min=1e-300)).masked_fill(~loud, 0.0).argmax())
-            explained = f"differences of {float(self.tolerance[row]):.2g}" if not restless[row] else "what it finds"
+            row = int((self.tolerance / self.limit.clamp(min=_TINY)).masked_fill(~loud, 0.0).argmax())
+            part, moves = self.part(loud.nonzero().flatten().tolist()), f"by {float(self.variation[row]):.2g}"
             judged.unchecked.append(
-                f"rounding explains {explained} in {self.part(loud.nonzero().flatten().tolist())}, where other inputs "
-                f"make one of {float(self.variation[row]):.2g}"
+                f"rounding moves many entries of {part} as far as other inputs do, {moves}"
+                if bool(restless[row])
+                else f"rounding explains differences of {float(self.tolerance[row]):.2g} in {part}, which other inputs "
+                f"move {moves}"
             )
         blunt = ~self.constant & ~loud & ~self.notices()
         if bool(blunt.any()):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
+
+from graphzip.graph.builder import Builder, rank_of
+from graphzip.graph.synonyms import SYNONYMS
 
 __all__ = ["decompose"]
 
@@ -22,38 +23,15 @@ def decompose(graph: fx.Graph) -> None:
         rule = _RULES.get(node.target) if node.op == "call_function" else None
         if rule is not None:
             with graph.inserting_before(node):
-                made = rule(_Builder(graph, node), *node.args, **node.kwargs)
+                made = rule(Builder(graph, node), *node.args, **node.kwargs)
             if isinstance(made, fx.Node):
                 node.replace_all_uses_with(made)
                 graph.erase_node(node)
 
 
-@dataclass
-class _Builder:
-    """Makes nodes that stand for `node`, with their fake values."""
-
-    graph: fx.Graph
-    node: fx.Node
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta.update(self.node.meta)
-        values, options = fx.node.map_arg((args, kwargs), lambda found: found.meta["val"])
-        with self._mode(), enable_python_dispatcher():
-            made.meta["val"] = target(*values, **options)
-        return made
-
-    def _mode(self) -> Any:
-        return next(source.meta["val"].fake_mode for source in self.node.all_input_nodes)
-
-
-def _rank(value: fx.Node) -> int:
-    return len(value.meta["val"].shape)
-
-
-def _weight_norm(build: _Builder, v: fx.Node, g: fx.Node, dim: int = 0) -> fx.Node:
+def _weight_norm(build: Builder, v: fx.Node, g: fx.Node, dim: int = 0) -> fx.Node:
     """`v * (g / |v|)` with the norm over all dimensions but `dim`, over all of them where `dim` is -1."""
-    rank = _rank(v)
+    rank = rank_of(v)
     dims = [other for other in range(rank) if dim == -1 or other != dim % rank]
     if dims or not rank:
         size = build(aten.linalg_vector_norm.default, v, 2, dims, dim != -1)
@@ -65,8 +43,8 @@ def _weight_norm(build: _Builder, v: fx.Node, g: fx.Node, dim: int = 0) -> fx.No
 def _of_all(spread: Any) -> Callable[..., fx.Node]:
     """`var` and `std` of everything."""
 
-    def rule(build: _Builder, x: fx.Node, unbiased: bool = True) -> fx.Node:
-        return build(spread, x, list(range(_rank(x))), correction=int(unbiased))
+    def rule(build: Builder, x: fx.Node, unbiased: bool = True) -> fx.Node:
+        return build(spread, x, list(range(rank_of(x))), correction=int(unbiased))
 
     return rule
 
@@ -74,11 +52,11 @@ def _of_all(spread: Any) -> Callable[..., fx.Node]:
 def _moments(spread: Any) -> Callable[..., None]:
     """`var_mean` and `std_mean`: each of the two results on its own."""
 
-    def rule(build: _Builder, *given: Any, **options: Any) -> None:
+    def rule(build: Builder, *given: Any, **options: Any) -> None:
         schema = build.node.target._schema.arguments  # type: ignore[union-attr]
         named = dict(zip([argument.name for argument in schema], given, strict=False)) | options
         x, keepdim = named["self"], named.get("keepdim", False)
-        dims = list(range(_rank(x))) if named.get("dim") is None else named["dim"]
+        dims = list(range(rank_of(x))) if named.get("dim") is None else named["dim"]
         correction = named.get("correction", int(named.get("unbiased", True)))
         for part in list(build.node.users):
             assert part.target is operator.getitem
@@ -93,24 +71,24 @@ def _moments(spread: Any) -> Callable[..., None]:
     return rule
 
 
-def _shape_of(build: _Builder, other: fx.Node) -> list[Any]:
-    return [_size_of(build, other, dim) for dim in range(_rank(other))]
+def _shape_of(build: Builder, other: fx.Node) -> list[Any]:
+    return [_size_of(build, other, dim) for dim in range(rank_of(other))]
 
 
-def _size_of(build: _Builder, value: fx.Node, dim: int) -> Any:
+def _size_of(build: Builder, value: fx.Node, dim: int) -> Any:
     size = value.meta["val"].shape[dim]
     return build(aten.sym_size.int, value, dim) if isinstance(size, torch.SymInt) else size
 
 
-def _reshape_as(build: _Builder, x: fx.Node, other: fx.Node) -> fx.Node:
+def _reshape_as(build: Builder, x: fx.Node, other: fx.Node) -> fx.Node:
     return build(aten.reshape.default, x, _shape_of(build, other))
 
 
-def _broadcast_to(build: _Builder, x: fx.Node, size: Any) -> fx.Node:
+def _broadcast_to(build: Builder, x: fx.Node, size: Any) -> fx.Node:
     return build(aten.expand.default, x, size)
 
 
-def _broadcast_tensors(build: _Builder, values: Sequence[fx.Node]) -> None:
+def _broadcast_tensors(build: Builder, values: Sequence[fx.Node]) -> None:
     for part in list(build.node.users):
         assert part.target is operator.getitem
         part.replace_all_uses_with(_wide(build, values, int(part.args[1])))  # type: ignore[arg-type]
@@ -118,17 +96,17 @@ def _broadcast_tensors(build: _Builder, values: Sequence[fx.Node]) -> None:
     build.graph.erase_node(build.node)
 
 
-def _wide(build: _Builder, values: Sequence[fx.Node], which: int) -> fx.Node:
+def _wide(build: Builder, values: Sequence[fx.Node], which: int) -> fx.Node:
     """One of several values, with the shape that all of them have after broadcasting."""
-    rank = max(map(_rank, values))
+    rank = max(map(rank_of, values))
     holders: list[tuple[fx.Node, int] | None] = [None] * rank
     for value in (values[which], *values):
         for dim, size in enumerate(value.meta["val"].shape):
-            place = dim + rank - _rank(value)
+            place = dim + rank - rank_of(value)
             if holders[place] is None and not _is_one(size):
                 holders[place] = value, dim
     own = values[which]
-    if _rank(own) == rank and all(holder is None or holder[0] is own for holder in holders):
+    if rank_of(own) == rank and all(holder is None or holder[0] is own for holder in holders):
         return own
     sizes = [1 if holder is None else _size_of(build, *holder) for holder in holders]
     return build(aten.expand.default, own, sizes)
@@ -138,7 +116,7 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _cosine_similarity(build: _Builder, a: fx.Node, b: fx.Node, dim: int = 1, eps: float = 1e-8) -> fx.Node:
+def _cosine_similarity(build: Builder, a: fx.Node, b: fx.Node, dim: int = 1, eps: float = 1e-8) -> fx.Node:
     """`sum(a / max(|a|, eps) * b / max(|b|, eps))` along `dim`, of what both are after broadcasting.
 
     The operator's gradients are those of `|a|`, as if there were no bound. Only whole numbers are converted first.
@@ -156,7 +134,7 @@ def _cosine_similarity(build: _Builder, a: fx.Node, b: fx.Node, dim: int = 1, ep
     return build(aten.sum.dim_IntList, build(aten.mul.Tensor, unit(0), unit(1)), [dim])
 
 
-def _normalised_weight(build: _Builder, x: fx.Node, weight: Any, bias: Any, *more: Any) -> fx.Node | None:
+def _normalised_weight(build: Builder, x: fx.Node, weight: Any, bias: Any, *more: Any) -> fx.Node | None:
     """Weight standardisation as the batch norm of a weight `(O, ..)` that is viewed as an image `(1, O, -1)`."""
     mean, _, training, _, eps, _ = more
     source: Any = x.args[0] if x.args else None
@@ -183,7 +161,7 @@ def _normalised_weight(build: _Builder, x: fx.Node, weight: Any, bias: Any, *mor
 
 
 def _one_layer_each(
-    build: _Builder,
+    build: Builder,
     x: fx.Node,
     state: Any,
     params: list[fx.Node],
@@ -227,7 +205,7 @@ def _one_layer_each(
     build.graph.erase_node(build.node)
 
 
-def _at(build: _Builder, state: fx.Node, number: int) -> fx.Node:
+def _at(build: Builder, state: fx.Node, number: int) -> fx.Node:
     """The state of one layer and direction."""
     if state.target is aten.zeros.default:
         sizes: Any = state.args[0]
@@ -235,7 +213,7 @@ def _at(build: _Builder, state: fx.Node, number: int) -> fx.Node:
     return build(aten.slice.Tensor, state, 0, number, number + 1)
 
 
-def _use_ends(build: _Builder, part: fx.Node, ends: list[fx.Node]) -> None:
+def _use_ends(build: Builder, part: fx.Node, ends: list[fx.Node]) -> None:
     """Readers of one layer's last state get that one, others all, one behind the other."""
     for user in list(part.users):
         if user.target is aten.select.int and user.args[1] in (0, -3):
@@ -269,4 +247,5 @@ _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten.gru.input: _one_layer_each,
     aten.rnn_tanh.input: _one_layer_each,
     aten.rnn_relu.input: _one_layer_each,
+    **SYNONYMS,
 }
