@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +24,7 @@ __all__ = [
     "has_batch_of_one",
     "hint",
     "input_specs",
+    "is_data_dependent",
     "with_batch_of_two",
 ]
 
@@ -80,11 +83,42 @@ def fake_input(mode: FakeTensorMode, leaf: Any, spec: InputSpec) -> Any:
 
 
 def hint(size: Any) -> int:
-    """The size that a possibly symbolic dimension had while tracing."""
-    if isinstance(size, torch.SymInt):
-        known: Any = size.node.hint
-        return int(known)
-    return int(size)
+    """The size that a possibly symbolic dimension had while tracing; a stand-in where only the data decide it."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    known: Any = size.node.hint
+    return int(known) if known is not None else _stand_in(size)
+
+
+def is_data_dependent(size: Any) -> bool:
+    """Whether the values of tensors decide a size."""
+    return isinstance(size, torch.SymInt) and size.node.hint is None
+
+
+_FIRST_STAND_IN = 5003
+
+
+def _stand_in(size: torch.SymInt) -> int:
+    """A number for a size that the data decide: large, and a prime for every symbol, so that it is equal to no other.
+
+    It is the same whenever it is asked for.
+    """
+    environment: Any = size.node.shape_env
+    expression = environment.replace(size.node.expr)
+    values = {
+        symbol: environment.backed_var_to_val.get(symbol) or sympy.Integer(_prime(str(symbol)))
+        for symbol in expression.free_symbols
+    }
+    return max(int(expression.xreplace(values)), 0)
+
+
+@cache
+def _prime(symbol: str) -> int:
+    number = int("".join(filter(str.isdigit, symbol)) or 0)
+    found = _FIRST_STAND_IN
+    for _ in range(number):
+        found = int(sympy.nextprime(found))
+    return found
 
 
 def input_specs(graph: fx.Graph) -> tuple[InputSpec, ...]:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.ops import conv, copies, linear, movement, norm, pointwise, positions, recurrent, views, windows
+from graphzip.ops import conv, copies, linear, movement, norm, picking, pointwise, positions, recurrent, views, windows
 from graphzip.ops.spec import OpSpec, table_of
 
 __all__ = ["MOVES", "OPS", "OpSpec"]
 
-OPS: dict[Any, OpSpec] = table_of(
-    module.SPECS for module in (pointwise, views, movement, copies, windows, conv, linear, recurrent, norm, positions)
-)
+_FAMILIES = (pointwise, views, movement, picking, copies, windows, conv, linear, recurrent, norm, positions)
 
-MOVES: frozenset[Any] = frozenset(
-    target
-    for spec in (*views.SPECS, *movement.SPECS, *copies.REPEATS, *windows.SHUFFLES, pointwise.IDENTITY)
-    for target in spec.targets
-)
+OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in _FAMILIES)
+
+_MOVING = (*views.SPECS, *movement.SPECS, picking.INDEX, *copies.REPEATS, *windows.SHUFFLES, pointwise.IDENTITY)
+
+MOVES: frozenset[Any] = frozenset(target for spec in _MOVING for target in spec.targets)
 """Operators that only rearrange: their result is still a parameter where their operands are."""

@@ -382,28 +382,6 @@ def numbers_of(value: Any) -> IntArray | None:
     return numbers
 
 
-def index(site: Site) -> Result:
-    """`x[i, :, j]`: dimensions that are indexed are picked from, the others pass where the indices stand together."""
-    source, indices = site.args["self"], site.args["indices"]
-    rank = len(site.shape(source))
-    for value in indices:
-        for axis in site.axes(value):
-            site.pin(axis, "uses it as an index")
-    taken = [dim for dim, value in enumerate(indices) if value is not None]
-    axes = mixing(site, site.axes(source), taken, "picks positions by an index")
-    masks = any(value is not None and value.meta["val"].dtype in {torch.bool, torch.uint8} for value in indices)
-    if masks or taken != list(range(taken[0], taken[-1] + 1)):
-        for axis in axes:
-            site.pin(axis, "picks positions by several indices")
-        return ()
-    added = len(site.shape()) - (rank - len(taken))
-
-    def run(array: IntArray) -> IntArray:
-        return array.reshape(array.shape[: taken[0]] + (1,) * added + array.shape[taken[-1] + 1 :])
-
-    return moved(site, axes, run)
-
-
 def factory(site: Site) -> Result:
     """A new tensor that takes only dtype and device from its operand."""
     return ()
@@ -500,7 +478,6 @@ SPECS = (
     OpSpec((aten.stack.default,), stack),
     OpSpec((aten.pad.default, aten.constant_pad_nd.default), pad, patch=patch_pad),
     OpSpec((aten.index_select.default,), index_select, patch=patch_index_select),
-    OpSpec((aten.index.Tensor,), index),
     OpSpec((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), factory),
     OpSpec((aten.flip.default,), flip),
     OpSpec((aten.roll.default,), roll, patch=patch_roll),
