@@ -17,6 +17,7 @@ from typing import Any
 import op_cases_linear
 import op_cases_movement
 import op_cases_norm
+import op_cases_picking
 import op_cases_pointwise
 import op_cases_positions
 import op_cases_recurrent
@@ -36,6 +37,7 @@ from graphzip.ops import OPS
 FAMILIES = (
     op_cases_pointwise,
     op_cases_movement,
+    op_cases_picking,
     op_cases_linear,
     op_cases_norm,
     op_cases_positions,

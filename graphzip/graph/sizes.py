@@ -106,7 +106,10 @@ def _at(expressions: list[list[sympy.Expr]], sizes: Sequence[int], factor: int) 
     unknown: dict[sympy.Expr, int] = {}
 
     def value(expression: sympy.Expr) -> int:
-        result = expression.xreplace(values)
+        try:
+            result = expression.xreplace(values)
+        except ZeroDivisionError:  # a rest by how often a size goes into a number that is smaller
+            result = expression
         if result.is_Integer:
             return int(result)
         if expression not in unknown:

@@ -209,6 +209,18 @@ def repeat_rows(site: Site) -> Result:
     return axes if dim is not None else ()
 
 
+def buckets(site: Site) -> Result:
+    """The number of the interval that each value is in."""
+    for axis in site.axes(site.args["boundaries"]):
+        site.pin(axis, "is a boundary")
+    return site.axes(site.args["self"])
+
+
+def one_hot(site: Site) -> Result:
+    """Every number becomes a row of zeros with a one."""
+    return moved(site, site.axes(site.args["self"]), lambda array: array[..., None])
+
+
 def _overloads(*names: str) -> tuple[Any, ...]:
     """Those of the named overloads that this version of torch has."""
     found = []
@@ -236,12 +248,13 @@ SPECS = (
     ),
     OpSpec((aten.masked_scatter.default,), masked_scatter),
     OpSpec((aten.repeat_interleave.self_Tensor,), repeat_rows),
+    OpSpec(_overloads("bucketize.Tensor"), buckets),
+    OpSpec(_overloads("one_hot"), one_hot),
     OpSpec(
         _overloads(
-            *("nonzero", "nonzero_numpy", "nonzero_static", "argwhere", "where", "masked_select", "take"),
-            *("_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "one_hot"),
-            *("repeat_interleave.Tensor", "item", "_local_scalar_dense", "count_nonzero", "is_nonzero", "equal"),
-            *("searchsorted.Tensor", "searchsorted.Scalar", "bucketize.Tensor", "bucketize.Scalar"),
+            *("nonzero", "nonzero_numpy", "nonzero_static", "masked_select", "take"),
+            *("_unique2", "unique_dim", "unique_consecutive", "bincount", "histc"),
+            *("repeat_interleave.Tensor", "count_nonzero", "searchsorted.Tensor"),
         ),
         by_values,
     ),

@@ -134,7 +134,7 @@ def _edges(
 def _nested(left: tuple[int, list[int]], right: tuple[int, list[int]]) -> bool:
     """Whether both shapes of a run are made of the same parts: every place is a multiple of those before it."""
     places = [math.lcm(left[0], right[0]), *sorted({*left[1], *right[1]})]
-    return all(later % earlier == 0 for earlier, later in pairwise(places))
+    return 0 not in places and all(later % earlier == 0 for earlier, later in pairwise(places))
 
 
 def _separable(site: Site, axes: Axes, runs: Runs) -> Axes:
