@@ -54,7 +54,8 @@ def count_of(what: str, *, optional: bool = False) -> Callable[[Any], int | None
         if value is None and optional:
             return None
         if not is_int(value) or not 1 <= value < MOST:
-            raise ValueError(f"{value!r} is not a number of {what}; write an int of at least 1 and below {MOST}")
+            limit = f" and below {MOST}" if is_int(value) and value >= MOST else ""
+            raise ValueError(f"{value!r} is not a number of {what}; write an int of at least 1{limit}")
         return int(value)
 
     return check

@@ -31,7 +31,8 @@ CASES.together("angles", plain("sin cos tan sinc sinh cosh asinh atan deg2rad ra
 CASES.together("inverses", plain("acos asin atanh erfinv") | {"logit": (0.1,)}, fit="unit")
 CASES.together("exponentials", plain("exp exp2 expm1 erf erfc square neg positive") | {"pow.Tensor_Scalar": (3,)})
 CASES.together("logarithms", plain("log log10 log1p log2 lgamma acosh sqrt rsqrt reciprocal"), fit="large")
-CASES.together("copies", plain("alias clone contiguous detach _to_copy") | {
+CASES.together("copies", plain("clone contiguous detach _to_copy") | {
+    "alias": lambda m, x: aten.sum_to_size.default(x, x.shape),
     "to.dtype": (torch.float64,),
     "to.device": (torch.device("cpu"), torch.float64),
     "to.dtype_layout": lambda m, x: aten.to.dtype_layout(x, dtype=torch.float64),

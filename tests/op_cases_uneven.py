@@ -59,6 +59,5 @@ for name, run, shape in (
      lambda m, x: torch.view_as_real(torch.view_as_complex(x.view(-1, 3, 2, 5).mT.contiguous()) ** 2).mT.flatten(1, 2),
      (2, 6, 5)),
     ("distances", lambda m, x: torch.cdist(x, x.sin()), (2, 6, 5)),
-    ("places in an order", lambda m, x: torch.bucketize(x.contiguous(), torch.linspace(-1, 1, 5, dtype=x.dtype)), (2, 6, 5)),
 ):  # fmt: skip
     CASES.put([], name, lambda run=run, shape=shape: network(run, shape), {}, UNKNOWN)

@@ -252,7 +252,7 @@ def test_what_is_no_module_is_refused() -> None:
     x = torch.randn(2, 4)
     with pytest.raises(gz.TraceError, match=r"expected a torch.nn.Module, got function; pass the model itself"):
         gz.channel_groups(plain, (x,))  # type: ignore[arg-type]
-    with pytest.raises(gz.TraceError, match=r"expected a torch.nn.Module, got type"):
+    with pytest.raises(gz.TraceError, match=r"expected a torch.nn.Module, got the class Linear; make one of it first"):
         gz.cost(nn.Linear, (x,))  # type: ignore[arg-type]
 
 

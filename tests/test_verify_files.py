@@ -269,7 +269,7 @@ def test_a_huge_constant_beside_others_is_said() -> None:
     checked = judge(reference(wanted), [wanted, wanted.roll(1, 0)])
     assert checked.strong
     assert len(checked.unchecked) == 1
-    assert "in output 'y' at 2 of dimension 1" in checked.unchecked[0]
+    assert "output 'y' at 2 of dimension 1" in checked.unchecked[0]
 
 
 def test_what_rounding_turns_over_may_be_turned_over() -> None:
