@@ -24,6 +24,8 @@ __all__ = ["Branch", "Watch", "watched"]
 
 _TORCH_HOME = f"{Path(torch.__file__).parent}/"
 _OWN_HOME = str(Path(__file__).parents[1])
+_BETWEEN = (_TORCH_HOME, "<", str(Path(__file__).with_name("unseen.py")))
+"""Files of frames that may stand between the line of a model and what it asks of a size."""
 _MODEL_CODE = tuple(f"{_TORCH_HOME}{part}" for part in ("nn/", "functional.py", "_tensor.py", "distributions/"))
 """What of torch computes a model's values; the rest computes the sizes of tensors, and operators do that anew."""
 
@@ -106,7 +108,7 @@ def _asked_by(frame: FrameType | None) -> str:
 
 def _innermost(frame: FrameType | None) -> str:
     """The innermost line that is not torch's own; empty where there is none."""
-    while frame is not None and frame.f_code.co_filename.startswith((_TORCH_HOME, "<")):
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     own = frame is None or frame.f_code.co_filename.startswith(_OWN_HOME)
     return "" if own or frame is None else _line(frame)
