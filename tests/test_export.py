@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -237,11 +238,17 @@ def two_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_files")
 def test_large_weights_go_to_a_second_file(tmp_path: Path) -> None:
     report = export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "big.onnx")
-    assert left_in(tmp_path) == ["big.onnx", "big.onnx.data"]
+    graph, weights = left_in(tmp_path)
+    assert graph == "big.onnx"
+    assert re.fullmatch(r"big\.onnx\.[0-9a-f]{8}\.data", weights)
     assert report.external_data
     assert "in two files" in str(report)
     assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert run(tmp_path / "big.onnx", image=torch.randn(3, 3, 6, 6))[0].shape == (3, 40)
+    export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "big.onnx")
+    other = left_in(tmp_path)
+    assert len(other) == 2, "the weights of the export before are gone"
+    assert other[1] != weights
 
 
 def perturb_weight(monkeypatch: pytest.MonkeyPatch) -> None:

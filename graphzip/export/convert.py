@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from graphzip.errors import ExportError
 from graphzip.export.capture import Captured, first_line, renamed
 from graphzip.export.packages import require
+from graphzip.files import companion
 
 __all__ = ["convert", "external_files", "save", "weight_bytes"]
 
@@ -185,7 +186,7 @@ def external_files(model: Any, folder: Path) -> set[Path]:
 
 def save(model: Any, path: Path, *, external: bool) -> None:
     ir = require("onnx_ir")
-    ir.save(model, path, format="protobuf", external_data=f"{path.name}.data" if external else None)
+    ir.save(model, path, format="protobuf", external_data=companion(path.name) if external else None)
 
 
 def _summary(error: Exception) -> str:

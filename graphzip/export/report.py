@@ -14,8 +14,9 @@ __all__ = ["ExportReport"]
 class ExportReport:
     """What was written and how it was checked.
 
-    `bytes` counts every file; with `external_data` the weights lie in `<name>.data` beside the model. `inputs` has the
-    shape of every input in the file, with names for free sizes; `dynamic_batch` tells whether a first size is free.
+    `bytes` counts every file; with `external_data` the weights lie in a file `<name>.<8 digits>.data` beside the model,
+    under another name at each export. `inputs` has the shape of every input in the file, with names for free sizes;
+    `dynamic_batch` tells whether a first size is free.
 
     `verified` is true where the check could have failed: stored weights were compared with the module's, the graph with
     what the module gives, and every output on its own scale. What stands against that is in `unchecked`, a sentence
