@@ -245,6 +245,13 @@ def test_plain_values_and_nested_inputs(tmp_path: Path) -> None:
     assert torch.equal(right, x)
 
 
+def test_operators_of_truth_values_are_kept(tmp_path: Path) -> None:
+    save_archive(traced(lambda x: ((x > 0) & (x < 1)) | ((x > 2) ^ (x > 3))), tmp_path / "net", report={})
+    x = torch.linspace(-1, 4, 8).reshape(2, 4)
+    found = to_module(load_archive(tmp_path / "net").traced)(x)
+    assert torch.equal(found, ((x > 0) & (x < 1)) | ((x > 2) ^ (x > 3)))
+
+
 def test_constant_indices_are_known_again(tmp_path: Path) -> None:
     class Shuffle(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -73,8 +73,8 @@ _fft_c2r _fft_r2c _grouped_mm _linalg_det _linalg_eigh _linalg_slogdet _linalg_s
 _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
 _pack_padded_sequence _pad_packed_sequence _pdist_forward _prelu_kernel _reshape_alias _safe_softmax
 _scaled_dot_product_attention_math _scaled_dot_product_flash_attention_for_cpu _shape_as_tensor _softmax
-_thnn_fused_gru_cell _thnn_fused_lstm_cell _trilinear _unique2 _unsafe_index _unsafe_index_put _unsafe_masked_index
-_weight_norm _weight_norm_interface
+_thnn_fused_gru_cell _thnn_fused_lstm_cell _trilinear _unique2 _unsafe_index __and__ __lshift__ __or__ __rshift__
+__xor__ _unsafe_index_put _unsafe_masked_index _weight_norm _weight_norm_interface
 """
 """Names of further functions of tensors; each stands for those of its overloads that write nowhere."""
 
