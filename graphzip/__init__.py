@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         Zip,
     )
     from graphzip.widening import widen
-    from passes.clustering import register_clustering
+    from graphzip_passes.clustering import register_clustering
 
 
 __all__ = [
@@ -136,7 +136,7 @@ _HOMES: Final = {
         "Zip",
     ),
     "graphzip.widening": ("widen",),
-    "passes.clustering": ("register_clustering",),
+    "graphzip_passes.clustering": ("register_clustering",),
 }
 """Where public names live. A public name that is not here is an error class in `graphzip.errors`."""
 

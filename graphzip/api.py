@@ -24,8 +24,8 @@ from graphzip.plan import Plan
 from graphzip.prepared import Prepared
 from graphzip.rewrite.forms import trace_in
 from graphzip.rewrite.join import join
-from passes.base import Restructuring, Staged
-from passes.table import PASSES
+from graphzip_passes.base import Restructuring, Staged
+from graphzip_passes.table import PASSES
 
 __all__ = ["Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"]
 

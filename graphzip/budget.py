@@ -35,11 +35,11 @@ from graphzip.numeric import all_finite
 from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
 from graphzip.plan_checks import show
 from graphzip.version import __version__
-from passes.cluster_merge import ClusterMergePass, Known, known_of
-from passes.clustering import BUILT_IN, clustering_of
-from passes.layer_rows import layers_of
-from passes.refit import Effort, refit
-from passes.widths import resolve
+from graphzip_passes.cluster_merge import ClusterMergePass, Known, known_of
+from graphzip_passes.clustering import BUILT_IN, clustering_of
+from graphzip_passes.layer_rows import layers_of
+from graphzip_passes.refit import Effort, refit
+from graphzip_passes.widths import resolve
 
 __all__ = ["Sensitivity", "WidthStudy", "plan_for"]
 

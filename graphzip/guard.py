@@ -84,7 +84,7 @@ def users_own(error: BaseException) -> bool:
 def is_users(module: Any) -> bool:
     """Whether the code of a module of that name is the user's; generated code has no module."""
     package = str(module or "").partition(".")[0]
-    known = package in {"graphzip", "passes", ""} or package in _LIBRARIES
+    known = package in {"graphzip", "graphzip_passes", ""} or package in _LIBRARIES
     return not known and (package == "__main__" or package not in sys.stdlib_module_names)
 
 

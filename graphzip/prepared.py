@@ -31,8 +31,8 @@ from graphzip.plan_checks import show
 from graphzip.results import GroupChange, Report, TaskChange
 from graphzip.rewrite.join import module_of, task_of
 from graphzip.rewrite.refresh import refresh
-from passes.base import Calibrated, Feeds, Pass, Restructuring, Staged, Stepwise
-from passes.table import PASSES
+from graphzip_passes.base import Calibrated, Feeds, Pass, Restructuring, Staged, Stepwise
+from graphzip_passes.table import PASSES
 
 __all__ = ["Prepared", "follow_modes"]
 

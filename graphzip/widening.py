@@ -20,7 +20,7 @@ from graphzip.guard import public
 from graphzip.prepared import follow_modes
 from graphzip.rewrite.grow import grow_channels
 from graphzip.tables import closest
-from passes.widths import matches
+from graphzip_passes.widths import matches
 
 __all__ = ["widen"]
 

@@ -57,7 +57,7 @@ def test_the_script_writes_a_picture(compiled: gz.Compiled, tmp_path: Path) -> N
     compiled.save(tmp_path / "model.graphzip")
     Image.effect_noise((48, 64), 80).convert("RGB").save(tmp_path / "image.png")
     command = [sys.executable, str(SCRIPT), "model.graphzip", "image.png", "-o", "maps.png", "--class", "1"]
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("maps.png: class 1, layer1.0.conv1, ")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip.graph.factored import AtomConv
-from passes.atom_fit import fit_atoms
+from graphzip_passes.atom_fit import fit_atoms
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

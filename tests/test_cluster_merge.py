@@ -14,7 +14,7 @@ from residual_net import Residual, residual
 from torch import Tensor, nn
 
 import graphzip as gz
-from passes import clustering
+from graphzip_passes import clustering
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

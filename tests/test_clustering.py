@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphzip.errors import PlanError, WeightsError
-from passes import clustering
-from passes.clustering import check_clustering, cluster, clusterings, register_clustering
+from graphzip_passes import clustering
+from graphzip_passes.clustering import check_clustering, cluster, clusterings, register_clustering
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite(name: str, bad: float) -> None:
 
 
 def test_many_rows_are_divided_without_their_inner_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passes.clustering._MANY", 10)
+    monkeypatch.setattr("graphzip_passes.clustering._MANY", 10)
     rng = np.random.default_rng(0)
     owner = np.arange(60) % 4
     rows = np.eye(4)[owner] + 0.05 * rng.standard_normal((60, 4))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip.graph.trace import trace
-from passes.layer_rows import layers_of
+from graphzip_passes.layer_rows import layers_of
 
 
 @pytest.fixture(autouse=True)

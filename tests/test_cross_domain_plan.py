@@ -14,7 +14,7 @@ from domain_pairs import CLUSTERS, DATA, EXAMPLE, models, network, prepared
 from torch import Tensor, nn
 
 import graphzip as gz
-from passes.cross_domain_share import CrossDomainSharePass
+from graphzip_passes.cross_domain_share import CrossDomainSharePass
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from domain_pairs import CHANNELS, CLUSTERS, DATA, EXAMPLE, models, network, pre
 from torch import Tensor, nn
 
 import graphzip as gz
-from passes.cross_domain_share import CrossDomainSharePass
-from passes.trimmed import rows_of_input
+from graphzip_passes.cross_domain_share import CrossDomainSharePass
+from graphzip_passes.trimmed import rows_of_input
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.elimination import _Reader
+from graphzip_passes.elimination import _Reader
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

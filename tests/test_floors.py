@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.rewrite",),
     ("graphzip.export",),
     ("graphzip.calibration", "graphzip.compiled"),
-    ("passes",),
+    ("graphzip_passes",),
     ("graphzip.prepared",),
     ("graphzip.api", "graphzip.budget", "graphzip.measurements", "graphzip.widening"),
     ("graphzip.grow",),
@@ -53,40 +53,40 @@ FOR_PEOPLE = (
 """What people see: built on the public names and on the two lowest floors alone."""
 
 SHARED_BY_PASSES = (
-    "passes.activations",
-    "passes.atom_fit",
-    "passes.base",
-    "passes.centripetal",
-    "passes.clustering",
-    "passes.conv_layers",
-    "passes.embedding",
-    "passes.elimination",
-    "passes.input_moments",
-    "passes.layer_rows",
-    "passes.refit",
-    "passes.segments",
-    "passes.shared_fit",
-    "passes.shared_layers",
-    "passes.similarity",
-    "passes.trimmed",
-    "passes.variance",
-    "passes.widths",
-    "passes.zip_channels",
-    "passes.zip_inputs",
-    "passes.zip_layers",
-    "passes.zip_readings",
-    "passes.zip_solve",
-    "passes.zip_weights",
+    "graphzip_passes.activations",
+    "graphzip_passes.atom_fit",
+    "graphzip_passes.base",
+    "graphzip_passes.centripetal",
+    "graphzip_passes.clustering",
+    "graphzip_passes.conv_layers",
+    "graphzip_passes.embedding",
+    "graphzip_passes.elimination",
+    "graphzip_passes.input_moments",
+    "graphzip_passes.layer_rows",
+    "graphzip_passes.refit",
+    "graphzip_passes.segments",
+    "graphzip_passes.shared_fit",
+    "graphzip_passes.shared_layers",
+    "graphzip_passes.similarity",
+    "graphzip_passes.trimmed",
+    "graphzip_passes.variance",
+    "graphzip_passes.widths",
+    "graphzip_passes.zip_channels",
+    "graphzip_passes.zip_inputs",
+    "graphzip_passes.zip_layers",
+    "graphzip_passes.zip_readings",
+    "graphzip_passes.zip_solve",
+    "graphzip_passes.zip_weights",
 )
-TABLE_OF_PASSES = "passes.table"
+TABLE_OF_PASSES = "graphzip_passes.table"
 
 
 def files() -> dict[str, Path]:
     """Every module of both packages, by its dotted name."""
     found = {}
-    for package in ("graphzip", "passes"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
+    for folder, package in ((ROOT, "graphzip"), (ROOT / "passes", "graphzip_passes")):
+        for path in sorted((folder / package).rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
@@ -119,7 +119,7 @@ def imports(source: str, module: str, *, package: bool = False, known: Iterable[
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
         else:
             continue
-        yield from (name for name in names if name.split(".")[0] in {"graphzip", "passes"})
+        yield from (name for name in names if name.split(".")[0] in {"graphzip", "graphzip_passes"})
 
 
 def upward(module: str, imported: Iterable[str]) -> list[str]:
@@ -141,9 +141,11 @@ def test_imports_go_down(module: str) -> None:
     assert not above, f"{module} imports {above}, which lie above it"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("passes.") and name != TABLE_OF_PASSES])
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if name.startswith("graphzip_passes.") and name != TABLE_OF_PASSES]
+)
 def test_a_pass_never_reaches_into_another(module: str) -> None:
-    others = {name for name in imported_by(module) if name.startswith("passes")} - {module, *SHARED_BY_PASSES}
+    others = {name for name in imported_by(module) if name.startswith("graphzip_passes")} - {module, *SHARED_BY_PASSES}
     assert not others, f"{module} imports {sorted(others)}; passes share only {SHARED_BY_PASSES}"
 
 
@@ -170,7 +172,7 @@ def test_every_floor_has_a_module() -> None:
     ("source", "found"),
     [
         ("from graphzip.api import compile", ["graphzip.api"]),
-        ("import passes.clustering", ["passes.clustering"]),
+        ("import graphzip_passes.clustering", ["graphzip_passes.clustering"]),
         ("from graphzip import plan", ["graphzip.plan"]),
         ("from graphzip import Plan", ["graphzip"]),
         ("from . import conv", ["graphzip.ops.conv"]),

@@ -78,7 +78,7 @@ def test_auto_measures_both_and_keeps_the_faster(monkeypatch: pytest.MonkeyPatch
         cases.append(case)
         return (1.0, 2.0) if case.kernel[0] == 8 else (2.0, 1.0)
 
-    monkeypatch.setattr("passes.atom_factorize.milliseconds", pretend)
+    monkeypatch.setattr("graphzip_passes.atom_factorize.milliseconds", pretend)
     assert summary(prepared(small(), lower="auto").convert())["atoms_first"] == ["2.0", "3.0"]
     assert [case.image for case in cases] == [(2, 8, 9, 9), (2, 8, 9, 9), (2, 16, 5, 5)]
     assert [case.strides for case in cases] == [(1, 1), (2, 2), (1, 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -71,9 +72,50 @@ def test_version_is_a_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", graphzip.__version__)
 
 
-@pytest.mark.parametrize("package", ["graphzip", "passes"])
+@pytest.mark.parametrize("package", ["graphzip", "passes/graphzip_passes"])
 def test_packages_are_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
+
+
+# ------------------------------------------------------------------------------------------------- other people's names
+
+OTHERS = ("passes.py", "models.py", "tables.py", "results.py", "report.py", "plan.py", "export.py", "ops.py")
+COMPILED = """
+import torch, graphzip
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+compiled = graphzip.compile(model, graphzip.Plan([graphzip.ClusterMerge(keep=0.5)]), (torch.randn(2, 3),))
+print(compiled.module(torch.randn(5, 3)).shape)
+"""
+
+
+@pytest.fixture
+def taken(tmp_path: Path) -> Path:
+    """A folder in which every short name that we might import is taken by code that must not run."""
+    for name in OTHERS:
+        (tmp_path / name).write_text("raise SystemExit('the wrong module was imported')\n", encoding="utf-8")
+    for name in ("graph", "rewrite", "analysis", "tools", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["-c", COMPILED], "torch.Size([5, 2])"),
+        (["-m", "graphzip", "inspect", "mine.py:net", "--input", "2x3"], "1 of 2 groups can shrink"),
+    ],
+    ids=["library", "command line"],
+)
+def test_modules_of_the_users_folder_are_never_taken_for_ours(taken: Path, command: list[str], expected: str) -> None:
+    source = "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))\n"
+    (taken / "mine.py").write_text(source, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(taken), str(ROOT), str(ROOT / "passes")])}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=taken, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert expected in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------- pyproject
@@ -121,5 +163,5 @@ def test_every_import_is_declared() -> None:
                 used |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 used.add((node.module or "").split(".")[0])
-    outside = used - set(sys.stdlib_module_names) - {"graphzip", "passes", "typing_extensions"}
+    outside = used - set(sys.stdlib_module_names) - {"graphzip", "graphzip_passes", "typing_extensions"}
     assert {DISTRIBUTIONS.get(name, name).lower() for name in outside} <= declared

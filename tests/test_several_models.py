@@ -22,8 +22,8 @@ from graphzip.graph.trace import Traced, trace
 from graphzip.plan import PassOptions
 from graphzip.results import Report
 from graphzip.rewrite.join import join, module_of, task_of
-from passes.base import FreeTraining
-from passes.table import PASSES
+from graphzip_passes.base import FreeTraining
+from graphzip_passes.table import PASSES
 
 
 class Tie(PassOptions):

@@ -14,8 +14,8 @@ from domain_pairs import DATA, EXAMPLE, models
 from torch import Tensor, nn
 
 import graphzip as gz
-from passes import shared_fit
-from passes.shared_layers import SharedLayer
+from graphzip_passes import shared_fit
+from graphzip_passes.shared_layers import SharedLayer
 
 
 def joined() -> nn.ModuleDict:
@@ -166,7 +166,7 @@ def test_a_layer_that_reads_too_much_keeps_its_centres(
     monkeypatch.setattr(shared_fit, "_FEATURES", 53)
     layer, model = conv(), joined()
     before = copy.deepcopy(model)
-    with caplog.at_level(logging.INFO, "passes.shared_fit"):
+    with caplog.at_level(logging.INFO, "graphzip_passes.shared_fit"):
         shared_fit.fit_shared(layer, np.arange(12) % 5, model, before, feed(model), move=True)
     assert "conv2 keeps the centres of its clusters: it has 54 inputs" in caplog.text
     assert torch.equal(model["rgb"].conv2.weight, before["rgb"].conv2.weight)

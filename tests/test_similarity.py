@@ -9,9 +9,9 @@ from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from passes.clustering import cluster
-from passes.embedding import NODES, Embedding, Learned, orthogonal, spectral_embedding
-from passes.similarity import degrees, factor_of, growl, simple_loss, spectral_loss
+from graphzip_passes.clustering import cluster
+from graphzip_passes.embedding import NODES, Embedding, Learned, orthogonal, spectral_embedding
+from graphzip_passes.similarity import degrees, factor_of, growl, simple_loss, spectral_loss
 
 
 def features(seed: int = 0, *, signed: bool = False, channels: int = 12, numbers: int = 20) -> Tensor:

@@ -21,7 +21,7 @@ SCRIPTS = sorted(
 def test_it_says_how_it_is_used(script: str) -> None:
     """Running it with --help imports all that it needs."""
     command = [sys.executable, str(ROOT / script), "--help"]
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "passes"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()

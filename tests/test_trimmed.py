@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graphzip as gz
-from passes.trimmed import KEPT, Trimmed, rows_of_input
+from graphzip_passes.trimmed import KEPT, Trimmed, rows_of_input
 
 
 def pair() -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from graphzip.errors import PlanError
 from graphzip.plan import ClusterMerge
-from passes.widths import Clusters, Width, matches, resolve
+from graphzip_passes.widths import Clusters, Width, matches, resolve
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from passes.zip_solve import BLOCK, ChannelMoments, CrossMoments, Moments, Solver, pair
+from graphzip_passes.zip_solve import BLOCK, ChannelMoments, CrossMoments, Moments, Solver, pair
 
 RIDGE = 0.01
 

@@ -142,7 +142,7 @@ def _told(error: BaseException, kind: str) -> tuple[str, str]:
     frames = [
         f"{frame.filename.rpartition('/')[2]}:{frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/graphzip/" in frame.filename or "/passes/" in frame.filename or "planting" in frame.filename
+        if "/graphzip/" in frame.filename or "/graphzip_passes/" in frame.filename or "planting" in frame.filename
     ]
     first = (str(error).splitlines() or [""])[0]
     return kind, f"{type(error).__name__}: {first[:300]} [{' < '.join(reversed(frames[-3:]))}]"

@@ -8,7 +8,7 @@ equal, for their gradients are averaged (Eq. 12):
     dL/dg_c = 1/n_c sum over i in cluster c of dL/dW_i.
 
 With calibration data the centres are only the beginning: weights and clusters are fitted to what the layers gave before
-(`passes.shared_fit`), which goes beyond the paper. Clusters that were set by hand stay.
+(`graphzip_passes.shared_fit`), which goes beyond the paper. Clusters that were set by hand stay.
 
 In the end the channels of a cluster are added up before the layer, whose weight has one input channel per cluster.
 
@@ -36,14 +36,14 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.plan import CrossDomainShare, plan_error
 from graphzip.rewrite.share import SharedWeight, share_weights
-from passes.centripetal import TIED, attach
-from passes.clustering import cluster
-from passes.embedding import NODES, Learned, spectral_embedding
-from passes.segments import Slices, Tying
-from passes.shared_fit import fit_shared
-from passes.shared_layers import SharedLayer, shared_layers, weights_before
-from passes.similarity import factor_of, growl, simple_loss
-from passes.trimmed import Trimmed
+from graphzip_passes.centripetal import TIED, attach
+from graphzip_passes.clustering import cluster
+from graphzip_passes.embedding import NODES, Learned, spectral_embedding
+from graphzip_passes.segments import Slices, Tying
+from graphzip_passes.shared_fit import fit_shared
+from graphzip_passes.shared_layers import SharedLayer, shared_layers, weights_before
+from graphzip_passes.similarity import factor_of, growl, simple_loss
+from graphzip_passes.trimmed import Trimmed
 
 __all__ = ["CrossDomainSharePass"]
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from graphzip.errors import GraphZipError, PlanError
-from passes.segments import Place, Rows, rows_of
+from graphzip_passes.segments import Place, Rows, rows_of
 
 __all__ = ["AUTO_LEFT", "AUTO_SHARE", "TIED", "attach", "auto_contraction"]
 

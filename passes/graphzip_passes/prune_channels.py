@@ -26,8 +26,8 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.plan import ClusterMerge, PruneChannels
 from graphzip.rewrite.shrink import drop_channels
-from passes.segments import Place, Rows, features_of, rows_of, slices_of
-from passes.widths import resolve
+from graphzip_passes.segments import Place, Rows, features_of, rows_of, slices_of
+from graphzip_passes.widths import resolve
 
 __all__ = ["PruneChannelsPass"]
 

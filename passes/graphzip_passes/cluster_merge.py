@@ -3,7 +3,7 @@
 With the channels of a group partitioned into clusters `H`, every producer and pointwise slice `F^(j)` of a channel is
 replaced by the mean over its cluster, `F^(j) <- 1/|H(j)| sum_{k in H(j)} F^(k)`; then one channel per cluster is kept
 and the consumers' input slices are summed, `W'_h = sum_{k in h} W_k`. Where the slices of a cluster were identical
-before, nothing changes. `passes.centripetal` makes them so by training.
+before, nothing changes. `graphzip_passes.centripetal` makes them so by training.
 
 Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pruning on Deep and Complicated CNN"
 (C-SGD): clusters in section 3.2, pacesetters and followers in section 3.5, the deviation is Eq. 7.
@@ -31,14 +31,14 @@ from graphzip.plan import RECONSTRUCTION, ClusterMerge
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.params import spread_parameters
 from graphzip.rewrite.shrink import merge_channels
-from passes.activations import activations
-from passes.centripetal import attach
-from passes.clustering import check_clustering, cluster
-from passes.elimination import elimination_orders, partition_of
-from passes.refit import Refit, refit
-from passes.segments import Partition, Place, Slices, Tying, features_of, rows_of, slices_of
-from passes.variance import correct_variances_
-from passes.widths import Clusters, resolve
+from graphzip_passes.activations import activations
+from graphzip_passes.centripetal import attach
+from graphzip_passes.clustering import check_clustering, cluster
+from graphzip_passes.elimination import elimination_orders, partition_of
+from graphzip_passes.refit import Refit, refit
+from graphzip_passes.segments import Partition, Place, Slices, Tying, features_of, rows_of, slices_of
+from graphzip_passes.variance import correct_variances_
+from graphzip_passes.widths import Clusters, resolve
 
 __all__ = ["ClusterMergePass", "Known", "Merged", "known_of"]
 

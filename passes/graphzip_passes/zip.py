@@ -2,13 +2,13 @@
 
 Layer by layer in order of execution: with the inputs of a layer shared as far as the layers before it were zipped, its
 neurons are paired by how much error sharing them costs, the newcomer's channels are put in the order of their partners
-(which changes nothing), and the weights from shared inputs to shared neurons become one (`passes.zip_solve`). Then
-every model is put together from what it shares and what it has alone (Fig. 1; `graphzip.rewrite.blocks`).
+(which changes nothing), and the weights from shared inputs to shared neurons become one (`graphzip_passes.zip_solve`).
+Then every model is put together from what it shares and what it has alone (Fig. 1; `graphzip.rewrite.blocks`).
 
-What couples channels is the channel groups' business (`passes.zip_channels`): a residual stream is paired once, by the
-layer that makes it first, and every other layer that writes to it or reads it follows; heads of attention are paired as
-wholes and inside. A batch norm stays with its task: the scale of a layer before it is free, so rows are joined in units
-of their deviation, and its statistics move as far as the layer's outputs did on the calibration data.
+What couples channels is the channel groups' business (`graphzip_passes.zip_channels`): a residual stream is paired
+once, by the layer that makes it first, and every other layer that writes to it or reads it follows; heads of attention
+are paired as wholes and inside. A batch norm stays with its task: the scale of a layer before it is free, so rows are
+joined in units of their deviation, and its statistics move as far as the layer's outputs did on the calibration data.
 
 Source: He, Zhou and Thiele, "Multi-Task Zipping via Layer-wise Neuron Sharing": Algorithm 1, sections 3.2 to 3.7.
 """
@@ -33,12 +33,12 @@ from graphzip.plan import Zip, plan_error
 from graphzip.rewrite.blocks import finish, put, share
 from graphzip.rewrite.refresh import refresh
 from graphzip.tables import closest
-from passes.base import Feeds, FreeTraining
-from passes.zip_channels import Channels
-from passes.zip_layers import Layer, match
-from passes.zip_readings import Read, Readings
-from passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
-from passes.zip_weights import augmented, blocks, deviations, double, matrix, write
+from graphzip_passes.base import Feeds, FreeTraining
+from graphzip_passes.zip_channels import Channels
+from graphzip_passes.zip_layers import Layer, match
+from graphzip_passes.zip_readings import Read, Readings
+from graphzip_passes.zip_solve import ChannelMoments, Moments, Pairs, Solver, Spread, pair
+from graphzip_passes.zip_weights import augmented, blocks, deviations, double, matrix, write
 
 __all__ = ["ZipPass"]
 

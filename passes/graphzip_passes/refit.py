@@ -32,7 +32,7 @@ from graphzip.labels import IntArray
 from graphzip.numeric import Fit, check_finite
 from graphzip.ops.site import bind
 from graphzip.rewrite.layout import Layout
-from passes.layer_rows import Layer, layers_of, left_alone
+from graphzip_passes.layer_rows import Layer, layers_of, left_alone
 
 __all__ = ["Effort", "Refit", "norm_behind", "refit", "sampled_rows"]
 

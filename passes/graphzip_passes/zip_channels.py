@@ -15,8 +15,8 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.ops.spec import FloatArray
 from graphzip.rewrite.blocks import Keys, permute_slices
-from passes.zip_layers import Layer, Matching
-from passes.zip_solve import Pairs
+from graphzip_passes.zip_layers import Layer, Matching
+from graphzip_passes.zip_solve import Pairs
 
 __all__ = ["Channels", "Pick"]
 

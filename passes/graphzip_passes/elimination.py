@@ -32,9 +32,9 @@ from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray
 from graphzip.numeric import SecondMoments, check_finite, factorised
-from passes.layer_rows import Layer, layers_of
-from passes.refit import sampled_rows
-from passes.segments import Partition
+from graphzip_passes.layer_rows import Layer, layers_of
+from graphzip_passes.refit import sampled_rows
+from graphzip_passes.segments import Partition
 
 __all__ = ["Moments", "duplicates", "elimination_orders", "partition_of", "readers_of"]
 

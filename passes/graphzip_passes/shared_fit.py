@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from graphzip.analysis.patches import patches
 from graphzip.labels import IntArray
 from graphzip.numeric import factorised, pseudo_inverse, ridge
-from passes.shared_layers import SharedLayer
-from passes.zip_solve import CrossMoments, Moments, gathered
+from graphzip_passes.shared_layers import SharedLayer
+from graphzip_passes.zip_solve import CrossMoments, Moments, gathered
 
 __all__ = ["fit_shared"]
 

@@ -27,9 +27,9 @@ from graphzip.analysis.groups import ChannelGroups, GroupParam
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.numeric import check_finite
-from passes.elimination import duplicates, readers_of
-from passes.layer_rows import Layer, layers_of
-from passes.segments import features_of
+from graphzip_passes.elimination import duplicates, readers_of
+from graphzip_passes.layer_rows import Layer, layers_of
+from graphzip_passes.segments import features_of
 
 __all__ = ["activations"]
 

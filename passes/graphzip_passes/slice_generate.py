@@ -28,8 +28,8 @@ from graphzip.graph.trace import Traced
 from graphzip.numeric import checked, pseudo_inverse, singular, singular_values, symmetric_eigen
 from graphzip.plan import SliceGenerate, plan_error
 from graphzip.rewrite.factor import factor
-from passes.base import FreeTraining
-from passes.conv_layers import convolutions_of, first_match, kernel_of, select
+from graphzip_passes.base import FreeTraining
+from graphzip_passes.conv_layers import convolutions_of, first_match, kernel_of, select
 
 __all__ = ["SliceGeneratePass", "cut"]
 

@@ -1,4 +1,4 @@
-"""The table of passes: a pass is a file and a line here. Each entry makes a `passes.base.Pass`."""
+"""The table of passes: a pass is a file and a line here. Each entry makes a `graphzip_passes.base.Pass`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from graphzip.plan import (
     SliceGenerate,
     Zip,
 )
-from passes.atom_factorize import AtomFactorizePass
-from passes.cluster_merge import ClusterMergePass
-from passes.cross_domain_share import CrossDomainSharePass
-from passes.fold_batch_norm import FoldBatchNormPass
-from passes.prune_channels import PruneChannelsPass
-from passes.slice_generate import SliceGeneratePass
-from passes.zip import ZipPass
+from graphzip_passes.atom_factorize import AtomFactorizePass
+from graphzip_passes.cluster_merge import ClusterMergePass
+from graphzip_passes.cross_domain_share import CrossDomainSharePass
+from graphzip_passes.fold_batch_norm import FoldBatchNormPass
+from graphzip_passes.prune_channels import PruneChannelsPass
+from graphzip_passes.slice_generate import SliceGeneratePass
+from graphzip_passes.zip import ZipPass
 
 __all__ = ["PASSES"]
 

@@ -21,9 +21,9 @@ import torch
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.ops.site import bind
-from passes.layer_rows import layers_of
-from passes.refit import norm_behind
-from passes.segments import Slices
+from graphzip_passes.layer_rows import layers_of
+from graphzip_passes.refit import norm_behind
+from graphzip_passes.segments import Slices
 
 __all__ = ["correct_variances_"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from graphzip.graph.trace import Traced
 from graphzip.plan import FoldBatchNorm
 from graphzip.rewrite.fold import fold_batch_norm
-from passes.base import FreeTraining
+from graphzip_passes.base import FreeTraining
 
 __all__ = ["FoldBatchNormPass"]
 

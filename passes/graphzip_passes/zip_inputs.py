@@ -21,7 +21,7 @@ from graphzip.errors import ExampleInputError
 from graphzip.graph.operators import CONVOLUTIONS
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
-from passes.layer_rows import sliding
+from graphzip_passes.layer_rows import sliding
 
 __all__ = ["Feed", "Kept", "rows_of", "values_of"]
 

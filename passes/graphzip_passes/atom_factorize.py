@@ -28,10 +28,10 @@ from graphzip.ops.site import bind
 from graphzip.plan import AtomFactorize, plan_error
 from graphzip.rewrite.factor import factor
 from graphzip.rewrite.lower import AtomCall, atom_calls, atoms_first
-from passes.atom_fit import fit_atoms, random_atoms
-from passes.base import FreeTraining
-from passes.conv_layers import blocks_of, convolutions_of, kernel_of, select
-from passes.input_moments import input_moments
+from graphzip_passes.atom_fit import fit_atoms, random_atoms
+from graphzip_passes.base import FreeTraining
+from graphzip_passes.conv_layers import blocks_of, convolutions_of, kernel_of, select
+from graphzip_passes.input_moments import input_moments
 
 __all__ = ["AtomFactorizePass"]
 

@@ -15,11 +15,11 @@ from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.numeric import check_finite
 from graphzip.ops.site import bind
-from passes.base import Feeds
-from passes.zip_inputs import Feed, Kept, rows_of, values_of
-from passes.zip_layers import Layer
-from passes.zip_solve import ChannelMoments, CrossMoments, Moments, Spread, gathered
-from passes.zip_weights import augmented, matrix, outputs, parted
+from graphzip_passes.base import Feeds
+from graphzip_passes.zip_inputs import Feed, Kept, rows_of, values_of
+from graphzip_passes.zip_layers import Layer
+from graphzip_passes.zip_solve import ChannelMoments, CrossMoments, Moments, Spread, gathered
+from graphzip_passes.zip_weights import augmented, matrix, outputs, parted
 
 __all__ = ["Read", "Readings"]
 

@@ -12,8 +12,8 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.rewrite.blocks import put
-from passes.zip_layers import Layer
-from passes.zip_solve import BLOCK
+from graphzip_passes.zip_layers import Layer
+from graphzip_passes.zip_solve import BLOCK
 
 __all__ = ["augmented", "blocks", "deviations", "double", "matrix", "outputs", "parted", "write"]
 

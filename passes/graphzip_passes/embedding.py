@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphzip.numeric import factorised, leading_left
-from passes.similarity import degrees, spectral_loss
+from graphzip_passes.similarity import degrees, spectral_loss
 
 __all__ = ["NODES", "Embedding", "Learned", "orthogonal", "spectral_embedding"]
 
