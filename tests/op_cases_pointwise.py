@@ -47,23 +47,32 @@ CASES.together("dropouts", {
 }, parts=lambda: {
     "drop": nn.Dropout(), "alpha": nn.AlphaDropout(), "feature": nn.Dropout1d(), "both": nn.FeatureAlphaDropout(),
 })  # fmt: skip
-CASES.together("of the same shape", plain("ones_like zeros_like") | {
-    "empty_like": lambda m, x: aten.fill.Scalar(aten.empty_like.default(x), 2.0),
-    "full_like": (2.0,),
+CASES.together("of the same shape", {
     "fill.Scalar": (2.0,),
     "fill.Tensor": lambda m, x: aten.fill.Tensor(x, torch.full((), 0.7, dtype=x.dtype)),
 })  # fmt: skip
 CASES.add(aten.fill.Tensor, lambda m, x: aten.fill.Tensor(x, m.number), name="with a parameter",
           parts=lambda: {"number": nn.Parameter(torch.tensor(0.7))})  # fmt: skip
-MADE: dict[str, Any] = {
-    "new_full": lambda m, x: aten.new_full.default(x, [3, 1], 0.5),
-    "new_ones": lambda m, x: aten.new_ones.default(x, [1]),
-    "new_zeros": lambda m, x: aten.new_zeros.default(x, [1, 1]),
-    "new_empty": lambda m, x: aten.new_empty.default(x, [1]) * 0.0,
+FILLED: dict[str, Any] = {
+    "zeros": lambda x, size: aten.zeros.default(size, dtype=x.dtype),
+    "ones": lambda x, size: aten.ones.default(size, dtype=x.dtype),
+    "full": lambda x, size: aten.full.default(size, 0.5, dtype=x.dtype),
+    "empty.memory_format": lambda x, size: aten.fill.Scalar(aten.empty.memory_format(size, dtype=x.dtype), 0.5),
+    "new_zeros": aten.new_zeros.default,
+    "new_ones": aten.new_ones.default,
+    "new_full": lambda x, size: aten.new_full.default(x, size, 0.5),
+    "new_empty": lambda x, size: aten.fill.Scalar(aten.new_empty.default(x, size), 0.5),
 }
-CASES.together("made like another", {name: lambda m, x, make=make: x + make(m, x) for name, make in MADE.items()})
-CASES.add(aten.new_full.default, lambda m, x: x + aten.new_full.default(x, [6, 1], 0.5), name="as wide as the channels",
-          why="combines it with a tensor whose channels are fixed")  # fmt: skip
+for way, width in {"as wide as the channels": 6, "as wide as nothing": 1}.items():
+    CASES.together(f"filled, {way}", {
+        name: lambda m, x, make=make, width=width: x + make(x, [x.shape[0], 3, width]) for name, make in FILLED.items()
+    })  # fmt: skip
+CASES.add(aten.zeros.default, lambda m, x: torch.cat([x, aten.zeros.default([x.shape[0], 4, 5], dtype=x.dtype)], 1),
+          name="behind the channels")  # fmt: skip
+CASES.add(aten.ones.default, lambda m, x: x @ aten.ones.default([6, 4], dtype=x.dtype), (2, 5, 6), dim=2, out=1,
+          name="multiplied with")  # fmt: skip
+CASES.add(aten.full.default, lambda m, x: x + aten.full.default([x.shape[0], 6, 5], 0.5, dtype=x.dtype).view(-1, 3, 2, 5).flatten(1, 2),
+          name="viewed", free=None)  # fmt: skip
 CASES.together("questions", plain("isfinite isinf isnan nan_to_num"))
 
 # --- a tensor and a number -----------------------------------------------------------------------------------------

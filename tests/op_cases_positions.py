@@ -34,7 +34,8 @@ for rank, shape in {1: (2, 3, 6), 2: (2, 3, 4, 4), 3: (2, 3, 4, 4, 4)}.items():
     CASES.together(f"pooling over {rank} dimensions", {
         f"max_pool{rank}d": (two,), f"avg_pool{rank}d": (two,), f"adaptive_avg_pool{rank}d": (three,),
         f"adaptive_max_pool{rank}d": first(f"adaptive_max_pool{rank}d", three),
-    } | ({f"max_pool{rank}d_with_indices": first(f"max_pool{rank}d_with_indices", two)} if rank > 1 else {}),
+        f"max_pool{rank}d_with_indices": first(f"max_pool{rank}d_with_indices", two),
+    },
         shape, dim=1)  # fmt: skip
     CASES.together(f"nearest neighbours over {rank} dimensions",
                    resampling(f"upsample_nearest{rank}d _upsample_nearest_exact{rank}d", three), shape, dim=1)  # fmt: skip

@@ -111,7 +111,7 @@ class _Walk:
             axes[node] = found[index] if isinstance(found, list) and isinstance(index, int) else ()
             if parts in self.raw:
                 self.raw.add(node)
-        elif node.op == "call_function" and node.target not in _SHAPE_QUERIES and _has_tensors(node):
+        elif node.op == "call_function" and node.target not in _SHAPE_QUERIES and _has_labels(node):
             self._call(position, node)
 
     def _parameter(self, node: fx.Node) -> None:
@@ -202,5 +202,8 @@ def _flat(found: Any) -> list[IntArray]:
     return list(found)
 
 
-def _has_tensors(node: fx.Node) -> bool:
-    return any(isinstance(source.meta.get("val"), torch.Tensor | list | tuple) for source in node.all_input_nodes)
+def _has_labels(node: fx.Node) -> bool:
+    """Whether an operator is given tensors, or makes labels itself."""
+    return node.target in OPS or any(
+        isinstance(source.meta.get("val"), torch.Tensor | list | tuple) for source in node.all_input_nodes
+    )

@@ -74,7 +74,7 @@ _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_
 _pack_padded_sequence _pad_packed_sequence _pdist_forward _prelu_kernel _reshape_alias _safe_softmax
 _scaled_dot_product_attention_math _scaled_dot_product_flash_attention_for_cpu _shape_as_tensor _softmax
 _thnn_fused_gru_cell _thnn_fused_lstm_cell _trilinear _unique2 _unsafe_index __and__ __lshift__ __or__ __rshift__
-__xor__ _unsafe_index_put _unsafe_masked_index _weight_norm _weight_norm_interface
+__xor__ _unsafe_index_put _unsafe_masked_index _weight_norm _weight_norm_interface full_like ones_like zeros_like
 """
 """Names of further functions of tensors; each stands for those of its overloads that write nowhere."""
 

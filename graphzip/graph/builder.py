@@ -9,7 +9,9 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-__all__ = ["Builder", "rank_of"]
+__all__ = ["Builder", "rank_of", "shape_of", "size_of"]
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -36,3 +38,14 @@ class Builder:
 def rank_of(value: fx.Node) -> int:
     """How many dimensions a tensor has."""
     return len(value.meta["val"].shape)
+
+
+def shape_of(build: Builder, value: fx.Node) -> list[Any]:
+    """The sizes of a tensor as arguments: numbers, and nodes for those that the inputs decide."""
+    return [size_of(build, value, dim) for dim in range(rank_of(value))]
+
+
+def size_of(build: Builder, value: fx.Node, dim: int) -> Any:
+    """One size of a tensor as an argument."""
+    size = value.meta["val"].shape[dim]
+    return build(aten.sym_size.int, value, dim) if isinstance(size, torch.SymInt) else size

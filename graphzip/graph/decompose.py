@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphzip.graph.builder import Builder, rank_of
+from graphzip.graph.builder import Builder, rank_of, shape_of, size_of
+from graphzip.graph.cells import CELLS
+from graphzip.graph.fills import LIKE, fills_apart
 from graphzip.graph.synonyms import SYNONYMS
 
 __all__ = ["decompose"]
@@ -18,7 +20,7 @@ aten = torch.ops.aten
 
 
 def decompose(graph: fx.Graph) -> None:
-    """Replace every operator of the table below; owners and source lines stay."""
+    """Replace every operator of the table below; owners and source lines stay. Readers of a fill get one each."""
     for node in list(graph.nodes):
         rule = _RULES.get(node.target) if node.op == "call_function" else None
         if rule is not None:
@@ -27,6 +29,7 @@ def decompose(graph: fx.Graph) -> None:
             if isinstance(made, fx.Node):
                 node.replace_all_uses_with(made)
                 graph.erase_node(node)
+    fills_apart(graph)
 
 
 def _weight_norm(build: Builder, v: fx.Node, g: fx.Node, dim: int = 0) -> fx.Node:
@@ -71,17 +74,8 @@ def _moments(spread: Any) -> Callable[..., None]:
     return rule
 
 
-def _shape_of(build: Builder, other: fx.Node) -> list[Any]:
-    return [_size_of(build, other, dim) for dim in range(rank_of(other))]
-
-
-def _size_of(build: Builder, value: fx.Node, dim: int) -> Any:
-    size = value.meta["val"].shape[dim]
-    return build(aten.sym_size.int, value, dim) if isinstance(size, torch.SymInt) else size
-
-
 def _reshape_as(build: Builder, x: fx.Node, other: fx.Node) -> fx.Node:
-    return build(aten.reshape.default, x, _shape_of(build, other))
+    return build(aten.reshape.default, x, shape_of(build, other))
 
 
 def _broadcast_to(build: Builder, x: fx.Node, size: Any) -> fx.Node:
@@ -108,7 +102,7 @@ def _wide(build: Builder, values: Sequence[fx.Node], which: int) -> fx.Node:
     own = values[which]
     if rank_of(own) == rank and all(holder is None or holder[0] is own for holder in holders):
         return own
-    sizes = [1 if holder is None else _size_of(build, *holder) for holder in holders]
+    sizes = [1 if holder is None else size_of(build, *holder) for holder in holders]
     return build(aten.expand.default, own, sizes)
 
 
@@ -247,5 +241,7 @@ _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten.gru.input: _one_layer_each,
     aten.rnn_tanh.input: _one_layer_each,
     aten.rnn_relu.input: _one_layer_each,
+    **CELLS,
+    **LIKE,
     **SYNONYMS,
 }

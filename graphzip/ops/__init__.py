@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphzip.ops import conv, copies, linear, movement, norm, picking, pointwise, positions, recurrent, views, windows
+from graphzip.ops import (
+    conv,
+    copies,
+    fills,
+    linear,
+    movement,
+    norm,
+    picking,
+    pointwise,
+    positions,
+    recurrent,
+    views,
+    windows,
+)
 from graphzip.ops.spec import OpSpec, table_of
 
 __all__ = ["MOVES", "OPS", "OpSpec"]
 
-_FAMILIES = (pointwise, views, movement, picking, copies, windows, conv, linear, recurrent, norm, positions)
+_FAMILIES = (pointwise, views, movement, picking, copies, fills, windows, conv, linear, recurrent, norm, positions)
 
 OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in _FAMILIES)
 

@@ -382,11 +382,6 @@ def numbers_of(value: Any) -> IntArray | None:
     return numbers
 
 
-def factory(site: Site) -> Result:
-    """A new tensor that takes only dtype and device from its operand."""
-    return ()
-
-
 def patch_index_select(patch: Patch) -> None:
     source = patch.args["self"]
     dim = patch.args["dim"] % len(source.meta["val"].shape)
@@ -478,7 +473,6 @@ SPECS = (
     OpSpec((aten.stack.default,), stack),
     OpSpec((aten.pad.default, aten.constant_pad_nd.default), pad, patch=patch_pad),
     OpSpec((aten.index_select.default,), index_select, patch=patch_index_select),
-    OpSpec((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), factory),
     OpSpec((aten.flip.default,), flip),
     OpSpec((aten.roll.default,), roll, patch=patch_roll),
 )

@@ -34,11 +34,11 @@ _IDENTITY = (
 )
 
 _UNARY = """
-abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh deg2rad elu empty_like
+abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh deg2rad elu
 erf erfc erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan
-leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg ones_like positive pow
+leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg positive pow
 rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt
-square tan tanh tanhshrink threshold trunc zeros_like full_like special_expit
+square tan tanh tanhshrink threshold trunc special_expit
 """
 
 _BINARY = """

@@ -201,7 +201,7 @@ def gather(site: Site) -> Result:
 
 
 _POOLS = {
-    1: "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d",
+    1: "max_pool1d max_pool1d_with_indices avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d",
     2: "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d",
     3: "max_pool3d max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d",
 }

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -20,11 +19,6 @@ from graphzip.ops.spec import OpSpec, Patch, Result
 __all__ = ["SPECS"]
 
 aten = torch.ops.aten
-
-_FILLS = {
-    aten.zeros.default, aten.ones.default, aten.full.default, aten.zeros_like.default, aten.ones_like.default,
-    aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
-}  # fmt: skip
 
 
 def recurrent(site: Site) -> Result:
@@ -83,20 +77,14 @@ def _read(site: Site, inputs: list[IntArray], weight: fx.Node) -> None:
 
 
 def _start(site: Site, state: fx.Node, labels: IntArray) -> None:
-    """The first state has the labels of the units; one that is filled with a number has any width."""
+    """The first state has the labels of the units."""
     touching, others = split_axes(site.axes(state), [2])
     for axis in others:
         site.pin(axis, "runs over positions")
     for axis in touching:
         site.unify(site.tie(axis, [dim for dim in support(axis) if dim != 2]), _along(labels))
-    if not touching and not _is_filled(state) and labels.size > 1:
+    if not touching and labels.size > 1:
         site.pin(labels, "starts from a state whose channels are fixed")
-
-
-def _is_filled(state: fx.Node) -> bool:
-    while state.target in (aten.slice.Tensor, aten.index_select.default):
-        state = state.args[0]  # type: ignore[assignment]
-    return state.target in _FILLS
 
 
 def _use(site: Site, weight: fx.Node) -> None:
@@ -118,7 +106,7 @@ def macs(site: Site) -> int:
 
 
 def patch_recurrent(patch: Patch) -> None:
-    """Give filled states the width that is left; weights whose slices were not added up refuse."""
+    """Weights whose slices were not added up refuse."""
     if patch.args["num_layers"] > 1 or patch.args["bidirectional"]:
         return
     w_ih, w_hh, _, projection = _weights(patch.args)
@@ -135,16 +123,6 @@ def patch_recurrent(patch: Patch) -> None:
             f"{left[0]} hidden units would be left and as many projected channels, which torch takes for a layer "
             f"without a projection; keep more or fewer of one of them"
         )
-    made = []
-    for state, size in zip(states, left, strict=False):
-        copied = patch.copied(state)
-        width = int(state.meta["val"].shape[2])
-        if _is_filled(state) and size < width:
-            copied = patch.call(aten.slice.Tensor, copied, 2, 0, size)
-        elif _is_filled(state) and size > width:
-            copied = patch.call(aten.index_select.default, copied, 2, patch.constant(np.zeros(size, dtype=np.int64)))
-        made.append(copied)
-    patch.set_node("hx", made if len(states) > 1 else made[0])
 
 
 SPECS = (

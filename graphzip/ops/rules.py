@@ -71,6 +71,7 @@ def merge(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
     extends along the innermost dimension without labels, the others are pinned; along an outer one, their blocks are.
     """
     remaining = [axis for axes, _ in operands for axis in axes if support(axis)]
+    remaining.sort(key=site.is_derived)  # the labels of parameters stand for those of what is filled or copied
     result: list[IntArray] = []
     while remaining:
         cluster = [remaining.pop(0)]
