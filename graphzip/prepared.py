@@ -23,6 +23,7 @@ from graphzip.compiled import Compiled, task_module
 from graphzip.errors import GraphZipError, RewriteError, WeightsError
 from graphzip.graph.batches import batch_arguments, check_batches, each_batch, run_batch
 from graphzip.graph.copies import flags_kept, in_mode, switches_by_itself
+from graphzip.graph.frozen import freeze, thaw
 from graphzip.graph.trace import Traced
 from graphzip.guard import public, users_own
 from graphzip.history import History, Record
@@ -37,6 +38,8 @@ from graphzip_passes.table import PASSES
 __all__ = ["Prepared", "follow_modes"]
 
 logger = logging.getLogger(__name__)
+
+_OF_THE_PLAN = ("plan", "_progress", "_before", "_before_tasks", "_changes", "_history")
 
 _NOT_FINITE = "outputs on the calibration data are not finite, so how far they moved is unknown"
 
@@ -97,6 +100,23 @@ class Prepared(nn.Module):
         self.register_load_state_dict_post_hook(_take_clusters)  # type: ignore[no-untyped-call]
         self._begin()
         self._progress.ahead = borrowed and isinstance(self._progress.active, Stepwise)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the plan, its passes and the graph as one, so that they refer to the same nodes."""
+        state = dict(self.__dict__)
+        plan = {name: state.pop(name) for name in _OF_THE_PLAN}
+        return {**state, "_frozen": freeze(plan)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(thaw(self.__dict__.pop("_frozen")))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        """A copy to train; the original model and the calibration data are only read, and shared with it."""
+        memo.update({id(value): value for value in self._hidden.values()})
+        twin = memo[id(self)] = Prepared.__new__(Prepared)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, overload
 
 import numpy as np
@@ -210,13 +210,13 @@ def channel_groups_of(traced: Traced, analysis: Analysis) -> ChannelGroups:
         drafts += _Builder(traced, analysis, analysis.coarse, first_use).drafts()
     drafts.sort(key=lambda draft: draft.place)
     groups = _named(traced, drafts)
-
-    def explained(group: ChannelGroup) -> Explanation:
-        roles = {_local(traced, param.param): param.role for param in group.params}
-        return explain(traced.graph, analysis, group, roles)
-
     order = [traced.qualified(name) for name in sorted(first_use, key=first_use.__getitem__)]
-    return ChannelGroups(groups, *_shares(traced, groups), explained, order)
+    return ChannelGroups(groups, *_shares(traced, groups), partial(_explained, traced, analysis), order)
+
+
+def _explained(traced: Traced, analysis: Analysis, group: ChannelGroup) -> Explanation:
+    roles = {_local(traced, param.param): param.role for param in group.params}
+    return explain(traced.graph, analysis, group, roles)
 
 
 @dataclass(frozen=True)

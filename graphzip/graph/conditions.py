@@ -21,6 +21,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from graphzip.errors import InputShapeError, TraceError
 from graphzip.graph.branches import Branch
+from graphzip.graph.proxies import as_call, is_proxy
 
 __all__ = ["Open", "Sizes", "Term", "check_sizes", "holds", "parse", "sizes_of"]
 
@@ -260,6 +261,9 @@ def holds(text: str, known: dict[str, Any]) -> bool:
 
 def check_sizes(texts: tuple[str, ...], terms: tuple[Term, ...], names: tuple[str, ...], *inputs: Any) -> None:
     """Raises `InputShapeError` where a condition does not hold for the inputs, given with their names."""
+    if is_proxy(*inputs):
+        as_call(check_sizes, texts, terms, names, *inputs)
+        return
     known = dict(zip(names, inputs, strict=True))
     for text, term in zip(texts, terms, strict=True):
         if not _value(term, known):

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphzip.graph.proxies import as_layer, is_proxy
+
 __all__ = ["FACTORED", "AtomConv", "FactoredConv", "SliceConv", "factored_conv", "slice_grid"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -126,6 +128,8 @@ class AtomConv(FactoredConv):
         return torch.matmul(used, atoms).reshape(self.out_channels, columns, *self.kernel_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_proxy(x):
+            return as_layer(self, x)  # type: ignore[no-any-return]
         y: torch.Tensor = self._conv_forward(x, self.weight, self.bias)
         count, channel = self.atoms.shape[0], -1 - len(self.kernel_size)
         if count == 1 or not self.shuffled:
@@ -163,6 +167,8 @@ class SliceConv(FactoredConv):
         return kernel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_proxy(x):
+            return as_layer(self, x)  # type: ignore[no-any-return]
         y: torch.Tensor = self._conv_forward(x, self.weight, self.bias)
         return y
 

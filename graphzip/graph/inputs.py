@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import InputShapeError
+from graphzip.graph.proxies import as_call, is_proxy
 
 __all__ = [
     "InputSpec",
@@ -150,6 +151,8 @@ def check_input(
 
     Where `dtype` is given `value` must be of the same kind: floating, complex, bool or another integer.
     """
+    if is_proxy(value):
+        return as_call(check_input, value, name, shape, dtype)  # type: ignore[no-any-return]
     if not isinstance(value, torch.Tensor):
         raise InputShapeError(
             f"input {name!r} is a {type(value).__name__}, but the model was compiled for a tensor of {_text(shape)}"
@@ -176,7 +179,9 @@ def _text(shape: tuple[int | None, ...]) -> str:
 
 def check_constant(value: Any, name: str, expected: Any) -> None:
     """Raises `InputShapeError` unless an argument that is not a tensor has the value the graph was made for."""
-    if type(value) is not type(expected) or value != expected:
+    if is_proxy(value):
+        as_call(check_constant, value, name, expected)
+    elif type(value) is not type(expected) or value != expected:
         given = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
         raise InputShapeError(
             f"argument {name!r} is {given}, but the model was compiled for {expected!r}, which is part of the graph; "

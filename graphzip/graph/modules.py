@@ -19,6 +19,7 @@ from graphzip.graph.factored import FACTORED, AtomConv
 from graphzip.graph.inputs import check_constant, check_input
 from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
 from graphzip.graph.operators import CONVOLUTIONS, arguments_of
+from graphzip.graph.proxies import as_layer, is_proxy
 from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
 from graphzip.graph.trace import Traced
 from graphzip.graph.two_forms import TwoForms, one_form
@@ -261,6 +262,8 @@ class BatchNormCall(nn.Module):
         mean: torch.Tensor,
         var: torch.Tensor,
     ) -> torch.Tensor:
+        if is_proxy(x):
+            return as_layer(self, x, weight, bias, mean, var)  # type: ignore[no-any-return]
         return nn.functional.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 

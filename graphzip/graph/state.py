@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphzip.graph.frozen import Frozen, freeze, thaw
 
 __all__ = [
     "Aliases",
+    "Rewritten",
     "attach",
     "drop_unread",
+    "fake_memo",
     "find_aliases",
     "get_tensor",
     "graph_module",
@@ -76,12 +83,60 @@ def is_persistent(root: nn.Module, name: str) -> bool:
     return leaf not in root.get_submodule(owner)._non_persistent_buffers_set
 
 
+class Rewritten(fx.GraphModule):
+    """A graph module that is pickled and copied as it is: with its graph, and all its state in the same order.
+
+    (That of `torch.fx` is written as source and traced anew, and a copy of it has its state in the order of its use.)
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (type(self).__name__,), (self._own(), freeze(self.graph, only_calls=True))
+
+    def __setstate__(self, state: tuple[dict[str, Any], Frozen]) -> None:
+        own, graph = state
+        self.__dict__.update(own)
+        self.graph = thaw(graph)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+        twin = memo[id(self)] = _empty(type(self).__name__)
+        twin.__dict__.update(copy.deepcopy(self._own(), memo))
+        twin.graph = copy.deepcopy(self.graph, fake_memo(self))
+        return twin
+
+    def __copy__(self) -> Rewritten:
+        twin = _empty(type(self).__name__)
+        twin.__dict__.update(self._own())
+        twin.graph = self.graph
+        return twin
+
+    def _own(self) -> dict[str, Any]:
+        """All but what belongs to the graph and what comes from it."""
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_THE_GRAPH}
+
+
+def _empty(name: str) -> Rewritten:
+    return Rewritten(nn.Module(), fx.Graph(), class_name=name)
+
+
+_OF_THE_GRAPH = {
+    *("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "_tracer_extras"),
+    *("_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks", "shape_env"),
+}
+"""What a graph module has besides its state and what people set on it."""
+
+
+def fake_memo(module: fx.GraphModule) -> dict[int, Any]:
+    """For a deep copy of the graph: the fake results of its nodes are not copied."""
+    values = pytree.tree_leaves([node.meta.get("val") for node in module.graph.nodes])
+    return {id(value): value for value in values}
+
+
 def graph_module(root: nn.Module, graph: fx.Graph, name: str, *, compiled: bool = True) -> fx.GraphModule:
     """A graph module that takes over the whole state of `root`, read by the graph or not.
 
     Where it is not `compiled`, the graph is still going to change, and `recompile` comes after that.
     """
-    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
+    module = Rewritten(nn.Module(), fx.Graph(), class_name=name)
     module._modules.update(root._modules)
     module._parameters.update(root._parameters)
     module._buffers.update(root._buffers)

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import GraphZipError
+from graphzip.graph.state import graph_module
 
 __all__ = ["Task", "check_task_names", "common_module", "joined_module"]
 
@@ -58,7 +59,7 @@ def joined_module(models: Mapping[str, nn.Module], arity: Mapping[str, int]) -> 
             inputs = tuple(graph.call_function(operator.getitem, (node, place)) for place in range(arity[name]))
         made[name] = graph.call_module(name, inputs)
     graph.output(made)
-    module = fx.GraphModule(dict(models), graph, class_name="Tasks")
+    module = _module(models, graph)
     module.training = any(model.training for model in models.values())
     return module
 
@@ -72,4 +73,10 @@ def common_module(models: Mapping[str, nn.Module], arity: int) -> fx.GraphModule
     names = list(inspect.signature(next(iter(models.values())).forward).parameters)[:arity]
     inputs = tuple(graph.placeholder(name) for name in names)
     graph.output({name: graph.call_module(name, inputs) for name in models})
-    return fx.GraphModule(dict(models), graph, class_name="Tasks")
+    return _module(models, graph)
+
+
+def _module(models: Mapping[str, nn.Module], graph: fx.Graph) -> fx.GraphModule:
+    root = nn.Module()
+    root._modules.update(models)
+    return graph_module(root, graph, "Tasks")

@@ -25,6 +25,7 @@ from graphzip.graph.copies import flags_kept, in_mode
 from graphzip.graph.flat import Flat, flatten
 from graphzip.graph.follow import Follower
 from graphzip.graph.forms import Form
+from graphzip.graph.frozen import Freezable
 from graphzip.graph.inputs import InputSpec, input_specs
 from graphzip.graph.modes import (
     FROZEN,
@@ -44,6 +45,7 @@ from graphzip.graph.state import (
     Aliases,
     attach,
     drop_unread,
+    fake_memo,
     graph_module,
     is_persistent,
     named_state,
@@ -58,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Traced:
+class Traced(Freezable):
     """A model as a flat ATen graph.
 
     `module` holds the graph and, under their original names, the parameters and buffers (shared with the model it
@@ -93,7 +95,7 @@ class Traced:
 
     def copy(self, *, compiled: bool = True) -> Traced:
         """A graph of its own that shares all tensors with this one; `recompile` it where it is not `compiled`."""
-        graph = copy.deepcopy(self.module.graph, _fake_memo(self.module))
+        graph = copy.deepcopy(self.module.graph, fake_memo(self.module))
         module = graph_module(share_tree(self.module), graph, type(self.module).__name__, compiled=compiled)
         return replace(self, module=module)
 
@@ -162,11 +164,6 @@ def _moved(tensor: torch.Tensor, moves: dict[_Place, _Place]) -> torch.Tensor:
         return tensor.to(device, dtype)
     devices = {old: new for (_, old), (_, new) in moves.items()}
     return tensor.to(devices.get(tensor.device, tensor.device))
-
-
-def _fake_memo(module: fx.GraphModule) -> dict[int, Any]:
-    values = pytree.tree_leaves([node.meta.get("val") for node in module.graph.nodes])
-    return {id(value): value for value in values}
 
 
 def trace(

@@ -6,12 +6,16 @@ once. So whatever is decided about channels holds in both, and both share their 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
+
+from graphzip.graph.frozen import freeze, thaw
+from graphzip.graph.proxies import is_proxy
 
 __all__ = ["Forms", "TwoForms", "both_outputs", "eval_form", "form_nodes", "one_form", "splits"]
 
@@ -107,16 +111,20 @@ class TwoForms(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the form of the present mode."""
-        return self._two_forms[self.training].forward(*args, **kwargs)
+        form = self._two_forms[self.training]
+        if is_proxy(args):  # symbolic tracing hands over all positional arguments as one
+            return form.forward(*(args[place] for place in range(len(inspect.signature(form.forward).parameters))))
+        return form.forward(*args, **kwargs)
 
     def _get_name(self) -> str:
         return self._two_names
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_two_forms"}
+        state = {key: value for key, value in self.__dict__.items() if key != "_two_forms"}
+        return state | {"_two_graphs": freeze(self._two_graphs, only_calls=True)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state | {"_two_graphs": thaw(state["_two_graphs"])})
         self._two_forms = self._built()
 
 

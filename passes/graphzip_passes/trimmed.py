@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphzip.errors import ExampleInputError
+from graphzip.graph.frozen import Beside
 
 __all__ = ["KEPT", "Trimmed", "rows_of_input"]
 
@@ -52,7 +53,7 @@ class _Batch:
     found: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Trimmed:
+class Trimmed(Beside):
     """The trimmed features of the layers that are watched, in all tasks, batch by batch.
 
     A batch is noted when the models run with gradients on, all of them before the features are taken. Inside
@@ -67,6 +68,10 @@ class Trimmed:
         self._seen: dict[tuple[str, str], int] = defaultdict(int)
         self._collecting = False
         self._hooks: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the batch of a step that is being taken, which belongs to a graph of autograd."""
+        return {**vars(self), "_batches": defaultdict(list)}
 
     def watch(self, layer: str, modules: Mapping[str, nn.Module], dims: int) -> None:
         """Note what `modules`, this layer in every task, read."""
