@@ -24,6 +24,7 @@ _DROPOUTS = {
 }
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_SHOWN = {*_DROPOUTS, _GET_DATA, _SET_DATA}
 
 
 class ShowUnseen(TorchFunctionMode):
@@ -32,6 +33,8 @@ class ShowUnseen(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in _SHOWN:
+            return func(*args, **kwargs) if kwargs else func(*args)
         options = dict(kwargs or {})
         if func == _GET_DATA:
             return args[0].detach()
