@@ -187,6 +187,38 @@ def test_a_fit_brings_outputs_closer(clustering: str) -> None:
     assert "head.2.weight" in summary["cluster_merge"]["fitted"]
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.ReLU(),
+        nn.ReLU6(inplace=True),
+        nn.Hardtanh(-0.5, 0.5),
+        nn.Hardswish(),
+        nn.Hardsigmoid(),
+        Net(lambda m, x: x.clamp(-1, 1)),
+        Net(lambda m, x: x.clamp(max=0.5)),
+        Net(lambda m, x: torch.clamp_min(x, 0.3)),
+        Net(lambda m, x: torch.clamp_max(x, 0.3)),
+    ],
+    ids=str,
+)
+def test_values_that_an_activation_cuts_off_need_not_be_met(
+    activation: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 5), nn.Identity()).eval()
+    with torch.no_grad():
+        model[2].weight.mul_(12.0)
+    model[3] = activation
+    x = torch.randn(4096, 6)
+    both = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr("graphzip_passes.refit._flat", lambda node: None)
+        both.append(distance(model, merged(model, (x[:2],), [x], keep={"0": 12}, compensate="data"), x))
+    assert both[0] < 0.99 * both[1]
+
+
 def test_the_user_s_model_stays_as_it_is() -> None:
     model, x = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}

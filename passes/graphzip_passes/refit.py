@@ -8,7 +8,8 @@ original gives `T` for the same channels. The change of its weight is the damped
 with a column of ones in `X` where the layer has a bias, or a batch norm behind it whose running mean can take one in;
 `s` is the scale of that batch norm. `X` is what the layers before give, fitted already, so errors do not pile up; where
 a layer is the last term of a residual sum, `T` and `P` are the sums. Where a ReLU follows, values that are negative on
-both sides are right as they are: `T` is replaced by `min(P, 0)` where it is negative, and the fit is repeated.
+both sides are right as they are: `T` is replaced by `min(P, 0)` where it is negative, and the fit is repeated. So it is
+with every activation that is constant below or above a value (`ReLU6`, `Hardtanh`, `Hardswish`, `clamp`).
 
 A batch norm that has no fitted layer of its own before it gets the statistics of what it reads now. Where nothing
 moved, `T - P` is zero and nothing changes.
@@ -21,6 +22,7 @@ Sources: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks"
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +42,19 @@ logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
+_FLAT = {
+    aten.relu.default: (0.0, math.inf),
+    aten.relu6.default: (0.0, 6.0),
+    aten.hardswish.default: (-3.0, math.inf),
+    aten.hardsigmoid.default: (-3.0, 3.0),
+}
+_BETWEEN = {
+    aten.hardtanh.default: ("min_val", "max_val"),
+    aten.clamp.default: ("min", "max"),
+    aten.clamp_min.default: ("min", ""),
+    aten.clamp_max.default: ("", "max"),
+}
+"""The names of the arguments between which an operator is not constant."""
 _NUMBERS = 1 << 27  # in the rows that one layer is fitted on, at most
 
 
@@ -53,12 +68,15 @@ class Refit:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where the slim model is compared with the original: behind `norm` and `sum`, where the layer has these."""
+    """Where the slim model is compared with the original: behind `norm` and `sum`, where the layer has these.
+
+    What follows gives the same for all values below the first and for all above the second number of `flat`.
+    """
 
     layer: Layer
     norm: fx.Node | None
     sum: fx.Node | None
-    rectified: bool
+    flat: tuple[float, float] | None
 
     @property
     def node(self) -> fx.Node:
@@ -178,8 +196,8 @@ class _Walk:
         intercept = layer.bias is not None or target.norm is not None
         scale = torch.ones(1, dtype=t.dtype, device=t.device) if target.norm is None else self._scale(target.norm)
         scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)
-        rounds = self.effort.rounds if target.rectified else 0
-        change = _solved(layer.name, x, t, p, scale, intercept=intercept, rounds=rounds)
+        rounds = self.effort.rounds if target.flat else 0
+        change = _solved(layer.name, x, t, p, scale, intercept=intercept, rounds=rounds, flat=target.flat)
         self._apply(target, change, intercept=intercept)
         self.fitted.append(layer.name)
 
@@ -242,7 +260,18 @@ def _target_of(layer: Layer, place: Mapping[fx.Node, int]) -> _Target:
         if len(others) == 1 and place[others[0]] < place[layer.node] and _alike(others[0], last):
             total = last = following
             following = _only_reader(last)
-    return _Target(layer, norm, total, following is not None and following.target is aten.relu.default)
+    return _Target(layer, norm, total, None if following is None else _flat(following))
+
+
+def _flat(node: fx.Node) -> tuple[float, float] | None:
+    """The value up to which and the value from which an activation is constant; None where it is so nowhere."""
+    if node.target in _FLAT:
+        return _FLAT[node.target]
+    if node.target not in _BETWEEN:
+        return None
+    low, high = (bind(node).get(name) for name in _BETWEEN[node.target])
+    numbers = all(each is None or isinstance(each, (int, float)) for each in (low, high))
+    return (-math.inf if low is None else low, math.inf if high is None else high) if numbers else None
 
 
 def norm_behind(node: fx.Node) -> fx.Node | None:
@@ -307,6 +336,7 @@ def _solved(
     *,
     intercept: bool,
     rounds: int,
+    flat: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """The change (G, I * K [+ 1], O) in float64, for rows read (G, R, I * K) and wanted and given ones (G, R, O).
 
@@ -317,6 +347,12 @@ def _solved(
     usable = scale.abs() > 1e-6 * scale.abs().max()
     for turn in range(1 + rounds):
         now = p + fit.given() * scale if turn else p
-        goal = torch.where(t > 0, t, now.clamp(max=0)) if turn else t
+        goal = _as_good(t, now, *flat) if turn and flat else t
         fit.improve(torch.where(usable, (goal - now) / scale, 0.0))
     return torch.cat([fit.weights, fit.offset], 1) if intercept else fit.weights
+
+
+def _as_good(wanted: torch.Tensor, now: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """What is nearest to `now` of all that an activation which is constant below and above takes for `wanted`."""
+    goal = torch.where(wanted > low, wanted, now.clamp(max=low))
+    return goal if high == math.inf else torch.where(wanted < high, goal, now.clamp(min=high))
