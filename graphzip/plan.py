@@ -37,6 +37,7 @@ from graphzip.plan_checks import (
     check_name,
     check_names,
     check_norms,
+    check_shapes,
     check_share,
     check_strength,
     check_threshold,
@@ -46,6 +47,7 @@ from graphzip.plan_checks import (
     is_flag,
     is_int,
     is_list,
+    key_text,
     listed,
     one_of,
     path_or_none,
@@ -53,7 +55,7 @@ from graphzip.plan_checks import (
     show,
     slice_shape,
 )
-from graphzip.plan_yaml import read_yaml, to_yaml
+from graphzip.plan_yaml import check_text, read_yaml, to_yaml
 from graphzip.tables import closest
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ __all__ = [
 ]
 
 VERSION: Final = 1
+_MOST: Final = 1_000  # passes of a plan, or options of a pass
 _LISTED: Final = 10  # problems or names that one message lists before it only counts the rest
 
 Shape = tuple[int, ...]
@@ -144,7 +147,7 @@ class PassOptions(BaseModel):
             return obj
         if not isinstance(obj, Mapping):
             raise PlanError(f"{cls.kind}: {show(obj)} is not a mapping of options")
-        return cls(**{str(name): value for name, value in obj.items()})
+        return cls(**{key_text(name): value for name, value in obj.items()})
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **_: Any) -> Self:
@@ -446,7 +449,7 @@ class Plan:
                 problems.append(f"passes[{position}]: {options.__name__} is a class; write {options.__name__}()")
             elif not isinstance(options, PassOptions):
                 problems.append(f"passes[{position}]: {show(options)} is not a pass, such as ClusterMerge()")
-        self._inputs = _shapes(inputs, problems)
+        self._inputs = check_shapes(inputs, problems)
         if problems:
             raise plan_error(problems)
         _check_order(self._passes)
@@ -497,9 +500,14 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan file. It is written whole or not at all.
 
-        Raises `PlanError`, naming the file, when it cannot be written.
+        Raises `PlanError`, naming the file, when it cannot be written, or would be larger than `load` reads.
         """
-        write_text(path, to_yaml(self.to_dict()), PlanError)
+        text = to_yaml(self.to_dict())
+        try:
+            check_text(text.encode())
+        except ValueError as error:
+            raise PlanError(f"{as_path(path, PlanError)}: {error}") from None
+        write_text(path, text, PlanError)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -525,20 +533,6 @@ def _check_order(passes: Sequence[PassOptions]) -> None:
             )
 
 
-def _shapes(value: Any, problems: list[str]) -> tuple[Shape, ...] | None:
-    if value is None:
-        return None
-    shapes = listed(value)
-    if not shapes or not all(is_list(shape) and len(shape) for shape in shapes):
-        problems.append(f"inputs: {show(value)} is not a list of shapes, such as [[2, 3, 224, 224]]")
-        return None
-    for position, shape in enumerate(shapes):
-        for dim, size in enumerate(shape):
-            if not is_int(size) or size < 1:
-                problems.append(f"inputs[{position}][{dim}]: {show(size)} is not a size; write an int of at least 1")
-    return None if problems else tuple(tuple(int(size) for size in shape) for shape in shapes)
-
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 
@@ -552,14 +546,18 @@ def _read(data: Any, source: str) -> Plan:
         text = f"version: {show(version)} is unknown; this graphzip reads version {VERSION}"
         raise plan_error([text], source)
     known = ("version", "inputs", "passes")
-    problems = [f"{key}: unknown key; {closest(str(key), known)}" for key in data if key not in known]
-    shapes = _shapes(data.get("inputs"), problems)
+    unknown = [key_text(key) for key in data if key not in known]
+    problems = [f"{key}: unknown key; {closest(key, known)}" for key in unknown[:_LISTED]]
+    problems += [f"{len(unknown)} unknown keys"] * (len(unknown) > _LISTED)
+    shapes = check_shapes(data.get("inputs"), problems)
     listed = data.get("passes")
     passes: list[PassOptions] = []
     if "passes" not in data:
         problems.append("passes: missing; write a list of passes, such as 'passes: [{cluster_merge: {keep: 0.5}}]'")
     elif not is_list(listed):
         problems.append(f"passes: {show(listed)} is not a list of passes")
+    elif len(listed) > _MOST:
+        problems.append(f"passes: {len(listed):,} passes, more than {_MOST:,}; name groups by globs")
     else:
         for position, item in enumerate(listed):
             passes += _read_pass(item, f"passes[{position}]", problems)
@@ -576,7 +574,7 @@ def _read_pass(item: Any, where: str, problems: list[str]) -> list[PassOptions]:
         problems.append(f"{where}: {show(item)} is not a pass; write its name and options: 'cluster_merge: {{}}'")
         return []
     if len(item) > 1:
-        keys = ", ".join(map(str, item))
+        keys = ", ".join(key_text(key) for key in list(item)[:_LISTED]) + ", ..." * (len(item) > _LISTED)
         problems.append(
             f"{where}: one item names one pass, this one has the keys {keys}; indent options below the name"
         )
@@ -584,14 +582,17 @@ def _read_pass(item: Any, where: str, problems: list[str]) -> list[PassOptions]:
     ((name, given),) = item.items()
     options_type = PASS_OPTIONS.get(name) if isinstance(name, str) else None
     if options_type is None:
-        problems.append(f"{where}.{name}: unknown pass; {closest(str(name), PASS_OPTIONS)}")
+        problems.append(f"{where}.{key_text(name)}: unknown pass; {closest(key_text(name), PASS_OPTIONS)}")
         return []
     where = f"{where}.{name}"
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         problems.append(f"{where}: {show(given)} is not a mapping of options")
         return []
+    if len(given) > _MOST:
+        problems.append(f"{where}: {len(given):,} options, which no pass has; {closest('', options_type.model_fields)}")
+        return []
     options = options_type.__new__(options_type)
-    found = _fill(options, {str(key): value for key, value in given.items()}, where)
+    found = _fill(options, {key_text(key): value for key, value in given.items()}, where)
     problems += found
     return [] if found else [options]

@@ -338,14 +338,14 @@ def test_a_message_names_the_file(tmp_path: Path) -> None:
         ("", "a plan is a mapping with 'version' and 'passes', got None"),
         ("version: 1\nversion: 1\npasses: []", "not valid YAML: line 2, column 1: the key 'version' is given twice"),
         ("version: 1\npasses: [{cluster_merge: {keep: 1, keep: 2}}]", "line 2, column 36: the key 'keep' is given twi"),
-        ("version: 1\npasses: [a", "not valid YAML: line 2, column 11: expected ',' or ']'"),
+        ("version: 1\npasses: [a", "expected ',' or ']'"),
         ("version: 1\n--- {}", "not valid YAML: line 2, column 1: but found another document"),
         ("version: 1\npasses: !!python/name:os.system", "could not determine a constructor for the tag"),
         ("version: 1\npasses: {? [a] : b}", "not valid YAML: line 2, column 12: found unhashable key"),
-        ("version: 2026-13-45", "not valid YAML: month must be in 1..12"),
+        ("version: 2026-13-45", "version: '2026-13-45' is unknown"),
         ("version: !!timestamp no", "not valid YAML"),
         ("version: " + "[" * 5000, "not valid YAML"),
-        ("version: 1\npasses: &a [*a]", "passes[0]: [[["),
+        ("version: 1\npasses: &a [*a]", "not valid YAML: line 2, column 9: it refers to itself"),
     ],
 )
 def test_files_that_are_no_plan(text: str, expected: str, tmp_path: Path) -> None:
