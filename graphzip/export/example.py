@@ -10,6 +10,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch.utils import _pytree as pytree
 
+from graphzip.graph.sizes import value_at
 from graphzip.graph.trace import Traced
 
 __all__ = [
@@ -150,8 +151,8 @@ class Sizes:
         values = {**self.known, **chosen}
         shapes = []
         for sizes in self.leaves:
-            numbers = [sympy.sympify(size).subs(values) for size in sizes]
-            if not all(number.is_Integer and number >= 0 for number in numbers):
+            numbers = [value_at(sympy.sympify(size), values) for size in sizes]
+            if not all(number is not None and number.is_Integer and number >= 0 for number in numbers):
                 return None
             shapes.append(tuple(int(number) for number in numbers))
         return shapes

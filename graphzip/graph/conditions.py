@@ -22,6 +22,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from graphzip.errors import InputShapeError, TraceError
 from graphzip.graph.branches import Branch
 from graphzip.graph.proxies import as_call, is_proxy
+from graphzip.graph.sizes import value_at
 
 __all__ = ["Open", "Sizes", "Term", "check_sizes", "holds", "parse", "sizes_of"]
 
@@ -146,8 +147,8 @@ class Sizes:
         ]
         for sizes in itertools.product(*choices):
             values = dict(zip(involved, map(sympy.Integer, sizes), strict=True))
-            ruled_out = any(guard.xreplace(values) == sympy.false for guard in guards)
-            if 1 in sizes and not ruled_out and expression.xreplace(values) != sympy.true:
+            ruled_out = any(value_at(guard, values) in (sympy.false, None) for guard in guards)
+            if 1 in sizes and not ruled_out and value_at(expression, values) != sympy.true:
                 return False
         return True
 
@@ -256,7 +257,15 @@ def _value(term: Any, known: dict[str, Any]) -> Any:
 
 def holds(text: str, known: dict[str, Any]) -> bool:
     """Whether a condition holds for inputs, given by name."""
-    return bool(_value(parse(text), known))
+    return _is_true(parse(text), known)
+
+
+def _is_true(term: Term, known: dict[str, Any]) -> bool:
+    """What cannot be computed, as a rest by zero, is not true: the model fails there, too."""
+    try:
+        return bool(_value(term, known))
+    except ZeroDivisionError:
+        return False
 
 
 def check_sizes(texts: tuple[str, ...], terms: tuple[Term, ...], names: tuple[str, ...], *inputs: Any) -> None:
@@ -266,7 +275,7 @@ def check_sizes(texts: tuple[str, ...], terms: tuple[Term, ...], names: tuple[st
         return
     known = dict(zip(names, inputs, strict=True))
     for text, term in zip(texts, terms, strict=True):
-        if not _value(term, known):
+        if not _is_true(term, known):
             shapes = ", ".join(
                 f"{name} {tuple(given.shape) if isinstance(given, torch.Tensor) else given}"
                 for name, given in known.items()

@@ -11,7 +11,7 @@ from graphzip.graph.blocks import open_blocks
 from graphzip.graph.clean import clean
 from graphzip.graph.conditions import Open, Sizes
 from graphzip.graph.forms import Form
-from graphzip.graph.program import Program
+from graphzip.graph.program import Program, asked_dims
 from graphzip.graph.squeezes import squeezed
 from graphzip.graph.state import Aliases, find_aliases, graph_module, rebuild_state
 
@@ -64,7 +64,7 @@ def flatten(program: Program, source: nn.Module, form_of: FormOf | None = None) 
     written = clean(module, aliases)
     squeezes = [branch for node in module.graph.nodes for branch in squeezed(node)]
     found = sizes.open([*program.watch.branches, *squeezes, *written.branches])
-    told = (*program.notes, *_fixed(program, sizes), *notes, *written.notes)
+    told = (*program.notes, *_fixed(program, sizes), *_ones(program, source, module.graph), *notes, *written.notes)
     return Flat(program, module, aliases, sizes, conditions, found, {}, told, form)
 
 
@@ -76,3 +76,16 @@ def _fixed(program: Program, sizes: Sizes) -> Iterator[str]:
         lines = list(dict.fromkeys(line for _, line in known.values() if line))
         why = f" ({', '.join(lines)} needs it as a number)" if lines else ""
         yield f"fixed as in the example{why}: {listed}; other sizes are refused"
+
+
+def _ones(program: Program, source: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    """One sentence on sizes that were to be open and are one in the example, which `torch.export` takes as a number."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    found = [
+        f"{nodes[number].target}.shape[{dim}]"
+        for number, dims in asked_dims(source, program).items()
+        for dim in dims
+        if isinstance(size := nodes[number].meta["val"].shape[dim], int) and size == 1
+    ]
+    if found:
+        yield f"fixed at one, as in the example: {', '.join(found)}; give an example with two there to have it open"

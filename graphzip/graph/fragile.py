@@ -94,10 +94,10 @@ def _shares(node: fx.Node, operand: fx.Node, symbol: Any) -> bool:
         sizes, strides = ([number(each) for each in those] for those in (value.shape, value.stride()))
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
 
-    made = {each: tensor(each) for each in node.all_input_nodes}
-    args: Any = fx.node.map_arg(node.args, made.__getitem__)
-    kwargs: Any = fx.node.map_arg(node.kwargs, made.__getitem__)
     try:
+        made = {each: tensor(each) for each in node.all_input_nodes}
+        args: Any = fx.node.map_arg(node.args, made.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, made.__getitem__)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception:  # the operator does not run at that size
         return False

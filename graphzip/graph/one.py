@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from graphzip.graph.conditions import Open, holds
 from graphzip.graph.flat import Flat, FormOf, flatten
 from graphzip.graph.program import TRACED_AS_TWO, Call, run_export, separate, untraceable
+from graphzip.graph.sizes import value_at
 from graphzip.graph.squeezes import squeezed
 
 __all__ = ["settle"]
@@ -139,8 +140,8 @@ def _cut(flat: Flat, ones: dict[Any, Any]) -> Call | None:
             return leaf
         for dim, size in enumerate(next(wanted)):
             if _is_open(size):
-                expression = size.node.expr.xreplace(ones)
-                length = int(expression.xreplace(size.node.shape_env.backed_var_to_val))
+                found = value_at(size.node.expr, {**size.node.shape_env.backed_var_to_val, **ones})
+                length = 0 if found is None else int(found)
                 fails |= not 0 < length <= leaf.shape[dim]
                 leaf = leaf.narrow(dim, 0, max(1, min(length, leaf.shape[dim])))
         return leaf

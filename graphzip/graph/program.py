@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection, export
+from torch.export import Dim, ExportedProgram, ShapesCollection, dynamic_shapes, export
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, TraceError
@@ -31,6 +32,7 @@ __all__ = [
     "TRACED_AS_TWO",
     "Call",
     "Program",
+    "asked_dims",
     "export_program",
     "run_export",
     "run_model",
@@ -145,6 +147,29 @@ def _batch_is_dynamic(call: Call) -> ShapesCollection:
         if tensor.shape[0] == tensors[0].shape[0]:
             shapes[tensor] = {0: Dim.AUTO}
     return shapes
+
+
+def asked_dims(model: nn.Module, program: Program) -> dict[int, list[int]]:
+    """The dimensions that were to be open, by the number of the tensor among all leaves of the arguments."""
+    given: Any = dynamic_shapes._combine_args(model, *program.call)
+    shapes = program.shapes
+    if isinstance(shapes, ShapesCollection):
+        shapes = shapes.dynamic_shapes(model, *program.call)  # type: ignore[no-untyped-call]
+    elif isinstance(shapes, list | tuple):
+        shapes = dict(zip(given, shapes, strict=True))
+    found: dict[int, list[int]] = {}
+    if not shapes:
+        return found
+    numbers = count()
+
+    def note(path: Any, leaf: Any, asked: Any) -> None:
+        number = next(numbers)
+        if isinstance(leaf, torch.Tensor) and asked:
+            dims = asked.items() if isinstance(asked, dict) else enumerate(asked)
+            found[number] = [dim % max(leaf.dim(), 1) for dim, size in dims if size not in (None, Dim.STATIC)]
+
+    dynamic_shapes._tree_map_with_path(note, given, shapes, tree_name="inputs")
+    return found
 
 
 @contextmanager

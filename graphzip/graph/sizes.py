@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, count
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from graphzip.graph.inputs import hint
 
-__all__ = ["content", "is_open", "number", "open_dims", "same_size", "small_sizes", "stand_ins"]
+__all__ = ["content", "is_open", "number", "open_dims", "same_size", "small_sizes", "stand_ins", "value_at"]
 
 _PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151)
 _SMALL = ((2, 3, 5, 7), (3, 2, 7, 5), (7, 5, 3, 2))
@@ -106,17 +106,25 @@ def _at(expressions: list[list[sympy.Expr]], sizes: Sequence[int], factor: int) 
     unknown: dict[sympy.Expr, int] = {}
 
     def value(expression: sympy.Expr) -> int:
-        try:
-            result = expression.xreplace(values)
-        except ZeroDivisionError:  # a rest by how often a size goes into a number that is smaller
-            result = expression
-        if result.is_Integer:
+        result = value_at(expression, values)
+        if result is not None and result.is_Integer:
             return int(result)
         if expression not in unknown:
             unknown[expression] = next(spare)
         return unknown[expression]
 
     return [tuple(map(value, shape)) for shape in expressions]
+
+
+def value_at(expression: Any, values: Mapping[Any, Any]) -> Any:
+    """An expression where symbols have these values; `None` where it has none there.
+
+    So it is with a rest by how often a size goes into a number that is smaller.
+    """
+    try:
+        return expression.xreplace(values)
+    except ZeroDivisionError:
+        return None
 
 
 def _divisors(expressions: list[list[sympy.Expr]]) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphzip.errors import RewriteError
 from graphzip.graph.sizes import same_size
-from graphzip.labels import IntArray, support
+from graphzip.labels import IntArray, ranks, support
 from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, shape_along, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
@@ -354,6 +355,10 @@ def index_select(site: Site) -> Result:
     if positions is None:
         return mixing(site, site.axes(source), [dim], "picks channels by an index that is computed")
     axes = uncut(site, site.axes(source), [dim])
+    if np.unique(positions).size == 1:  # however often: what comes out has no channels along it
+        for axis in axes:
+            if support(axis) == (dim,):
+                site.pin(np.take(axis, positions[:1], axis=dim), "picks single channels")
     if (np.diff(positions) < 0).any():
         axes = tuple(_in_every_line_alike(site, axis, dim) for axis in axes)
     return moved(site, axes, lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array)
@@ -389,15 +394,13 @@ def patch_index_select(patch: Patch) -> None:
         return
     numbers = numbers_of(patch.args["index"])
     assert numbers is not None
-    old = patch.kept(source, dim)
-    place = np.full(patch.before(source, dim), -1, dtype=np.int64)
-    first = np.flatnonzero(np.r_[True, old[1:] != old[:-1]])  # a position may have copies, one behind the other
-    place[old[first]] = first
-    wanted = patch.kept(patch.node, dim)
-    starts = np.flatnonzero(np.r_[True, wanted[1:] != wanted[:-1]])
-    copy = np.arange(wanted.size) - np.repeat(starts, np.diff(np.r_[starts, wanted.size]))
-    moved_to = place[numbers[wanted]] + copy
-    patch.replace(aten.index_select.default, (source, dim, patch.constant(moved_to)))
+    old, wanted = patch.kept(source, dim), patch.kept(patch.node, dim)
+    order = np.argsort(old, kind="stable")
+    copy = ranks(wanted)  # a position may have copies, not always one right behind the other
+    found = np.searchsorted(old[order], numbers[wanted]) + (0 if copy is None else copy)
+    if found.size and (found.max() >= old.size or (old[order][found] != numbers[wanted]).any()):
+        raise RewriteError("it picks positions that are gone; nothing was changed")
+    patch.replace(aten.index_select.default, (source, dim, patch.constant(order[found])))
 
 
 def flip(site: Site) -> Result:

@@ -84,14 +84,17 @@ def patch_group_norm(patch: Patch) -> None:
     patch.become(_affine(patch, y, ["weight", "bias"], (-1, *(1,) * (rank - 2))))
 
 
-def weighted_moments(patch: Patch, x: fx.Node, weights: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node]:
+def weighted_moments(
+    patch: Patch, x: fx.Node, weights: fx.Node, dims: list[int], *, is_complex: bool = False
+) -> tuple[fx.Node, fx.Node]:
     """`x - mean` and the variance over `dims`, with `weights` whose average over all that was there is one.
 
     `weights` says how many of the original values each one that is left stands for, times the share that is left.
     """
     mean = patch.call(aten.mean.dim, patch.call(aten.mul.Tensor, x, weights), dims, True)
     centred = patch.call(aten.sub.Tensor, x, mean)
-    squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, centred, centred), weights)
+    length = patch.call(aten.abs.default, centred) if is_complex else centred
+    squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, length, length), weights)
     return centred, patch.call(aten.mean.dim, squares, dims, True)
 
 

@@ -115,6 +115,13 @@ def patch_logsumexp(patch: Patch) -> None:
         patch.set_node("self", shifted)
 
 
+def variance(site: Site) -> Result:
+    """`sum_c |x_c - mean|^2 / (n - correction)`; no mean of complex numbers is taken over a size that is open."""
+    source = site.args["self"]
+    held = site.open(source) & set(_reduced(site.args, len(site.shape(source))))
+    return choice(site) if held and source.meta["val"].is_complex() else reduction(site)
+
+
 def patch_variance(patch: Patch) -> None:
     """Values that all stand for equally many, `r`, have the variance `sum (x - mean)^2 / (n' - correction / r)`."""
     source = patch.args["self"]
@@ -131,8 +138,9 @@ def patch_variance(patch: Patch) -> None:
         scaled = float(correction * share)
         patch.become(patch.call(target, patch.operand("self"), dims, correction=scaled, keepdim=keepdim))
         return
-    weights = patch.values(counts * float(share), source)
-    _, variance = weighted_moments(patch, patch.operand("self"), weights, dims)
+    weights = patch.values(counts * float(share), source, patch.node)
+    is_complex = source.meta["val"].is_complex()
+    _, variance = weighted_moments(patch, patch.operand("self"), weights, dims, is_complex=is_complex)
     variance = _corrected(patch, variance, patch.count(source, dims), correction)
     if is_std:
         variance = patch.call(aten.sqrt.default, variance)
@@ -229,7 +237,7 @@ SPECS = (
     OpSpec((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), norm, patch=patch_norm),
     OpSpec(
         (aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim),
-        reduction,
+        variance,
         patch=patch_variance,
     ),
     OpSpec(

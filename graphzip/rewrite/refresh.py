@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from graphzip.errors import RewriteError
-from graphzip.graph.sizes import is_open
+from graphzip.graph.sizes import is_open, value_at
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.ops import OPS
@@ -99,8 +99,8 @@ def _follows(environment: Any, question: sympy.Basic, answer: Any) -> bool:
             symbol: known.get(symbol, sympy.Integer(_UNKNOWN)) * factor
             for symbol, factor in zip(symbols, cycle(factors), strict=False)
         }
-        if all(each.xreplace(sizes) == sympy.true for each in conditions):
-            answers.append(question.xreplace(sizes) == answer)
+        if all(value_at(each, sizes) == sympy.true for each in conditions):
+            answers.append(value_at(question, sizes) == answer)
     return bool(answers) and all(answers)
 
 

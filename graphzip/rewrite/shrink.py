@@ -131,11 +131,11 @@ def _prove(result: Traced, layout: Layout) -> None:
 
 
 def _last_of_lines(layout: Layout) -> set[int]:
-    """Channels that are alone in their line of an array now, so that rules take them for its other dimensions."""
+    """Channels that are alone in their line of an array now, so that rules take those of its other dimensions."""
     last: set[int] = set()
     for axes in layout.analysis.propagation.axes.values():
         for axis in (each for found in (axes if isinstance(axes, list) else [axes]) for each in found):
             left = layout.after(axis)
-            if support(left) and len(support(left)) < len(support(axis)):
+            if len(support(left)) < len(support(axis)):
                 last.update(layout.analysis.fine.classes[left].ravel().tolist())
     return last

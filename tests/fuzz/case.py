@@ -84,6 +84,10 @@ def make_case(
     return Case(seed, name, program, onnx=bool(onnx_every) and seed % onnx_every == 0, fresh=rng.random() < 0.1)
 
 
+INSIDE = "failed inside graphzip"
+"""What an error says that is typed and hides one that is not."""
+
+
 class Late(BaseException):
     """The time of a case is over; no `except Exception` may catch it."""
 
@@ -129,6 +133,8 @@ def _check(case: Case, outcome: Outcome) -> None:
             outcome.status, outcome.kind, outcome.detail = "failed", problem.kind, str(problem)
         except gz.GraphZipError as error:
             outcome.status, outcome.kind, outcome.detail = "refused", type(error).__name__, str(error)
+            if INSIDE in outcome.detail:
+                outcome.status, outcome.kind, outcome.detail = "failed", *_told(error.__cause__ or error, "untyped")
         except AssertionError as error:
             outcome.status, outcome.kind, outcome.detail = "failed", *_told(error, "assertion")
         except Exception as error:

@@ -71,7 +71,7 @@ def apart(one: Any, two: Any) -> float:
 def _apart(left: Tensor, right: Tensor) -> float:
     if not left.numel():
         return 0.0
-    if not left.is_floating_point():
+    if not (left.is_floating_point() or left.is_complex()):
         return float((left != right).any())
     finite = left.isfinite()
     if not torch.equal(finite, right.isfinite()):

@@ -29,6 +29,28 @@ def test_found(name: str) -> None:
 
 
 found(
+    "a size minus one is divided by, and may be one",
+    "merge_again",
+    70225,
+    {"a1": "nn.Linear(6, 16)", "a6": "nn.Linear(16, 3)", "a8": "nn.Linear(6, 3)"},
+    """
+y = x[:, 1:]
+z = F.tanhshrink(y)
+return self.a6(self.a1(x)), self.a8(z.mul(y).sub(z))
+""",
+    Input("x", (3, 6), dynamic=(1,)),
+)
+
+found(
+    "a size of one that was to be open is told to be fixed",
+    "nothing",
+    70101,
+    {"a1": "nn.Linear(8, 12)"},
+    "return self.a1(x).chunk(3, -1)[0]",
+    Input("x", (1, 8), dynamic=(1,)),
+)
+
+found(
     "zip: the second input is read by later layers only",
     "zip_models",
     32,
