@@ -12,7 +12,7 @@ from torch import nn
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.analysis.groups import ChannelGroups, channel_groups_of
-from graphzip.arguments import check_callable, check_module, check_seed
+from graphzip.arguments import check_callable, check_module, check_room, check_seed
 from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
@@ -259,6 +259,7 @@ def _inputs_of(plan: Plan, model: nn.Module) -> tuple[torch.Tensor, ...]:
         raise ExampleInputError(
             "no example inputs: pass example_inputs=(x,), or give the plan `inputs: [[1, 3, 224, 224]]`"
         )
+    check_room(plan.inputs)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     made = (torch.randn(tuple(shape), generator=generator) for shape in plan.inputs)

@@ -21,6 +21,7 @@ __all__ = [
     "check_flag",
     "check_module",
     "check_name",
+    "check_room",
     "check_seed",
     "number",
     "re_iterable",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _SEEDS = 1 << 32  # what numpy takes
+_MOST_NUMBERS = 1 << 28  # of all example inputs that are made up here
+_MOST_DIMENSIONS = 25  # that torch's operators take
 
 
 def check_module(model: Any, what: str = "") -> None:
@@ -71,6 +74,21 @@ def check_examples(example_inputs: Any) -> None:
         raise ExampleInputError(
             f"example_inputs have a batch of the shape {tuple(first.shape)}; give at least one sample"
         )
+
+
+def check_room(shapes: Iterable[tuple[int, ...]]) -> None:
+    """Raises `ExampleInputError` for shapes of inputs that no memory is meant to be filled with."""
+    total = 0
+    for shape in shapes:
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ExampleInputError(f"an input of {len(shape)} dimensions is too much; no operator takes it")
+        total += math.prod(shape)
+        if total > _MOST_NUMBERS:
+            size = reprlib.repr("x".join(map(str, shape))).strip("'")
+            raise ExampleInputError(
+                f"an input of {size} is too large: example inputs have at most {_MOST_NUMBERS:,} numbers together; "
+                "give a smaller batch"
+            )
 
 
 def check_seed(seed: Any) -> None:

@@ -27,13 +27,14 @@ from graphzip.files import check_target
 from graphzip.graph.batches import batch_arguments, check_batches, each_batch
 from graphzip.graph.copies import share_copy
 from graphzip.graph.modules import to_module
-from graphzip.graph.trace import Traced, trace
+from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.guard import call_user, public
 from graphzip.measurements import Measurements, identity, key_of
 from graphzip.numeric import all_finite
 from graphzip.plan import RECONSTRUCTION, ClusterMerge, PassOptions, Plan
 from graphzip.plan_checks import show
+from graphzip.rewrite.forms import trace_in
 from graphzip.version import __version__
 from graphzip_passes.cluster_merge import ClusterMergePass, Known, known_of
 from graphzip_passes.clustering import BUILT_IN, clustering_of
@@ -89,6 +90,7 @@ def plan_for(
     passes: Sequence[PassOptions] = (),
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    mode: str = "eval",
     progress: Progress | None = None,
 ) -> Plan:
     """A plan that brings the model within a budget and moves its outputs as little as possible.
@@ -100,6 +102,9 @@ def plan_for(
     module in eval mode and returns a score, the higher the better; with it, widths are judged by the score instead of
     by the outputs. `passes` are the plan's passes, the first `ClusterMerge` of which gets its `keep` here; its other
     options hold.
+
+    `mode` is that of `compile`: with "train" the plan is for both forms of the model, the outputs of both count, and
+    multiply-accumulates and latency are those of the eval form.
 
     `cache` is a file that keeps measurements, so that a stopped run goes on where it was. What is kept counts for the
     same model, weights, data, options and version alone, and for the same `evaluate`: that is told by its code and all
@@ -122,6 +127,7 @@ def plan_for(
         passes=passes,
         cache=cache,
         seed=seed,
+        mode=mode,
     )
     study.check(**given)
     study.measure(progress)
@@ -146,6 +152,7 @@ class WidthStudy:
         passes: Sequence[PassOptions] = (),
         cache: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        mode: str = "eval",
     ) -> None:
         check_module(model)
         check_examples(example_inputs)
@@ -161,7 +168,7 @@ class WidthStudy:
         self.has_data = calibration is not None
         self.passes, self.options = _passes_of(passes, has_data=self.has_data)
         with torch.inference_mode(False):
-            self.traced = trace(share_copy(model), example_inputs)
+            self.traced = trace_in(mode, share_copy(model), example_inputs)
             self.analysis = analyse(self.traced.graph)
             self.groups = channel_groups_of(self.traced, self.analysis)
         self.batches = _leaves(calibration if calibration is not None else [example_inputs], len(example_inputs))

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip.errors import ExportError
-from graphzip.files import write_bytes
+from graphzip.files import check_target, write_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DemoResult", "DigitsNet", "Measured", "digits_net", "run"]
+__all__ = ["DemoResult", "DigitsNet", "Measured", "check_folder", "digits_net", "run"]
 
 THREADS = 1
 BATCH = 64
@@ -121,7 +121,7 @@ def run(*, seed: int = 0, out: Path | None = None, tell: Callable[[str], None] =
 
     Raises `ExportError` where `out` cannot be made, and whatever the library refuses.
     """
-    _check_folder(out)
+    check_folder(out)
     with _settings(seed), tempfile.TemporaryDirectory() as scratch:
         data = _load_digits(seed)
         example = (data.train[0][:BATCH],)
@@ -245,13 +245,19 @@ def _latencies(sessions: list[Any], images: NDArray[np.float32]) -> list[float]:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _check_folder(out: Path | None) -> None:
-    if out is None or out.is_dir():
+def check_folder(out: Path | None) -> None:
+    """Raises `ExportError` unless files can be kept in `out`, a directory that is there or can be made."""
+    if out is None:
         return
-    if out.exists():
-        raise ExportError(f"{out} is not a directory; give a directory for the two ONNX files")
-    if not out.parent.is_dir():
-        raise ExportError(f"cannot make {out}: the directory {out.parent} does not exist; create it first")
+    try:
+        if out.is_dir():
+            check_target(out / "before.onnx", ExportError)
+            return
+        if out.exists():
+            raise ExportError(f"{out} is not a directory; give a directory for the two ONNX files")
+        check_target(out, ExportError)
+    except OSError as error:
+        raise ExportError(f"cannot make {out}: {error.strerror or error}; choose another directory") from error
 
 
 def _keep(files: tuple[Path, ...], out: Path) -> tuple[Path, ...]:

@@ -12,6 +12,7 @@ hidden directory, a dead one does not.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import reprlib
@@ -23,12 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graphzip.errors import GraphZipError
+from graphzip.errors import GraphZipError, MissingDependencyError
 from graphzip.locks import held, hold, locked
 
-__all__ = ["as_path", "check_target", "companion", "is_file", "staged", "write_bytes", "write_text"]
+__all__ = ["as_path", "check_picture", "check_target", "companion", "is_file", "staged", "write_bytes", "write_text"]
 
 _LOCK, _NEW = "lock", "new"
+_PICTURES = (".svg", ".png", ".pdf")
 
 
 def check_target(path: str | os.PathLike[str], error: type[GraphZipError]) -> Path:
@@ -42,6 +44,19 @@ def check_target(path: str | os.PathLike[str], error: type[GraphZipError]) -> Pa
         return _creatable(Path(os.path.realpath(target)) if target.is_symlink() else target, error)
     except OSError as reason:
         raise _unwritable(target, reason, error) from reason
+
+
+def check_picture(path: str | os.PathLike[str], error: type[GraphZipError]) -> Path:
+    """Where to write a picture for `path`. Raises `error` for another kind of file, and as `check_target` does.
+
+    Raises `MissingDependencyError` without matplotlib.
+    """
+    target = check_target(path, error)
+    if target.suffix not in _PICTURES:
+        raise error(f"{target} is no picture; name a file that ends in {', '.join(_PICTURES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError("drawing needs matplotlib: pip install 'graphzip[plot]'", name="matplotlib")
+    return target
 
 
 def as_path(path: Any, error: type[GraphZipError]) -> Path:
@@ -65,6 +80,8 @@ def _creatable(target: Path, error: type[GraphZipError]) -> Path:
     folder = target.parent
     if target.is_dir():
         raise error(f"{target} is a directory; give the name of a file in it")
+    if target.exists() and not target.is_file():
+        raise error(f"cannot write {target}: it is a device or a pipe, which nothing may replace; name a file")
     if not folder.exists():
         raise error(f"cannot write {target}: the directory {folder} does not exist; create it first")
     if not folder.is_dir():

@@ -6,11 +6,13 @@ a shape such as `2x3x224x224`, with a dtype where it is not the model's own: `2x
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import math
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from torch import Tensor, nn
 
+from graphzip.arguments import check_room
 from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError
+from graphzip.files import is_file
 from graphzip.tables import closest
 
 __all__ = [
@@ -139,7 +144,7 @@ def _timm(name: str) -> ModelSpec:
 
 
 def _from_file(path: Path, name: str) -> ModelSpec:
-    if not path.is_file():
+    if not is_file(path):
         raise GraphZipError(f"{path} does not exist or is not a file; give the path of the file that builds the model")
     module = _imported(path)
     factory = getattr(module, name, None)
@@ -204,19 +209,24 @@ def _cause(error: BaseException) -> str:
 def parse_shape(text: str) -> InputShape:
     """`2x3x224x224`, or with a dtype `2x16:int64`. Raises `ExampleInputError` where it is neither."""
     sizes, _, dtype = text.partition(":")
-    if not re.fullmatch(r"[0-9]+(x[0-9]+)*", sizes) or (":" in text and dtype not in _DTYPES):
+    if not re.fullmatch(r"[0-9]{1,15}(x[0-9]{1,15})*", sizes) or (":" in text and dtype not in _DTYPES):
         known = ", ".join(_DTYPES)
         raise ExampleInputError(
-            f"{text!r} is not an input shape; write 1x3x224x224, or with a dtype 1x16:int64 (one of {known})"
+            f"{reprlib.repr(text)} is not an input shape; write 1x3x224x224, or with a dtype 1x16:int64 "
+            f"(one of {known})"
         )
     shape = tuple(int(size) for size in sizes.split("x"))
     if not all(shape):
-        raise ExampleInputError(f"{text!r} has an empty dimension; every size must be at least 1")
+        raise ExampleInputError(f"{reprlib.repr(text)} has an empty dimension; every size must be at least 1")
     return InputShape(shape, getattr(torch, dtype) if dtype else None)
 
 
 def make_inputs(module: nn.Module, shapes: Sequence[InputShape], *, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs on the model's device: normal floats in the model's dtype, integers 0 and 1."""
+    """Random inputs on the model's device: normal floats in the model's dtype, integers 0 and 1.
+
+    Raises `ExampleInputError` where they are larger than any example needs to be.
+    """
+    check_room(shape.sizes for shape in shapes)
     generator = torch.Generator().manual_seed(seed)
     values = [*module.parameters(), *module.buffers()]
     floating = next((value.dtype for value in values if value.is_floating_point()), torch.float32)
@@ -236,19 +246,31 @@ def _random(sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 def load_calibration(path: str | Path, batch: int = 64) -> list[tuple[Tensor, ...]]:
     """Batches of the arrays in an `.npz` file: one array per positional input, in their order, samples first.
 
-    Raises `ExampleInputError` where the file cannot be read, is empty, or its arrays hold different numbers of samples.
+    An `.npy` file has the array of one input. Raises `ExampleInputError` where the file cannot be read, is empty, or
+    its arrays hold different numbers of samples.
     """
     path = Path(path)
+    advice = "write it with numpy.savez(path, x=images)"
+    if not is_file(path):
+        raise ExampleInputError(f"{path} cannot be read as calibration data: it is no file; {advice}")
     try:
-        with np.load(path, allow_pickle=False) as data:
-            arrays = [torch.from_numpy(data[name]) for name in data.files]
+        data = np.load(path, allow_pickle=False)
+        with contextlib.closing(data) if isinstance(data, NpzFile) else contextlib.nullcontext():
+            arrays = [_tensor(array) for array in (data.values() if isinstance(data, NpzFile) else [data])]
     except Exception as error:  # a damaged archive fails in many ways
-        raise ExampleInputError(
-            f"{path} cannot be read as calibration data ({_cause(error)}); write it with numpy.savez(path, x=images)"
-        ) from error
+        raise ExampleInputError(f"{path} cannot be read as calibration data ({_cause(error)}); {advice}") from error
     counts = {len(array) if array.dim() else 0 for array in arrays}
     if len(counts) != 1 or 0 in counts:
         raise ExampleInputError(
             f"{path} holds arrays of {sorted(counts)} samples; give one array per input, all with the same samples"
         )
     return list(zip(*(torch.split(array, batch) for array in arrays), strict=True))
+
+
+def _tensor(array: Any) -> Tensor:
+    if not isinstance(array, np.ndarray):
+        raise TypeError("it holds something that is no array")
+    found = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    if not found.isfinite().all():
+        raise ValueError("it holds NaN or infinite numbers")
+    return found

@@ -15,13 +15,12 @@ from typing import Any, Protocol
 from graphzip import tables
 from graphzip.arguments import whole
 from graphzip.errors import GraphZipError, MissingDependencyError
-from graphzip.files import check_target, staged
+from graphzip.files import check_picture, staged
 from graphzip.guard import public
 from graphzip.results import Report
 
 __all__ = ["draw_groups", "draw_sharing", "draw_study"]
 
-_FORMATS = (".svg", ".png", ".pdf")
 _ROW, _LANE = 0.24, 0.3
 """Height of a row and width of a lane, in inches."""
 
@@ -177,9 +176,7 @@ class _Picture:
 @contextmanager
 def _picture(path: str | os.PathLike[str], width: float, height: float) -> Iterator[_Picture]:
     """A figure of this size in inches, which is written when it is done."""
-    target = check_target(path, GraphZipError)
-    if target.suffix not in _FORMATS:
-        raise GraphZipError(f"{target} is no picture; name a file that ends in {', '.join(_FORMATS)}")
+    target = check_picture(path, GraphZipError)
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

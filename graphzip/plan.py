@@ -450,9 +450,8 @@ class Plan:
             elif not isinstance(options, PassOptions):
                 problems.append(f"passes[{position}]: {show(options)} is not a pass, such as ClusterMerge()")
         self._inputs = check_shapes(inputs, problems)
-        if problems:
+        if problems or (problems := _misplaced(self._passes)):
             raise plan_error(problems)
-        _check_order(self._passes)
 
     @property
     def passes(self) -> tuple[PassOptions, ...]:
@@ -522,15 +521,17 @@ class Plan:
         return f"Plan({list(self._passes)}{inputs})"
 
 
-def _check_order(passes: Sequence[PassOptions]) -> None:
+def _misplaced(passes: Sequence[PassOptions]) -> list[str]:
     """Merging and folding need whole kernels, so they come before the passes that store kernels as factors."""
+    problems = []
     for position, options in enumerate(passes):
         earlier = [other.kind for other in passes[:position] if other.factorizes]
         if earlier and not options.factorizes:
-            raise PlanError(
+            problems.append(
                 f"passes[{position}].{options.kind}: stands behind {earlier[0]}, after which no kernels are whole; "
                 "put it before"
             )
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -561,7 +562,7 @@ def _read(data: Any, source: str) -> Plan:
     else:
         for position, item in enumerate(listed):
             passes += _read_pass(item, f"passes[{position}]", problems)
-    if problems:
+    if problems or (problems := _misplaced(passes)):
         raise plan_error(problems, source)
     return Plan(passes, inputs=shapes)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphzip.errors import WeightsError
+from graphzip.files import is_file
 from graphzip.tables import closest
 
 __all__ = ["load_weights"]
@@ -77,7 +78,7 @@ def load_weights(
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
+    if not is_file(path):
         raise WeightsError(f"{path} does not exist or is not a file; give a .pt, .pth or .safetensors file")
     if path.suffix not in {".pt", ".pth", ".bin", ".safetensors"}:
         raise WeightsError(f"{path} is not a weights file; weights are .pt, .pth or .safetensors")

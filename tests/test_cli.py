@@ -217,13 +217,13 @@ def test_nothing_changed(run: Run, model: str, plan: Path, tmp_path: Path) -> No
             2,
             "network.py:net has no submodule 'bodi'; did you mean 'body'",
         ),
-        (["{model}", "--input", "2x3x8x8", "--weights", "{folder}/w.pt"], 1, "w.pt does not exist or is not a file"),
+        (["{model}", "--input", "2x3x8x8", "--weights", "{folder}/w.pt"], 2, "w.pt does not exist or is not a file"),
         (
             ["{model}", "--input", "2x3x8x8", "--explain", "bodi.0"],
             2,
             "no channel group 'bodi.0'; did you mean 'body.0'",
         ),
-        (["{model}", "--input", "2x3x8x8", "--graph", "{folder}/groups.txt"], 1, "groups.txt is no picture"),
+        (["{model}", "--input", "2x3x8x8", "--graph", "{folder}/groups.txt"], 2, "groups.txt is no picture"),
         (["{folder}/network.py:broken", "--input", "1x3"], 1, "could not be built: RuntimeError: no such layer"),
         (["{folder}/network.py:Undecided", "--input", "2x3"], 1, "network.py:{line}"),
     ],
@@ -246,10 +246,10 @@ def test_inspect_fails(run: Run, model: str, arguments: list[str], code: int, me
         ({}, "version: 1\npasses: [prune]\n", 2, "plan.yaml: passes[0].prune: unknown pass; "),
         ({}, "version: 1\npasses: [cluster_merge: {keep: 1.5}]\n", 2, "passes[0].cluster_merge.keep: 1.5 is out of"),
         ({}, "version: 1\npasses: [cluster_merge: {keep: {bodi.0: 0.5}}]\n", 2, "body.0"),
-        ({"-o": "no/slim.onnx"}, None, 1, "the directory no does not exist; create it first"),
-        ({"--save": "no/slim.gz"}, None, 1, "the directory no does not exist; create it first"),
+        ({"-o": "no/slim.onnx"}, None, 2, "the directory no does not exist; create it first"),
+        ({"--save": "no/slim.gz"}, None, 2, "the directory no does not exist; create it first"),
         ({"--save": "slim.onnx"}, None, 2, "--output and --save both name slim.onnx"),
-        ({"--weights": "plan.yaml"}, None, 1, "plan.yaml is not a weights file"),
+        ({"--weights": "plan.yaml"}, None, 2, "plan.yaml is not a weights file"),
         ({"--input": "2x3x2x2"}, None, 2, "Net itself fails on the example inputs"),
     ],
 )
@@ -368,8 +368,8 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (
             ZeroDivisionError("division by zero"),
             1,
-            "graphzip: error: unexpected ZeroDivisionError: division by zero; "
-            "a fault of graphzip, run again with -v to see where\n",
+            "graphzip: error: the model's code fails with ZeroDivisionError: division by zero; "
+            "run again with -v to see where\n",
         ),
     ],
 )
@@ -389,6 +389,16 @@ def test_exit_codes(
     assert result.stdout == ""
     assert result.stderr.endswith(message)
     assert "Traceback" not in result.stderr
+
+
+def test_a_fault_of_graphzip_is_said_to_be_one(
+    run: Run, model: str, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gz, "compile", int)
+    result = run("compile", model, "--plan", plan, "-o", tmp_path / "slim.onnx")
+    assert result.exit_code == 1
+    assert "error: unexpected TypeError: " in result.stderr
+    assert result.stderr.endswith("; a fault of graphzip, run again with -v to see where\n")
 
 
 def test_verbose_shows_where_an_error_came_from(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip",),
     ("graphzip.models", "graphzip.weights"),
     ("graphzip.demo", "graphzip.report"),
+    ("graphzip.terminal",),
+    ("graphzip.usage",),
     ("graphzip.cli",),
     ("graphzip.__main__",),
 )
@@ -47,6 +49,8 @@ FOR_PEOPLE = (
     "graphzip.weights",
     "graphzip.report",
     "graphzip.demo",
+    "graphzip.terminal",
+    "graphzip.usage",
     "graphzip.cli",
     "graphzip.__main__",
 )

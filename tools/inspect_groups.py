@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from graphzip.cli import main
+from graphzip.__main__ import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "inspect")

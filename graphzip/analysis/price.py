@@ -20,6 +20,7 @@ from graphzip.analysis.cost import cost_of
 from graphzip.analysis.groups import ChannelGroup
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
+from graphzip.graph.two_forms import form_nodes
 from graphzip.ops import OPS
 from graphzip.ops.site import Site, bind
 
@@ -67,14 +68,15 @@ class Prices:
 
 
 def prices_of(traced: Traced, analysis: Analysis, groups: Sequence[ChannelGroup]) -> Prices:
-    """The prices of a model; the groups of `gone` are `groups`, in their order."""
+    """The prices of a model, operations of its eval form; the groups of `gone` are `groups`, in their order."""
     shares = _param_shares(traced, groups)
     place = np.full(analysis.fine.solution.count, -1, dtype=np.int64)
     for number, group in enumerate(groups):
         place[group.channels] = number
     macs = []
+    counted = None if traced.forms is None else form_nodes(traced.graph, traced.forms, training=False)
     for node in traced.graph.nodes:
-        spec = OPS.get(node.target) if node.op == "call_function" else None
+        spec = OPS.get(node.target) if node.op == "call_function" and (counted is None or node in counted) else None
         if spec is not None and spec.macs is not None:
             args = bind(node)
             weight = args.get("weight")
