@@ -122,7 +122,7 @@ def value_at(expression: Any, values: Mapping[Any, Any]) -> Any:
     So it is with a rest by how often a size goes into a number that is smaller.
     """
     try:
-        return expression.xreplace(values)
+        return sympy.sympify(expression.xreplace(values))
     except ZeroDivisionError:
         return None
 
