@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def check_onnx(
                 built = build(module, example, opset=None, conditions=conditions, **options)
             except ExportError as error:
                 raise VerificationError(f"{source.name} is not the module: {error}") from error
-        found = verify_file(source, built.skeleton, built.captured, built.model, fresh=False)
+        found = built.compared(source, fresh=False)
     files = external_files(there, source.parent)
     size = sum(file.stat().st_size for file in {source, *files})
     report = built.report(source, size, external=bool(files), found=found)
@@ -141,19 +142,31 @@ def _check_tuple(example_inputs: Any) -> None:
 
 @dataclass(frozen=True)
 class Built:
-    """An ONNX model before it is written, the module that it must agree with, and what that was traced to."""
+    """An ONNX model before it is written, the module that it must agree with, and what that was traced to.
+
+    `again` builds another module in the same way.
+    """
 
     model: Any
     skeleton: nn.Module
     captured: Captured
-    conditions: tuple[str, ...] = ()
+    conditions: tuple[str, ...]
+    again: Callable[[nn.Module], Built]
 
     def verified(self, path: Path) -> Verification:
         """Compare the file at `path`, which this model was written to, with the module."""
         try:
-            return verify_file(path, self.skeleton, self.captured, self.model, fresh=True)
+            return self.compared(path, fresh=True)
         except VerificationError as error:
             raise VerificationError(f"{error}; {_NOTHING}") from error
+
+    def compared(self, path: Path, *, fresh: bool) -> Verification:
+        """As `verify_file` does."""
+        return verify_file(path, self.skeleton, self.captured, self.model, fresh=fresh, convert=self._twin)
+
+    def _twin(self, twin: nn.Module) -> tuple[Captured, Any]:
+        built = self.again(twin)
+        return built.captured, built.model
 
     def _is_open(self, condition: str) -> bool:
         """Whether a condition is about a size that is free in the file."""
@@ -198,7 +211,10 @@ def build(
     """
     skeleton = share_copy(module).eval()
     captured = capture(skeleton, example, by_task=by_task, same_input=same_input)
-    return Built(convert(captured, opset=opset, shared=shared), skeleton, captured, tuple(conditions))
+    again = functools.partial(
+        build, example=example, opset=opset, by_task=by_task, same_input=same_input, shared=shared
+    )
+    return Built(convert(captured, opset=opset, shared=shared), skeleton, captured, tuple(conditions), again)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ approximate differently by some units in the last place; it also serves where th
 
 A tolerance says nothing by itself: `y + 1e6` rounds by more than `y` is worth. So an output counts as a check only
 where its tolerance is below a hundredth of what other inputs change in it (`CEILING`), and where a change of all
-weights and inputs by a thousandth (`CHANGE`) would have been found. Entries that rounding alone moves beyond the
+weights and inputs by a thousandth (`CHANGE`) would have been found in more than a few of the entries that other inputs
+move that far. Entries that rounding alone moves beyond the
 ceiling, such as those of a sorted or rounded result, may differ, and up to eight times as many others; of integers
 these are all that may differ. NaN and infinities must appear at the same positions.
 """
@@ -123,8 +124,8 @@ class _Judge:
         """How far other values of the inputs move the entries of the first call."""
         first = self.reference.wanted[0]
         others = [each[: len(first)] if first.dim() else each for each in self.reference.wanted[1:]]
-        alike = [each for each in others if each.shape == first.shape]
-        return _distance(self.first, self.rows(alike[0])) if alike else torch.zeros_like(self.first)
+        alike = [_distance(self.first, self.rows(each)) for each in others if each.shape == first.shape]
+        return torch.stack(alike).amax(0) if alike else torch.zeros_like(self.first)
 
     def noise(self) -> torch.Tensor:
         """How far rounding alone moves each entry."""
@@ -153,24 +154,30 @@ class _Judge:
         judged = Judged(self.reference.name, 0.0, self.whole, strong=False, exact_only=not self.floating)
         exceeds = self.off > self.tolerance[:, None]
         allowed = NOISE_FACTOR * self.unstable.sum(1)
-        for row in (exceeds.sum(1) > allowed).nonzero().flatten().tolist():
-            judged.unchecked += self.excess(row)
+        doubtful = {row: self.excess(row) for row in (exceeds.sum(1) > allowed).nonzero().flatten().tolist()}
         within = self.off.masked_fill(exceeds, 0.0)
         share = _largest(within) / self.tolerance.clamp(min=_TINY)
         if share.numel():
             worst = int(share.argmax())
             judged.difference, judged.tolerance = float(within[worst].max()), float(self.tolerance[worst])
-        self.weigh(judged)
+        shows = self.weigh(judged)
+        judged.strong = bool(shows.any())
+        judged.unchecked += [sentence for row, sentence in doubtful.items() if not shows[row]]
         return judged
 
-    def excess(self, row: int) -> list[str]:
-        """Raises `VerificationError`, but where a small part is off by no more than what the large ones round."""
+    def excess(self, row: int) -> str:
+        """Widen the tolerance of a small part that is off by no more than what the large ones round, and say so.
+
+        Raises `VerificationError` where it is off by more.
+        """
         worst, tolerance = float(self.off[row].max()), float(self.tolerance[row])
         explained = f"where rounding explains at most {tolerance:.3g}"
-        if len(self.tolerance) > 1 and worst <= min(self.whole, _DOUBT * tolerance):
-            return [
+        widened = min(self.whole, _DOUBT * tolerance)
+        if len(self.tolerance) > 1 and worst <= widened:
+            self.tolerance[row] = widened
+            return (
                 f"{self.part([row])} differs by {worst:.3g}, {explained}; beside the rest of the output that is little"
-            ]
+            )
         place = int(self.off[row].argmax())
         widths = [self.rows(each).shape[1] for each in self.reference.wanted]
         call = next(at for at in range(len(widths)) if place < sum(widths[: at + 1]))
@@ -179,20 +186,19 @@ class _Judge:
             f"{explained}"
         )
 
-    def weigh(self, judged: Judged) -> None:
-        """Could the output have shown an error? What speaks against it goes to `unchecked`."""
+    def weigh(self, judged: Judged) -> torch.Tensor:
+        """Which rows could have shown an error? What speaks against it goes to `unchecked`."""
         name, nan = self.reference.name, float(self.wanted.isnan().double().mean()) if self.wanted.numel() else 0.0
         if nan > 0:
             judged.unchecked.append(f"{nan:.0%} of output {name!r} is NaN" if nan < 1 else f"output {name!r} is NaN")
         if not self.reference.given:
-            judged.strong = nan < 1
-            return
+            return torch.full_like(self.constant, nan < 1)
         if not bool(self.wanted.isfinite().any()) or bool(self.constant.all()):
             if nan < 1:
                 judged.unchecked.append(f"output {name!r} is the same for all inputs that were tried")
-            return
+            return torch.zeros_like(self.constant)
         if not self.floating:
-            return
+            return torch.zeros_like(self.constant)
         restless = self.unstable.double().mean(1) > _UNSTABLE
         loud = ~self.constant & ((self.tolerance > self.limit) | restless)
         if bool(loud.any()):
@@ -210,17 +216,18 @@ class _Judge:
                 f"{self.part(blunt.nonzero().flatten().tolist())} hardly shows a change of all weights and inputs by "
                 f"{max(CHANGE, 128 * self.reference.eps):.2g}"
             )
-        judged.strong = bool((~self.constant & ~loud & ~blunt).any())
+        return ~self.constant & ~loud & ~blunt
 
     def notices(self) -> torch.Tensor:
-        """Which rows show the change in more than a few of the entries that move at all."""
+        """Which rows show the change in more than a few of the entries that other inputs move far."""
         if self.reference.changed.shape != self.reference.wanted[0].shape:
             return torch.ones_like(self.constant)
         changed = self.rows(self.reference.changed)
         change = _distance(self.first, changed)
         change = change.masked_fill(self.first.isfinite() & ~changed.isfinite(), torch.inf)
-        shown = (change > self.tolerance[:, None]).sum(1)
-        return shown >= (_NOTICED * ((self.moved > 0) | (change > 0)).sum(1)).clamp(min=1)
+        shown = change > self.tolerance[:, None]
+        far = self.moved * CEILING > self.tolerance[:, None]
+        return shown.sum(1) >= (_NOTICED * (shown | far).sum(1)).clamp(min=1)
 
     def part(self, rows: list[int]) -> str:
         name = f"output {self.reference.name!r}"

@@ -7,10 +7,11 @@ are they the module's, and could they have shown that they are not (`outputs`)?
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -19,11 +20,14 @@ from graphzip.export.capture import Captured
 from graphzip.export.graphs import difference, interface
 from graphzip.export.outputs import Judged, judge
 from graphzip.export.packages import require
-from graphzip.export.runs import Refusal, Run, references, run_all, run_session, session_of, short
+from graphzip.export.runs import Refusal, Run, Runs, references, run_all, run_session, session_of, short
+from graphzip.export.settled import settled
 from graphzip.export.still import described_draws, is_deterministic, still_model, still_program
 from graphzip.export.weights import Found, trace_weights
 
 __all__ = ["Verification", "read_model", "verify_file"]
+
+logger = logging.getLogger(__name__)
 
 _NAMED = 5
 
@@ -57,12 +61,18 @@ def read_model(path: Path) -> Any:
     return model
 
 
-def verify_file(path: Path, module: nn.Module, captured: Captured, model: Any, *, fresh: bool) -> Verification:
+Convert: TypeAlias = "Callable[[nn.Module], tuple[Captured, Any]]"
+"""Captures and converts a twin of a module as the module was."""
+
+
+def verify_file(
+    path: Path, module: nn.Module, captured: Captured, model: Any, *, fresh: bool, convert: Convert
+) -> Verification:
     """Compare the file at `path` with `module` in eval mode, which `captured` is traced from and `model` made of.
 
     The graph of a `fresh` file must be that of `model`, bit by bit, and so must one that the same version of the
-    exporter wrote; of others only weights and outputs can be compared. Raises `VerificationError` where the file is
-    another model, `ExportError` where a fresh one cannot be run.
+    exporter wrote; of others only weights and outputs can be compared. `convert` makes the model of a twin. Raises
+    `VerificationError` where the file is another model, `ExportError` where a fresh one cannot be run.
     """
     there = read_model(path)
     found = Verification()
@@ -93,7 +103,7 @@ def verify_file(path: Path, module: nn.Module, captured: Captured, model: Any, *
             raise VerificationError(f"{path.name}: {reason}") from error
         found.unchecked.append(f"the outputs were not compared: {reason}")
         return found
-    _compare_outputs(session, there, module, captured, found)
+    _compare_outputs(session, there, module, captured, found, convert if differs is None else None)
     return found
 
 
@@ -115,7 +125,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:_NAMED]) + more
 
 
-def _compare_outputs(session: Any, there: Any, module: nn.Module, captured: Captured, found: Verification) -> None:
+def _compare_outputs(
+    session: Any, there: Any, module: nn.Module, captured: Captured, found: Verification, convert: Convert | None
+) -> None:
     draws = described_draws(captured.program)
     reference = module
     if draws:
@@ -131,15 +143,61 @@ def _compare_outputs(session: Any, there: Any, module: nn.Module, captured: Capt
         if deterministic:
             found.notes.append(f"the file draws no random numbers where the module does: {', '.join(draws)}")
     runs = run_all(reference, captured)
-    wanted = references(reference, captured, runs.made)
-    results = [run_session(session, run, call) for run, call in zip(runs.made, wanted[0].calls, strict=True)]
-    if any(len(outputs) != len(wanted) for outputs in results):
-        raise VerificationError(f"the file has {len(results[0])} outputs, where the module has {len(wanted)}")
-    judged = [judge(each, [outputs[k] for outputs in results]) for k, each in enumerate(wanted)]
+    judged = _judged(session, reference, captured, runs)
+    if convert is not None and not draws and any(each.unchecked for each in judged):
+        _look_again(judged, there, module, captured, runs, convert, found)
     _take(judged, found)
     _take_calls(runs.made, captured, found)
     for refusal in runs.refused:
         _take_refusal(refusal, captured, found)
+
+
+def _judged(session: Any, module: nn.Module, captured: Captured, runs: Runs) -> list[Judged]:
+    wanted = references(module, captured, runs.made)
+    results = [run_session(session, run, call) for run, call in zip(runs.made, wanted[0].calls, strict=True)]
+    if any(len(outputs) != len(wanted) for outputs in results):
+        raise VerificationError(f"the file has {len(results[0])} outputs, where the module has {len(wanted)}")
+    return [judge(each, [outputs[k] for outputs in results]) for k, each in enumerate(wanted)]
+
+
+def _look_again(
+    judged: Sequence[Judged],
+    there: Any,
+    module: nn.Module,
+    captured: Captured,
+    runs: Runs,
+    convert: Convert,
+    found: Verification,
+) -> None:
+    """Judge outputs that show nothing in a twin with settled batch norms, whose model has the operators of the file.
+
+    The file's weights were compared by themselves. Raises `VerificationError` where the twin's model is not the twin.
+    """
+    largest = max(runs.made, key=lambda run: run.case.batch or 0)
+    try:
+        twin = settled(module, captured.program, largest.case)
+        if twin is None:
+            return
+        of_twin, model = convert(twin)
+        if difference(model, there, weights=False) is not None:
+            return
+        session, calls = session_of(_bytes_of(model)), run_all(twin, of_twin)
+    except Exception:
+        logger.debug("outputs could not be compared in a twin", exc_info=True)
+        return
+    try:
+        second = _judged(session, twin, of_twin, calls)
+    except VerificationError as error:
+        raise VerificationError(f"with batch norms that fit the example, {error}") from error
+    settling = [(old, new) for old, new in zip(judged, second, strict=True) if old.unchecked and new.strong]
+    for old, new in settling:
+        if not new.unchecked:
+            old.unchecked, old.strong = [], True
+    if names := [old.name for old, _ in settling if not old.unchecked]:
+        found.notes.append(
+            f"inputs hardly move {_listed(names)}, for its batch norms do not fit the example; so the operators of the "
+            "file were compared in a twin whose batch norms do, and its weights one by one"
+        )
 
 
 def _bytes_of(model: Any) -> bytes:

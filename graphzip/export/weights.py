@@ -207,11 +207,12 @@ class _State:
             if node.op == "placeholder" and node.name in self.places:
                 known[node] = self.tensors[self.places[node.name]]
                 names[node] = frozenset([self.places[node.name]])
-            elif node.op == "call_function" and all(each in known for each in node.all_input_nodes):
-                value = _value(node, known)
+            elif node.op == "call_function":
+                read = [each for each in node.all_input_nodes if each is not _borrowed(node)]
+                value = _value(node, known) if all(each in known for each in read) else None
                 if value is not None:
                     known[node] = value
-                    names[node] = none.union(*(names[each] for each in node.all_input_nodes))
+                    names[node] = none.union(*(names[each] for each in read))
         return {
             node: (names[node], value)
             for node, value in known.items()
@@ -280,13 +281,34 @@ def _reads_shape(node: fx.Node) -> bool:
     return "sym_size" in name or any(part in name for part in _SHAPED)
 
 
+def _borrowed(node: fx.Node) -> fx.Node | None:
+    """The operand of which an operator reads dtype, device and shape alone."""
+    if node.target is aten.type_as.default:
+        return node.args[1]  # type: ignore[return-value]
+    shaped = any(part in str(node.target) for part in _SHAPED)
+    return node.args[0] if shaped else None  # type: ignore[return-value]
+
+
+def _stand_in(node: fx.Node, reader: fx.Node) -> torch.Tensor:
+    """What a reader takes for what a node gives. Raises `ValueError` where its size matters, and is free."""
+    like = node.meta["val"]
+    if "_like" not in str(reader.target):
+        return torch.ones((), dtype=like.dtype)
+    if not all(isinstance(size, int) for size in like.shape):
+        raise ValueError(f"{node} has a free size")
+    return torch.ones(like.shape, dtype=like.dtype)
+
+
 def _value(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     """What an operator on constants gives; `None` where it is random, writes, or cannot be run alone."""
     schema = getattr(node.target, "_schema", None)
     if is_random(node) or (schema is not None and schema.is_mutable):
         return None
     try:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        borrowed = _borrowed(node)
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda each: _stand_in(each, node) if each is borrowed else known[each]
+        )
         return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception:
         return None
