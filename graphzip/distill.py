@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graphzip.alone import ALONE
 from graphzip.arguments import check_module, number, re_iterable, whole
 from graphzip.errors import ExampleInputError, GraphZipError
 from graphzip.graph.batches import run_batch
@@ -58,19 +59,20 @@ def distill(
     teacher.eval()
     losses, step = [], 0
     try:
-        for _ in range(epochs):
-            total = count = 0.0
-            for batch in user_data(data):
-                loss = _loss(student, teacher, batch, temperature, labels)
-                if falls:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate * (1 - step / steps)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                step += 1
-                total, count = total + float(loss.detach()), count + 1
-            losses.append(total / max(count, 1))
+        with ALONE.released():
+            for _ in range(epochs):
+                total = count = 0.0
+                for batch in user_data(data):
+                    loss = _loss(student, teacher, batch, temperature, labels)
+                    if falls:
+                        for group in optimizer.param_groups:
+                            group["lr"] = rate * (1 - step / steps)
+                    optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    step += 1
+                    total, count = total + float(loss.detach()), count + 1
+                losses.append(total / max(count, 1))
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, ParamSpec, TypeVar
 
+from graphzip.alone import ALONE
 from graphzip.errors import GraphZipError
 
 __all__ = ["call_user", "is_users", "public", "user_data", "users_own"]
@@ -37,7 +38,10 @@ _LIBRARIES: Final = frozenset(
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of everything public: lets nothing out but errors of graphzip and of the user."""
+    """Decorator of everything public: lets nothing out but errors of graphzip and of the user.
+
+    Public functions of several threads wait for each other.
+    """
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -65,7 +69,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 @contextlib.contextmanager
 def _edge(function: Callable[..., Any]) -> Iterator[None]:
     try:
-        yield
+        with ALONE:
+            yield
     except (GraphZipError, Warning):
         raise
     except Exception as error:
@@ -106,7 +111,7 @@ def _fault(name: str, error: Exception) -> GraphZipError:
 
 def call_user(function: Callable[..., T], *args: Any) -> T:
     """Call a function of the user: what it raises is the user's, also where it is called with what it does not take."""
-    with _marking():
+    with ALONE.released(), _marking():
         return function(*args)
 
 

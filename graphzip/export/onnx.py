@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphzip.alone import ALONE
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured, capture
 from graphzip.export.convert import convert, external_files, save, weight_bytes
@@ -219,9 +220,15 @@ def build(
 
 @contextlib.contextmanager
 def export_mode(*, verify: bool) -> Iterator[None]:
-    """Independent of the caller's grad mode, without fused attention, with nothing on stdout."""
+    """Independent of the caller's grad mode, without fused attention, with nothing on stdout; one thread at a time."""
     for package in ("onnx", "onnxscript", "onnx_ir", *(("onnxruntime",) if verify else ())):
         require(package)
+    with ALONE, _silence():
+        yield
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in _LOUD}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from graphzip.alone import ALONE
+
 __all__ = ["Asked", "asked"]
 
 _TORCH_HOME = f"{Path(torch.__file__).parent}/"
@@ -35,16 +37,17 @@ class Asked:
     drawn: list[str] = field(default_factory=list)
 
 
-_LOCK = threading.RLock()
-"""Held while an attribute of `nn.Module` stands in for that of each module, which all threads see."""
-
-
 @contextmanager
 def asked(*, grad: bool | None = None) -> Iterator[Asked]:
     """Record what the model that is exported inside asks; to whether gradients are wanted `grad` answers, if given.
 
     Numbers that it draws from the generators of Python and numpy are not missing from them afterwards.
     """
+    with ALONE:
+        yield from _asked(grad)
+
+
+def _asked(grad: bool | None) -> Iterator[Asked]:
     found, me = Asked(), threading.get_ident()
     grad_enabled = torch.is_grad_enabled
 
@@ -64,7 +67,7 @@ def asked(*, grad: bool | None = None) -> Iterator[Asked]:
         asks = threading.get_ident() == me and _note(found.grad, sys._getframe(1))
         return grad if asks and grad is not None else grad_enabled()
 
-    with _LOCK, _generators_kept(found.drawn):
+    with _generators_kept(found.drawn):
         nn.Module.training = property(training, set_training)  # type: ignore[assignment]
         torch.is_grad_enabled = is_grad_enabled
         try:

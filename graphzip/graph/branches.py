@@ -20,6 +20,8 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx.experimental.sym_node import SymNode
 
+from graphzip.alone import ALONE
+
 __all__ = ["Branch", "Watch", "watched"]
 
 _TORCH_HOME = f"{Path(torch.__file__).parent}/"
@@ -51,13 +53,14 @@ class Watch:
     fixed: dict[Any, str] = field(default_factory=dict)
 
 
-_LOCK = threading.RLock()
-"""Held while the methods of `SymNode` are replaced, which all threads share."""
-
-
 @contextmanager
 def watched() -> Iterator[Watch]:
     """Record what the model that is exported inside asks of sizes."""
+    with ALONE:
+        yield from _watched()
+
+
+def _watched() -> Iterator[Watch]:
     watch, me = Watch(), threading.get_ident()
     plain_bool, plain_int = SymNode.bool_, SymNode.guard_int
 
@@ -75,12 +78,11 @@ def watched() -> Iterator[Watch]:
             _note_fixed(watch, node, _innermost(sys._getframe(1)))
         return number
 
-    with _LOCK:
-        _replace(bool_, guard_int)
-        try:
-            yield watch
-        finally:
-            _replace(plain_bool, plain_int)
+    _replace(bool_, guard_int)
+    try:
+        yield watch
+    finally:
+        _replace(plain_bool, plain_int)
 
 
 def _replace(bool_: Any, guard_int: Any) -> None:

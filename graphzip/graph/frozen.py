@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from graphzip.alone import ALONE
 from graphzip.errors import GraphZipError
 from graphzip.version import __version__
 
@@ -53,7 +54,8 @@ class Freezable:
 def thaw(frozen: Frozen) -> Any:
     """The objects again. Raises `GraphZipError` where these versions of torch and graphzip cannot read them."""
     try:
-        return _Thawer(frozen).load()
+        with ALONE:
+            return _Thawer(frozen).load()
     except Exception as error:
         by, here = (
             " and ".join(f"{name} {version}" for name, version in each.items()) for each in (frozen.versions, _VERSIONS)
@@ -75,7 +77,8 @@ def freeze(value: Any, *, only_calls: bool = False) -> Frozen:
     buffer = io.BytesIO()
     freezer = _Freezer(buffer, only_calls=only_calls)
     try:
-        freezer.dump(value)
+        with ALONE:
+            freezer.dump(value)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
         raise GraphZipError(
             f"this cannot be pickled or copied ({error}); keep a trained model with state_dict() or Compiled.save"

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, dynamic_shapes, export
 from torch.utils import _pytree as pytree
 
+from graphzip.alone import ALONE
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.branches import Watch, watched
 from graphzip.graph.copies import share_copy
@@ -132,7 +133,7 @@ def run_export(skeleton: nn.Module, call: Call, shapes: Any | None) -> Program:
     A copy is exported: what a model keeps of its inputs would stay in it, and is of no use outside of the export.
     """
     shapes = shapes if shapes is not None else _batch_is_dynamic(call)
-    with _tracing_mode(), _quiet(), watched() as watch:
+    with ALONE, _tracing_mode(), _quiet(), watched() as watch:
         twin = share_copy(skeleton)
         exported = export(twin, *call, dynamic_shapes=shapes or None, strict=False)
     name_owners(exported.graph_module, twin)
