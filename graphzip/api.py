@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import nn
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.analysis.groups import ChannelGroups, channel_groups_of
-from graphzip.arguments import check_callable, check_module, check_room, check_seed
+from graphzip.arguments import check_callable, check_room, check_seed, check_traceable
 from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
-from graphzip.errors import ExampleInputError, GraphZipError, PlanError
-from graphzip.graph.copies import borrow
+from graphzip.errors import ExampleInputError, GraphZipError, PlanError, TraceError
+from graphzip.graph.copies import borrow, deep_copy
+from graphzip.graph.state import named_state
 from graphzip.graph.tasks import check_task_names, joined_module
-from graphzip.graph.trace import trace
+from graphzip.graph.trace import Traced, trace
 from graphzip.guard import call_user, public
 from graphzip.plan import Plan
 from graphzip.prepared import Prepared
@@ -121,6 +121,8 @@ def _prepare(
         inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
         trainable = _copy(model, borrowed=borrowed)
         traced = trace_in(mode, trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes, compare=True)
+        if not borrowed:
+            _check_own(model, traced)
         check_calibration(calibration, model, len(inputs))
         return Prepared(
             trainable,
@@ -208,7 +210,7 @@ def _keeps_off(plan: Plan) -> bool:
 def _check(model: Models, plan: Plan) -> None:
     several = isinstance(model, Mapping)
     if not several:
-        check_module(model)
+        check_traceable(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"expected a graphzip.Plan, got {type(plan).__name__}; write Plan([...]) or Plan.load(path)")
     joins = [f"passes[{number}].{options.kind}" for number, options in enumerate(plan.passes) if options.joins]
@@ -225,7 +227,7 @@ def _check_models(models: Mapping[str, nn.Module]) -> None:
         raise GraphZipError(f"a mapping of models needs at least two tasks, got {list(models)}; add the others")
     check_task_names(models)
     for name, model in models.items():
-        check_module(model, f"task {name!r}")
+        check_traceable(model, f"task {name!r}")
 
 
 def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str, Any]:
@@ -244,13 +246,25 @@ def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str
 def _copy(model: Any, *, borrowed: bool = False) -> Any:
     """A deep copy of a model, or of several, in which what they share stays shared; `borrowed`, with its parameters."""
     try:
-        return borrow(model) if borrowed else copy.deepcopy(model)
+        return borrow(model) if borrowed else deep_copy(model)
     except Exception as error:
         what = "one of the models" if isinstance(model, dict) else type(model).__name__
         raise GraphZipError(
             f"{what} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
             "it is. Make copy.deepcopy(model) work first (a non-leaf tensor kept as an attribute is the usual cause)"
         ) from error
+
+
+def _check_own(model: nn.Module, traced: Traced) -> None:
+    """Raises `TraceError` where the copy of a model computes with the tensors of the model itself."""
+    theirs = {value.data_ptr(): name for name, value in named_state(model) if value.numel() and not value.is_meta}
+    for _, value in named_state(traced.module):
+        name = None if value.is_meta or value.layout != torch.strided else theirs.get(value.data_ptr())
+        if name is not None:
+            raise TraceError(
+                f"a copy of {type(model).__name__} reads {name!r} of the model itself: a function that was set on it "
+                "(its forward, say) holds the model; write it as a method, or bind it (types.MethodType)"
+            )
 
 
 def _inputs_of(plan: Plan, model: nn.Module) -> tuple[torch.Tensor, ...]:

@@ -23,6 +23,7 @@ __all__ = [
     "check_name",
     "check_room",
     "check_seed",
+    "check_traceable",
     "number",
     "re_iterable",
     "whole",
@@ -55,6 +56,45 @@ def check_module(model: Any, what: str = "") -> None:
         raise TraceError(
             f"{lead}{type(model).__name__} has no {lazy[0]!r} yet, for its layers are lazy; run it on a batch first"
         )
+
+
+def check_traceable(model: Any, what: str = "") -> None:
+    """Raises `TraceError` as `check_module` does, and for what runs but cannot be worked on.
+
+    These are wrappers, which would be run as they are (compiled by `torch.compile`, spread over devices), and tensors
+    that no pass can compute with.
+    """
+    check_module(model, what)
+    lead = f"{what}: " if what else ""
+    for name, module in model.named_modules():
+        wrapped = _wrapped(module)
+        if wrapped:
+            raise TraceError(f"{lead}{repr(name) if name else 'the model'} is {wrapped}")
+    for name, tensor in _state(model):
+        if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+            raise TraceError(
+                f"{lead}{name!r} is {str(tensor.dtype).removeprefix('torch.')}, in which weights are stored and not "
+                "computed with; convert it to float32, float16 or bfloat16 first (with its scales, where it has some)"
+            )
+        if tensor.is_inference():
+            raise TraceError(
+                f"{lead}{name!r} was made inside torch.inference_mode(), and cannot be traced; make or load the model "
+                "outside of it (torch.no_grad() does no harm), or pass copy.deepcopy(model)"
+            )
+
+
+def _wrapped(module: nn.Module) -> str:
+    """What a module is that stands for another one, and what to pass instead; empty for any other."""
+    bases = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+    if "torch._dynamo.eval_frame.OptimizedModule" in bases:
+        return "made by torch.compile; pass what it was made of (its _orig_mod), and compile what graphzip gives back"
+    if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+        return "given a forward made by torch.compile; pass the model without it, and compile what graphzip gives back"
+    kinds = {base.rpartition(".")[2] for base in bases if base.startswith(("torch.nn.parallel.", "torch.distributed."))}
+    found = kinds & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+    if found:
+        return f"a {found.pop()}; pass the model inside it (its module), and wrap what graphzip gives back"
+    return ""
 
 
 def _state(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ from graphzip.allocation import Curve, allocate
 from graphzip.analysis.channels import analyse
 from graphzip.analysis.groups import ChannelGroup, channel_groups_of
 from graphzip.analysis.price import Price, prices_of
-from graphzip.arguments import check_callable, check_examples, check_module, check_name, check_seed, whole
+from graphzip.arguments import check_callable, check_examples, check_name, check_seed, check_traceable, whole
 from graphzip.calibration import check_calibration
 from graphzip.errors import PlanError, WeightsError
 from graphzip.export.measure import latency_of
@@ -154,7 +154,7 @@ class WidthStudy:
         seed: int = 0,
         mode: str = "eval",
     ) -> None:
-        check_module(model)
+        check_traceable(model)
         check_examples(example_inputs)
         check_seed(seed)
         check_callable(evaluate, "evaluate", "evaluate(module), which gives a score")

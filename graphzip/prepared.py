@@ -22,7 +22,7 @@ from graphzip.calibration import drift, placed
 from graphzip.compiled import Compiled, task_module
 from graphzip.errors import GraphZipError, RewriteError, WeightsError
 from graphzip.graph.batches import batch_arguments, check_batches, each_batch, run_batch
-from graphzip.graph.copies import flags_kept, in_mode, switches_by_itself
+from graphzip.graph.copies import computed, deep_copy, flags_kept, in_mode, switches_by_itself
 from graphzip.graph.frozen import freeze, thaw
 from graphzip.graph.trace import Traced
 from graphzip.guard import public, users_own
@@ -113,7 +113,7 @@ class Prepared(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         """A copy to train; the original model and the calibration data are only read, and shared with it."""
-        memo.update({id(value): value for value in self._hidden.values()})
+        memo.update({id(value): value for value in self._hidden.values()} | computed([self.model]))
         twin = memo[id(self)] = Prepared.__new__(Prepared)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
@@ -549,7 +549,7 @@ def _with_submodule(model: nn.Module, scope: str, value: nn.Module) -> nn.Module
     """A copy of `model` with `value` in place of the submodule `scope`, under each of its names."""
     if not scope:
         return value
-    whole = copy.deepcopy(model)
+    whole = deep_copy(model)
     old = whole.get_submodule(scope)
     for name, inner in list(whole.named_modules(remove_duplicate=False)):
         if inner is old:

@@ -3,23 +3,80 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["borrow", "eval_copy", "flags_kept", "in_mode", "share_copy", "switches_by_itself"]
+__all__ = [
+    "borrow",
+    "computed",
+    "deep_copy",
+    "eval_copy",
+    "flags_kept",
+    "in_mode",
+    "recomputed",
+    "share_copy",
+    "switches_by_itself",
+]
 
 Models = TypeVar("Models", nn.Module, dict[str, nn.Module])
 
 
+def computed(models: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
+    """For a deep copy: tensors that modules keep beside their state, and that belong to a graph of autograd.
+
+    `copy.deepcopy` refuses them. They are what the modules computed last from their parameters: the old `weight_norm`,
+    `spectral_norm` and `prune` of `torch.nn.utils` do so before every call. A copy has their values alone.
+    """
+    found: dict[int, torch.Tensor] = {}
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if not value.is_leaf:
+                found[id(value)] = value.detach().clone()
+        elif isinstance(value, list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            for each in value.values() if isinstance(value, dict) else value:
+                look(each)
+
+    for model in models:
+        for module in model.modules():
+            for name, value in module.__dict__.items():
+                if name not in ("_modules", "_parameters"):
+                    look(value)
+    return found
+
+
+def recomputed(model: nn.Module) -> list[str]:
+    """Names of the tensors that the old `weight_norm`, `spectral_norm` and `prune` compute before every call."""
+    return [
+        f"{name}.{leaf}" if name else leaf
+        for name, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod)
+        and (leaf := getattr(hook, "name", getattr(hook, "_tensor_name", "")))
+    ]
+
+
+def deep_copy(models: Models, shared: Iterable[Any] = ()) -> Models:
+    """A deep copy of a model, or of several, in which what they share stays shared; `shared` objects are not copied."""
+    each = list(models.values()) if isinstance(models, dict) else [models]
+    memo: dict[int, Any] = {id(value): value for value in shared}
+    kept = computed(each)
+    return copy.deepcopy(models, {**kept, **memo})
+
+
 def share_copy(model: nn.Module) -> nn.Module:
     """A deep copy of the module structure that shares every parameter and buffer with `model`."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, [*model.parameters(), *model.buffers()])
 
 
 def borrow(model: Models) -> Models:
@@ -28,7 +85,7 @@ def borrow(model: Models) -> Models:
     Buffers are copied: it is there to be run, and a model may write to them.
     """
     models = model.values() if isinstance(model, dict) else [model]
-    return copy.deepcopy(model, {id(each): each for inner in models for each in inner.parameters()})
+    return deep_copy(model, [each for inner in models for each in inner.parameters()])
 
 
 def switches_by_itself(model: nn.Module) -> bool:
@@ -55,7 +112,7 @@ def in_mode(model: nn.Module, training: bool, copied: Callable[[nn.Module], nn.M
         pass
     for tensor, data in held:
         tensor.data = data
-    return copy.deepcopy(model).train(training)
+    return deep_copy(model).train(training)
 
 
 class _WritesError(Exception):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from graphzip.alone import ALONE
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.branches import Watch, watched
-from graphzip.graph.copies import share_copy
+from graphzip.graph.copies import deep_copy, recomputed, share_copy
 from graphzip.graph.inputs import has_batch_of_one, with_batch_of_two
 from graphzip.graph.owners import name_owners
 from graphzip.graph.source import first_line
@@ -133,7 +133,7 @@ def run_export(skeleton: nn.Module, call: Call, shapes: Any | None) -> Program:
     A copy is exported: what a model keeps of its inputs would stay in it, and is of no use outside of the export.
     """
     shapes = shapes if shapes is not None else _batch_is_dynamic(call)
-    with ALONE, _tracing_mode(), _quiet(), watched() as watch:
+    with ALONE, _tracing_mode(), _quiet(skeleton), watched() as watch:
         twin = share_copy(skeleton)
         exported = export(twin, *call, dynamic_shapes=shapes or None, strict=False)
     name_owners(exported.graph_module, twin)
@@ -192,10 +192,11 @@ _CHATTY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shap
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(model: nn.Module) -> Iterator[None]:
     """Keep off the terminal what torch prints where an export fails: half a graph, and the traceback of an operator.
 
-    And what it says of every recurrent layer, which looks after its list of weights by itself.
+    And what it says of every recurrent layer, which looks after its list of weights by itself, and of weights that are
+    computed before every call.
 
     The error that is raised says what matters. What a model itself prints comes out after a successful export.
     """
@@ -207,6 +208,8 @@ def _quiet() -> Iterator[None]:
             chatty.disabled = True
         with redirect_stderr(spill), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r".*_flat_weights.* were assigned during export")
+            names = "|".join(re.escape(f"self.{name}") for name in recomputed(model))
+            warnings.filterwarnings("ignore", message=rf"The tensor attributes? (({names})(, )?)+ \w+ assigned during")
             yield
         sys.stderr.write(spill.getvalue())
     except Exception:
@@ -228,7 +231,7 @@ def _accepts(skeleton: nn.Module, call: Call) -> bool:
 def run_model(skeleton: nn.Module, call: Call) -> Any:
     """What a copy of the model returns."""
     with torch.no_grad():
-        return copy.deepcopy(skeleton)(*separate(call[0]), **separate(call[1]))
+        return deep_copy(skeleton)(*separate(call[0]), **separate(call[1]))
 
 
 def _check_accepts(skeleton: nn.Module, call: Call) -> None:

@@ -18,10 +18,10 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from graphzip.arguments import check_examples, check_module, check_name
+from graphzip.arguments import check_examples, check_name, check_traceable
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.asked import asked
-from graphzip.graph.copies import flags_kept, in_mode
+from graphzip.graph.copies import deep_copy, flags_kept, in_mode
 from graphzip.graph.flat import Flat, flatten
 from graphzip.graph.follow import Follower
 from graphzip.graph.forms import Form
@@ -306,7 +306,7 @@ class _Source:
 
 
 def _check(model: nn.Module, example_inputs: tuple[Any, ...], scope: str | None) -> None:
-    check_module(model)
+    check_traceable(model)
     check_examples(example_inputs)
     if scope is not None:
         check_name(scope, "scope")
@@ -332,7 +332,7 @@ def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[
             f"scope {scope!r} is not a submodule of {type(model).__name__}; its children are {known}"
         ) from None
     seen: list[Call] = []
-    runner = copy.deepcopy(skeleton)
+    runner = deep_copy(skeleton)
 
     def remember(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if not seen:

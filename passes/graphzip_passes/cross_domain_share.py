@@ -18,7 +18,6 @@ section 3.3, sharing and Eq. 12 in section 3.4, the result in section 3.5.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graphzip.errors import GraphZipError, WeightsError
+from graphzip.graph.copies import deep_copy
 from graphzip.graph.state import get_tensor
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
@@ -144,7 +144,7 @@ class CrossDomainSharePass(Tying):
                     self._run()
             found = self._agreed([self._clustered(layer, model) for layer in self.layers])
             self._set({clusters.layer.name: clusters for clusters, _ in found})
-        before = copy.deepcopy(model) if self._run is not None else None
+        before = deep_copy(model) if self._run is not None else None
         for clusters, amplitude in found:
             _tie(clusters, amplitude, model)
         self.collapse_(model)
