@@ -68,11 +68,10 @@ class Measurements:
             raise PlanError(f"cache: {self.path} is no ordinary file; name another one")
         try:
             with self.path.open("rb") as file:
-                begins = file.read(len(_START))
-                self._old = bool(begins) and not _START.startswith(begins)
-                content = begins + file.read()
+                content = file.read()
         except OSError as error:
             raise PlanError(f"cache: {self.path} cannot be read ({error.strerror or error})") from error
+        self._old = not _is_ours(content)
         if self._old:
             _check_old(content, self.path)
         damaged, others = 0, self._old
@@ -88,6 +87,14 @@ class Measurements:
             logger.warning("%s has %d lines that are damaged or no losses; they are left out", self.path, damaged)
         if others and not self._losses:
             logger.warning("%s was measured with another model, data or options; it is measured anew", self.path)
+
+
+def _is_ours(content: bytes) -> bool:
+    """Whether a file begins as one of measurements does, also where its first line was cut off."""
+    first, *others = content.split(b"\n")
+    rest = next((line for line in others if line), _START)
+    begun = bool(first) and _START.startswith(first) and rest.startswith(_START)
+    return not content or first.startswith(_START) or begun
 
 
 def _check_old(content: bytes, path: Path) -> None:

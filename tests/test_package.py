@@ -153,6 +153,57 @@ def test_each_platform_gets_one_onnxruntime(platform: str, machine: str, distrib
     assert [each.name for each in found if each.marker.evaluate(here)] == [distribution]
 
 
+def test_the_environment_without_a_gpu_differs_in_onnxruntime_alone() -> None:
+    lines = (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8").splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
+    plain = {each.partition(";")[0] for each in requirements()[0] if not each.startswith("onnxruntime-gpu")}
+    assert sorted(listed) == sorted(plain)
+
+
+WITHOUT_A_GPU = """
+import importlib.metadata
+import onnxruntime
+
+def hidden(name):
+    if name.startswith("onnxruntime"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+
+found = importlib.metadata.Distribution.from_name
+importlib.metadata.Distribution.from_name = hidden
+onnxruntime.get_available_providers = lambda: ["CPUExecutionProvider"]
+onnxruntime.get_device = lambda: "CPU"
+session = onnxruntime.InferenceSession
+
+def plain(*args, providers=None, **kwargs):
+    assert set(providers or ["CPUExecutionProvider"]) == {"CPUExecutionProvider"}, providers
+    return session(*args, providers=["CPUExecutionProvider"], **kwargs)
+
+onnxruntime.InferenceSession = plain
+import torch
+import graphzip
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+compiled = graphzip.compile(model, graphzip.Plan([graphzip.ClusterMerge(keep=0.5)]), (torch.randn(2, 3),))
+print(compiled.export("slim.onnx").verified, compiled.verify("slim.onnx").verified)
+"""
+
+
+@pytest.mark.slow
+def test_any_onnxruntime_will_do(tmp_path: Path) -> None:
+    """Simulated: no distribution of that name is found, and the package that is there offers the CPU alone."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "passes")])}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_GPU],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "True True", done.stderr
+
+
 def test_every_import_is_declared() -> None:
     dependencies, extras = requirements()
     declared = {re.split(r"[>;\s]", each)[0].lower() for each in [*dependencies, *extras["models"], *extras["plot"]]}
