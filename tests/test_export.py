@@ -428,3 +428,55 @@ def test_report_is_plain_data() -> None:
         "m.onnx: 2.50 MB in two files, opset 20, any batch, verified in onnxruntime at batch 1, 2: "
         "largest difference 1e-06 (tolerance 5e-06)"
     )
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """Attention over queries, keys and values of a shape, with a mask of another."""
+
+    def __init__(self, lead: tuple[int, ...], mask: tuple[int, ...] | None = None, **options: Any) -> None:
+        super().__init__()
+        self.parts = nn.Linear(8, 24)
+        self.lead, self.options = lead, options
+        self.register_buffer("mask", None if mask is None else torch.rand(mask) > 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.parts(x)
+        q, k, v = (x.unflatten(0, (-1, *self.lead)) if self.lead else x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, self.mask, **self.options)
+
+
+@pytest.mark.parametrize(
+    ("lead", "mask", "options"),
+    [
+        ((), None, {}),
+        ((), (5, 5), {}),
+        ((), None, {"is_causal": True, "scale": 0.3}),
+        ((3,), (3, 5, 5), {}),
+        ((2, 3), None, {"is_causal": True}),
+        ((2, 3), (5, 5), {}),
+        ((2, 3), (3, 5, 5), {"scale": 0.5}),
+    ],
+)
+def test_attention_over_any_number_of_dimensions(
+    lead: tuple[int, ...], mask: tuple[int, ...] | None, options: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = Attends(lead, mask, **options).eval()
+    count = 2 * int(np.prod(lead, dtype=int))
+    report = export_onnx(module, (torch.randn(count, 5, 8),), tmp_path / "model.onnx")
+    assert report.verified, report
+    x = torch.randn(3 * count, 5, 8)
+    (found,) = run(tmp_path / "model.onnx", x=x)
+    np.testing.assert_allclose(found, module(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_one_sequence(tmp_path: Path) -> None:
+    class One(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, k)
+
+    inputs = (torch.randn(4, 8), torch.randn(6, 8))
+    assert export_onnx(One(), inputs, tmp_path / "model.onnx", dynamic_batch=False).verified

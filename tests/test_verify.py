@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphzip as gz
+from graphzip.export import weights
 
 EMPTY = gz.Plan([])
 
@@ -247,3 +248,19 @@ def test_what_an_output_cannot_show_is_said_and_weights_are_compared_all_the_sam
 
 def nudge_one(array: np.ndarray) -> None:
     array.flat[5] *= 1.001
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        ([0.0, -torch.inf, 0.0], True),
+        ([-torch.inf, 0.0, -torch.inf], True),
+        ([1.0, 0.0, 1.0], True),
+        ([0.0, torch.finfo(torch.float32).min, 0.0], True),
+        ([0.0, -torch.inf, -torch.inf], False),
+        ([0.5, 0.0, 0.5], False),
+        ([0.0, -torch.inf, 1.0], False),
+    ],
+)
+def test_masks_in_numbers_are_traced_to_truth_values(values: list[float], same: bool) -> None:
+    assert weights._masks(torch.tensor(values), torch.tensor([True, False, True])) is same

@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from graphzip.errors import ExportError
+from graphzip.export.attention import with_four_dimensions
 from graphzip.export.capture import Captured, first_line, renamed
 from graphzip.export.packages import require
 from graphzip.files import companion
@@ -30,6 +31,7 @@ def convert(captured: Captured, *, opset: int | None, shared: Collection[str] = 
     Inputs, outputs and free sizes have the names that they have in `captured`. Raises `ExportError` for an operator
     that cannot be converted, and for an opset that cannot be written.
     """
+    with_four_dimensions(captured.program)
     model = _convert(captured.program, opset, shared)
     _tidy(model, captured.inputs, captured.outputs, captured.symbols)
     return model

@@ -174,8 +174,10 @@ class _State:
 
     def match(self, tensor: torch.Tensor) -> _Candidate | None:
         """What is computed from tensors of the module and equals a constant up to rounding."""
-        alike = (each for each in self.computed if each.tensor.numel() == tensor.numel())
-        return next((each for each in alike if _close(tensor, each)), None) if tensor.is_floating_point() else None
+        if not tensor.is_floating_point():
+            return None
+        alike = (each for each in (*self.computed, *self.masks) if each.tensor.numel() == tensor.numel())
+        return next((each for each in alike if _close(tensor, each) or _masks(tensor, each.tensor)), None)
 
     def lacks(self, held: Collection[str]) -> list[str]:
         """Weights that are not among those `held`, but for such as may be left out: adding zeros changes nothing."""
@@ -199,6 +201,17 @@ class _State:
 
     @cached_property
     def values(self) -> dict[fx.Node, tuple[frozenset[str], torch.Tensor]]:
+        """Those of `known` that hold numbers."""
+        return {node: each for node, each in self.known.items() if each[1].is_floating_point()}
+
+    @cached_property
+    def masks(self) -> list[_Candidate]:
+        """Those of `known` that hold truth values."""
+        found = [each for each in self.known.values() if each[1].dtype == torch.bool]
+        return [_Candidate(names, value, torch.zeros((), dtype=torch.float64)) for names, value in found]
+
+    @cached_property
+    def known(self) -> dict[fx.Node, tuple[frozenset[str], torch.Tensor]]:
         """What operators of the program give that depend on no input, and the names of the tensors they read."""
         known: dict[fx.Node, Any] = {}
         names: dict[fx.Node, frozenset[str]] = {}
@@ -216,7 +229,7 @@ class _State:
         return {
             node: (names[node], value)
             for node, value in known.items()
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()
+            if isinstance(value, torch.Tensor) and value.numel()
         }
 
     @cached_property
@@ -354,6 +367,18 @@ def _close(tensor: torch.Tensor, candidate: _Candidate) -> bool:
         else:
             return True
     return False
+
+
+def _masks(tensor: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a constant has one of the numbers of masks where `mask` is true, and another one where it is not."""
+    if mask.dtype != torch.bool:
+        return False
+    values, chosen = tensor.reshape(-1), mask.reshape(-1)
+    numbers = (0.0, 1.0, -torch.inf, torch.finfo(tensor.dtype).min)
+    return all(
+        not part.numel() or (bool((part == part[0]).all()) and float(part[0]) in numbers)
+        for part in (values[chosen], values[~chosen])
+    )
 
 
 def _all_alike(tensor: torch.Tensor) -> bool:
