@@ -21,7 +21,7 @@ from graphzip.graph.trace import Traced
 from graphzip.graph.two_forms import eval_form
 from graphzip.guard import public
 from graphzip.results import Report
-from graphzip.rewrite.join import inputs_of, module_of, task_of
+from graphzip.rewrite.join import inputs_of, module_of
 from graphzip.tables import closest
 
 __all__ = ["Compiled", "load", "task_module"]
@@ -114,7 +114,6 @@ class Compiled:
                 self.example_inputs,
                 path,
                 free=self._free_by_task(),
-                conditions=self.traced.conditions,
                 same_input=same_input,
                 **options,
             )
@@ -139,23 +138,16 @@ class Compiled:
                 raise VerificationError(f"{path} is a directory, and a single model was compiled; give the file")
             return check_tasks(self._task_models(), path)
         if self.tasks:
-            return check_joint(self.module, self.example_inputs, path, conditions=self.traced.conditions)
+            return check_joint(self.module, self.example_inputs, path)
         return check_onnx(self.module, self.example_inputs, path, **self._call())
 
     def _call(self) -> dict[str, Any]:
-        """Keyword arguments and conditions on sizes; with a `scope` the graph knows of neither for the whole model."""
-        if self.traced.scope:
-            return {}
-        return {"example_kwargs": self.traced.example_kwargs, "conditions": self.traced.conditions}
+        """Keyword arguments; with a `scope` the graph does not know them for the whole model."""
+        return {} if self.traced.scope else {"example_kwargs": self.traced.example_kwargs}
 
     def _task_models(self) -> dict[str, TaskModel]:
         free = self._free_by_task()
-        return {
-            name: TaskModel(
-                self.task(name), self.example_inputs[name], free[name], task_of(self.traced, name).conditions
-            )
-            for name in self.tasks
-        }
+        return {name: TaskModel(self.task(name), self.example_inputs[name], free[name]) for name in self.tasks}
 
     def _free_by_task(self) -> dict[str, Free]:
         free = free_sizes(self.traced)

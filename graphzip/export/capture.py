@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExportError
 from graphzip.export.example import Example, Size, Sizes, tensor_leaves
+from graphzip.graph.conditions import asked_of_sizes
 
 __all__ = ["Captured", "capture", "first_line", "renamed"]
 
@@ -31,8 +32,9 @@ _BATCH = "batch"
 class Captured:
     """A program, the example that it was captured with, and how to call what it takes and gives.
 
-    `symbols` has a name for every free size, by the name that the program has for it. `notes` are sentences on sizes
-    that had to be fixed.
+    `symbols` has a name for every free size, by the name that the program has for it. `conditions` are those on sizes
+    that the module checks, in words and as expressions of the program. `notes` are sentences on sizes that had to be
+    fixed.
     """
 
     program: ExportedProgram
@@ -41,6 +43,7 @@ class Captured:
     outputs: tuple[str, ...]
     sizes: Sizes
     symbols: Mapping[str, str]
+    conditions: tuple[tuple[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -59,7 +62,8 @@ def capture(skeleton: nn.Module, example: Example, *, by_task: bool = False, sam
     `ExportError` where the module does not run on the example, cannot be traced, or returns nothing to export.
     """
     outputs = _output_names(skeleton, example, by_task=by_task)
-    program, example, notes = _program(skeleton, example)
+    with asked_of_sizes() as asked:
+        program, example, notes = _program(skeleton, example, asked)
     values = _input_values(program)
     if by_task and not same_input:
         joint = _joint_inputs(skeleton, example)
@@ -67,7 +71,9 @@ def capture(skeleton: nn.Module, example: Example, *, by_task: bool = False, sam
     else:
         inputs, batches = [name for name, _ in values], [_BATCH] * len(values)
     sizes = _sizes(program)
-    symbols = _symbol_names(sizes, inputs, batches)
+    conditions = tuple((text, _replaced(program, expression)) for text, expression in dict.fromkeys(asked))
+    limited = set().union(*(expression.free_symbols for _, expression in conditions))
+    symbols = _symbol_names(sizes, inputs, batches, set(map(str, limited)))
     inputs = _apart(inputs)
     notes += tuple(
         f"dimension {dim} of input {name!r} is fixed at {leaf[dim]} in the file: the model computes with this number"
@@ -75,11 +81,16 @@ def capture(skeleton: nn.Module, example: Example, *, by_task: bool = False, sam
         for dim in dims
         if isinstance(leaf[dim], int)
     )
-    return Captured(program, example, tuple(inputs), tuple(outputs), sizes, symbols, notes)
+    return Captured(program, example, tuple(inputs), tuple(outputs), sizes, symbols, conditions, notes)
 
 
-def _program(skeleton: nn.Module, example: Example) -> tuple[ExportedProgram, Example, tuple[str, ...]]:
-    """The program with as much free as can be, the example for it, and a note where the batch had to be fixed."""
+def _program(
+    skeleton: nn.Module, example: Example, asked: list[Any]
+) -> tuple[ExportedProgram, Example, tuple[str, ...]]:
+    """The program with as much free as can be, the example for it, and a note where the batch had to be fixed.
+
+    What an attempt that is given up has `asked` is forgotten.
+    """
     wanted = any(0 in dims for dims in example.free)
     without_batch = replace(example.fixed(), free=tuple(tuple(dim for dim in dims if dim) for dims in example.free))
     reason = "the model computes with this number"
@@ -91,6 +102,7 @@ def _program(skeleton: nn.Module, example: Example) -> tuple[ExportedProgram, Ex
         except Exception as error:
             logger.debug("no trace with a free batch", exc_info=True)
             reason = first_line(error)
+    asked.clear()
     try:
         program = _traced(skeleton, without_batch)
     except Exception as error:
@@ -159,6 +171,13 @@ def _sizes(program: ExportedProgram) -> Sizes:
     return Sizes(tuple(leaves), known)
 
 
+def _replaced(program: ExportedProgram, expression: Any) -> Any:
+    """The expression by symbols that the inputs show: of sizes that are equal only one is left."""
+    shapes: list[Any] = [size for _, value in _input_values(program) for size in value.shape]
+    environment = next((size.node.shape_env for size in shapes if isinstance(size, torch.SymInt)), None)
+    return expression if environment is None else environment.replace(expression)
+
+
 def _hints(size: torch.SymInt) -> dict[sympy.Symbol, int]:
     """The sizes that the symbols in an expression had in the example."""
     expression = size.node.expr
@@ -170,16 +189,22 @@ def _hints(size: torch.SymInt) -> dict[sympy.Symbol, int]:
     return {symbol: int(hints[symbol]) for symbol in sorted(expression.free_symbols, key=str)}
 
 
-def _symbol_names(sizes: Sizes, inputs: Sequence[str], batches: Sequence[str]) -> dict[str, str]:
-    """`batch` for the first free batch, `y_batch` for that of another input, `x_2` for another free size."""
+def _symbol_names(
+    sizes: Sizes, inputs: Sequence[str], batches: Sequence[str], limited: Collection[str]
+) -> dict[str, str]:
+    """`batch` for the first free batch, `y_batch` for that of another input, `x_2` for another free size.
+
+    A batch that is `limited`, because the model does not take every one, is a size like others: `x_0`.
+    """
     names: dict[str, str] = {}
     for leaf, name, batch in zip(sizes.leaves, inputs, batches, strict=True):
         for dim, size in enumerate(leaf):
             for symbol in [] if isinstance(size, int) else sorted(map(str, size.free_symbols)):
                 if symbol not in names:
-                    wanted = batch if dim == 0 else f"{name}_{dim}"
+                    is_batch = dim == 0 and symbol not in limited
+                    wanted = batch if is_batch else f"{name}_{dim}"
                     taken = wanted in names.values()
-                    names[symbol] = f"{name}_{_BATCH}" if dim == 0 and taken else wanted
+                    names[symbol] = f"{name}_{_BATCH}" if is_batch and taken else wanted
     return dict(zip(names, _apart(names.values()), strict=True))
 
 

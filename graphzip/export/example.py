@@ -148,7 +148,7 @@ class Sizes:
 
     def at(self, chosen: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]] | None:
         """The shapes where symbols have the `chosen` sizes; `None` where these are no sizes."""
-        values = {**self.known, **chosen}
+        values = {symbol: sympy.Integer(size) for symbol, size in {**self.known, **chosen}.items()}
         shapes = []
         for sizes in self.leaves:
             numbers = [value_at(sympy.sympify(size), values) for size in sizes]

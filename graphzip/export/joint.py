@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,6 @@ def export_joint(
     path: str | os.PathLike[str],
     *,
     free: Mapping[str, Free],
-    conditions: Sequence[str],
     opset: int | None,
     dynamic_batch: bool,
     verify: bool,
@@ -62,7 +61,6 @@ def export_joint(
         given,
         path,
         free=_common(free) if same_input else [dims for each in free.values() for dims in each],
-        conditions=conditions,
         opset=opset,
         dynamic_batch=dynamic_batch,
         verify=verify,
@@ -75,8 +73,6 @@ def check_joint(
     module: nn.Module,
     inputs: Mapping[str, tuple[Any, ...]],
     path: str | os.PathLike[str],
-    *,
-    conditions: Sequence[str],
 ) -> ExportReport:
     """Compare a file that `export_joint` wrote, with inputs of their own or with one for all tasks."""
     there = read_model(Path(path))
@@ -85,7 +81,7 @@ def check_joint(
     leaves = sum(len(tensor_leaves(each)) for each in inputs.values())
     same_input = not (apart and leaves == len(there.graph.inputs))
     joint, given = _joint(module, inputs, same_input=same_input)
-    return check_onnx(joint, given, path, conditions=conditions, by_task=True, same_input=same_input)
+    return check_onnx(joint, given, path, by_task=True, same_input=same_input)
 
 
 def _joint(
@@ -128,12 +124,11 @@ def _described(kinds: list[Any]) -> str:
 
 @dataclass(frozen=True)
 class TaskModel:
-    """The module of one task, its inputs, their free dimensions (see `Free`), and conditions on their sizes."""
+    """The module of one task, its inputs, and their free dimensions (see `Free`)."""
 
     module: nn.Module
     inputs: tuple[Any, ...]
     free: Free
-    conditions: tuple[str, ...] = ()
 
 
 def export_tasks(
@@ -161,7 +156,6 @@ def export_tasks(
                 Example.of(each.inputs, {}, free=each.free, dynamic_batch=dynamic_batch),
                 opset=opset,
                 shared=_shared(each.module, [other.module for other in tasks.values() if other is not each]),
-                conditions=each.conditions,
             )
             for name, each in tasks.items()
         }
@@ -188,9 +182,7 @@ def check_tasks(tasks: Mapping[str, TaskModel], folder: str | os.PathLike[str]) 
     for name, each in tasks.items():
         shared = _shared(each.module, [other.module for other in tasks.values() if other is not each])
         try:
-            reports[name] = check_onnx(
-                each.module, each.inputs, target / f"{name}.onnx", conditions=each.conditions, shared=shared
-            )
+            reports[name] = check_onnx(each.module, each.inputs, target / f"{name}.onnx", shared=shared)
         except VerificationError as error:
             raise VerificationError(f"task {name!r}: {error}") from error
     files = [target / WEIGHTS, *(report.path for report in reports.values())]

@@ -6,10 +6,9 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from graphzip.export.capture import Captured, capture
 from graphzip.export.convert import convert, external_files, save, weight_bytes
 from graphzip.export.example import Example, Free, tensor_leaves
 from graphzip.export.packages import require
+from graphzip.export.refusals import refuse
 from graphzip.export.report import ExportReport
 from graphzip.export.verify import Verification, read_model, verify_file
 from graphzip.files import check_target, staged
@@ -44,7 +44,6 @@ def export_onnx(
     *,
     example_kwargs: dict[str, Any] | None = None,
     free: Free | None = None,
-    conditions: Sequence[str] = (),
     opset: int | None = None,
     dynamic_batch: bool = True,
     verify: bool = True,
@@ -55,10 +54,11 @@ def export_onnx(
 
     Inputs keep the names of `forward`'s arguments, outputs are `output`, `output_1`, ... or the keys of a dict. `free`
     has for every tensor of the example the dimensions that may have another size; without it these are the first ones
-    that have the example's batch size. The first is named `batch`, others after their input, `x_2`; where the module's
-    graph holds a size, the file does, too, and the report says so. Without `dynamic_batch` first dimensions stay
-    those of the example. `conditions` on sizes that the module checks, and a file cannot, are noted. `opset=None`
-    takes what the exporter recommends. With `verify` the file is compared with the module before it is put in place.
+    that have the example's batch size. The first is named `batch`, others after their input, `x_2`, and so is a batch
+    of which not every size is taken; where the module's graph holds a size, the file does, too, and the report says so.
+    Without `dynamic_batch` first dimensions stay those of the example. Sizes that the module refuses the file refuses,
+    too; where it cannot, that is noted. `opset=None` takes what the exporter recommends. With `verify` the file is
+    compared with the module before it is put in place.
 
     Raises `ExportError` where the module cannot be exported as asked or the place cannot be written to,
     `VerificationError` where the file is something else; either way nothing is written.
@@ -67,7 +67,7 @@ def export_onnx(
     _check_tuple(example_inputs)
     with export_mode(verify=verify):
         example = Example.of(example_inputs, example_kwargs or {}, free=free, dynamic_batch=dynamic_batch)
-        built = build(module, example, opset=opset, by_task=by_task, same_input=same_input, conditions=conditions)
+        built = build(module, example, opset=opset, by_task=by_task, same_input=same_input)
         external = weight_bytes(built.model) > SINGLE_FILE_LIMIT
         found: Verification | None = None
         with staged(target, ExportError) as temporary:
@@ -84,7 +84,6 @@ def check_onnx(
     path: str | os.PathLike[str],
     *,
     example_kwargs: dict[str, Any] | None = None,
-    conditions: Sequence[str] = (),
     by_task: bool = False,
     same_input: bool = False,
     shared: Collection[str] = (),
@@ -100,10 +99,10 @@ def check_onnx(
         example = _example_of_file(there, example_inputs, example_kwargs or {})
         options: dict[str, Any] = {"by_task": by_task, "same_input": same_input, "shared": shared}
         try:
-            built = build(module, example, opset=there.opset_imports.get(""), conditions=conditions, **options)
+            built = build(module, example, opset=there.opset_imports.get(""), **options)
         except ExportError:  # written by another version, in an opset that this one does not write
             try:
-                built = build(module, example, opset=None, conditions=conditions, **options)
+                built = build(module, example, opset=None, **options)
             except ExportError as error:
                 raise VerificationError(f"{source.name} is not the module: {error}") from error
         found = built.compared(source, fresh=False)
@@ -145,13 +144,14 @@ def _check_tuple(example_inputs: Any) -> None:
 class Built:
     """An ONNX model before it is written, the module that it must agree with, and what that was traced to.
 
-    `again` builds another module in the same way.
+    `again` builds another module in the same way. `unchecked` are conditions on sizes that the module checks and the
+    model does not.
     """
 
     model: Any
     skeleton: nn.Module
     captured: Captured
-    conditions: tuple[str, ...]
+    unchecked: tuple[str, ...]
     again: Callable[[nn.Module], Built]
 
     def verified(self, path: Path) -> Verification:
@@ -169,16 +169,11 @@ class Built:
         built = self.again(twin)
         return built.captured, built.model
 
-    def _is_open(self, condition: str) -> bool:
-        """Whether a condition is about a size that is free in the file."""
-        places = re.findall(r"\b(\w+)\.shape\[(\d+)\]", condition)
-        shapes = self.captured.shapes
-        return any(name not in shapes or isinstance(shapes[name][int(dim)], str) for name, dim in places)
-
     def report(self, path: Path, size: int, *, external: bool, found: Verification | None) -> ExportReport:
         notes = [*self.captured.notes]
-        if conditions := [text for text in self.conditions if self._is_open(text)]:
-            notes.append(f"the module takes only inputs with {' and '.join(conditions)}; the file cannot refuse others")
+        if self.unchecked:
+            needed = " and ".join(self.unchecked)
+            notes.append(f"the module takes only inputs with {needed}; the file cannot refuse others")
         found = found or Verification()
         return ExportReport(
             path=path,
@@ -204,7 +199,6 @@ def build(
     by_task: bool = False,
     same_input: bool = False,
     shared: Collection[str] = (),
-    conditions: Sequence[str] = (),
 ) -> Built:
     """Convert `module` inside `export_mode`. Tensors with the names `shared` stay as they are, for others read them.
 
@@ -215,7 +209,8 @@ def build(
     again = functools.partial(
         build, example=example, opset=opset, by_task=by_task, same_input=same_input, shared=shared
     )
-    return Built(convert(captured, opset=opset, shared=shared), skeleton, captured, tuple(conditions), again)
+    model = convert(captured, opset=opset, shared=shared)
+    return Built(model, skeleton, captured, tuple(refuse(model, captured)), again)
 
 
 @contextlib.contextmanager

@@ -35,10 +35,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A call that was wanted and that the module does not take, and what it said."""
+    """A call that was wanted and that the module does not take, what it said, and the inputs, if there are any."""
 
     kind: str
     reason: str
+    case: Case | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def run_all(module: nn.Module, captured: Captured) -> Runs:
 
 
 def _fulfilled(module: nn.Module, captured: Captured, wish: Wish) -> Run | Refusal:
-    reason = "these sizes do not fit together"
+    reason, tried = "these sizes do not fit together", None
     for chosen in wish.choices:
         case = make_case(captured.example, captured.sizes, chosen, varied=wish.kind != "example")
         if case is None:
@@ -75,8 +76,8 @@ def _fulfilled(module: nn.Module, captured: Captured, wish: Wish) -> Run | Refus
         try:
             return Run(wish.kind, case, _call(module, case))
         except Exception as error:
-            reason = short(error)
-    return Refusal(wish.kind, reason)
+            reason, tried = short(error), case
+    return Refusal(wish.kind, reason, tried)
 
 
 def _call(module: nn.Module, case: Case) -> list[torch.Tensor]:

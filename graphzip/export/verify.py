@@ -149,7 +149,7 @@ def _compare_outputs(
     _take(judged, found)
     _take_calls(runs.made, captured, found)
     for refusal in runs.refused:
-        _take_refusal(refusal, captured, found)
+        _take_refusal(refusal, captured, found, refused=_refuses(session, refusal))
 
 
 def _judged(session: Any, module: nn.Module, captured: Captured, runs: Runs) -> list[Judged]:
@@ -221,12 +221,24 @@ def _take_calls(runs: Sequence[Run], captured: Captured, found: Verification) ->
     found.batches = tuple(sorted({run.case.batch for run in runs if run.case.batch is not None}))
 
 
-def _take_refusal(refusal: Refusal, captured: Captured, found: Verification) -> None:
+def _refuses(session: Any, refusal: Refusal) -> bool:
+    """Whether the file does not take the inputs that the module does not take."""
+    if refusal.case is None:
+        return False
+    try:
+        run_session(session, Run(refusal.kind, refusal.case, []), "")
+    except VerificationError:
+        return True
+    return False
+
+
+def _take_refusal(refusal: Refusal, captured: Captured, found: Verification, *, refused: bool) -> None:
     names = {"batch": captured.sizes.batches, "sizes": captured.sizes.others}.get(refusal.kind, [])
     free = ", ".join(captured.symbols[str(symbol)] for symbol in names)
     sentence = {
         "values": f"the module takes no other values than the example's: {refusal.reason}",
-        "one": f"the module takes no batch of one ({refusal.reason}); the file cannot refuse it",
+        "one": f"the module takes no batch of one ({refusal.reason}); "
+        f"{'the file refuses it, too' if refused else 'the file cannot refuse it'}",
     }.get(
         refusal.kind, f"{free} is free in the file, but the module takes no other size that was tried: {refusal.reason}"
     )

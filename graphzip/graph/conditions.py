@@ -7,9 +7,12 @@ records the condition. A condition is kept as text, `"x.shape[0] % 2 == 0"`, and
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +27,14 @@ from graphzip.graph.branches import Branch
 from graphzip.graph.proxies import as_call, is_proxy
 from graphzip.graph.sizes import value_at
 
-__all__ = ["Open", "Sizes", "Term", "check_sizes", "holds", "parse", "sizes_of"]
+__all__ = ["Open", "Sizes", "Term", "asked_of_sizes", "check_sizes", "holds", "parse", "shown", "sizes_of", "value_of"]
 
 Term = int | float | tuple[Any, ...]
 """A parsed condition: a number, `("size", input, dimension)`, `("input", name)`, or an operation and its terms."""
 
 _SMALLEST_TRACED = 2
 _LARGEST_POWER = 64
+_APART = (sympy.Ne, sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan)
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -46,12 +50,13 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "LtE": operator.le,
     "Gt": operator.gt,
     "GtE": operator.ge,
-    "Not": operator.not_,
-    "And": lambda *terms: all(terms),
-    "Or": lambda *terms: any(terms),
-    "max": max,
-    "min": min,
+    "Not": lambda term: torch.sym_not(term) if isinstance(term, torch.SymBool) else not term,
+    "And": lambda *terms: functools.reduce(operator.and_, terms),
+    "Or": lambda *terms: functools.reduce(operator.or_, terms),
+    "max": lambda *terms: functools.reduce(torch.sym_max, terms),
+    "min": lambda *terms: functools.reduce(torch.sym_min, terms),
 }
+_ASKED: ContextVar[list[tuple[str, Any]] | None] = ContextVar("asked of sizes", default=None)
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,25 @@ class Sizes:
                 found[text] = Open(text, tuple(self.names[symbol] for symbol in symbols), branch.source)
         return list(found.values())
 
+    def asked(self, branches: Iterable[Branch]) -> dict[str, str]:
+        """What must hold for comparisons to come out as they did, as conditions, each with the line that asks."""
+        if self.environment is None:
+            return {}
+        found: dict[str, str] = {}
+        for branch in dict.fromkeys(branches):
+            expression = self.environment.replace(branch.condition)
+            if expression != sympy.true and expression.free_symbols <= self.names.keys():
+                found.setdefault(self._show(expression), branch.source)
+        return found
+
+    def inequalities(self) -> set[str]:
+        """Those conditions that say which sizes are apart, and not which ones are the same."""
+        if self.environment is None:
+            return set()
+        guards = [self.environment.replace(guard.expr) for guard in self.environment.guards]
+        apart = [guard for guard in guards if isinstance(guard, _APART) and guard.free_symbols <= self.names.keys()]
+        return {text for text in self._ranges(self.environment) if ">=" in text} | {*map(self._show, apart)}
+
     def _may_be_one(self) -> set[sympy.Symbol]:
         assert self.environment is not None
         return {symbol for symbol in self.names if self.environment.var_to_range[symbol].lower == _SMALLEST_TRACED}
@@ -177,13 +201,18 @@ class Sizes:
             raise TraceError(
                 f"the model depends on a size that no input shows ({expression}); use another dynamic_shapes"
             )
-        return str(_Printer(self.names).doprint(expression))
+        return shown(expression, self.names)
+
+
+def shown(expression: Any, names: Mapping[Any, str]) -> str:
+    """An expression as text, with the places of its symbols, which `names` has, in their stead."""
+    return str(_Printer(names).doprint(expression))
 
 
 class _Printer(PythonPrinter):
     """Python text, with the places of symbols for their names."""
 
-    def __init__(self, names: dict[sympy.Symbol, str]) -> None:
+    def __init__(self, names: Mapping[Any, str]) -> None:
         super().__init__()
         self.names = names
 
@@ -245,27 +274,39 @@ def sizes_of(term: Term) -> Iterator[tuple[str, int | None]]:
             yield from sizes_of(part)
 
 
-def _value(term: Any, known: dict[str, Any]) -> Any:
+def value_of(term: Any, known: dict[str, Any]) -> Any:
+    """A parsed condition for inputs, given by name: a number, or whether it holds."""
     if not isinstance(term, tuple):
         return term
     if term[0] == "size":
         return known[term[1]].shape[term[2]]
     if term[0] == "input":
         return known[term[1]]
-    return _OPERATIONS[term[0]](*[_value(part, known) for part in term[1:]])
+    return _OPERATIONS[term[0]](*[value_of(part, known) for part in term[1:]])
 
 
 def holds(text: str, known: dict[str, Any]) -> bool:
     """Whether a condition holds for inputs, given by name."""
-    return _is_true(parse(text), known)
+    return bool(_checked(parse(text), known))
 
 
-def _is_true(term: Term, known: dict[str, Any]) -> bool:
+def _checked(term: Term, known: dict[str, Any]) -> Any:
     """What cannot be computed, as a rest by zero, is not true: the model fails there, too."""
     try:
-        return bool(_value(term, known))
+        return value_of(term, known)
     except ZeroDivisionError:
         return False
+
+
+@contextmanager
+def asked_of_sizes() -> Iterator[list[tuple[str, Any]]]:
+    """The conditions that are checked inside while a module is traced, with what each one says of the trace's sizes."""
+    found: list[tuple[str, Any]] = []
+    token = _ASKED.set(found)
+    try:
+        yield found
+    finally:
+        _ASKED.reset(token)
 
 
 def check_sizes(texts: tuple[str, ...], terms: tuple[Term, ...], names: tuple[str, ...], *inputs: Any) -> None:
@@ -274,8 +315,12 @@ def check_sizes(texts: tuple[str, ...], terms: tuple[Term, ...], names: tuple[st
         as_call(check_sizes, texts, terms, names, *inputs)
         return
     known = dict(zip(names, inputs, strict=True))
+    asked = _ASKED.get()
     for text, term in zip(texts, terms, strict=True):
-        if not _is_true(term, known):
+        value = _checked(term, known)
+        if asked is not None and isinstance(value, torch.SymBool):
+            asked.append((text, value.node.expr))
+        if not value:
             shapes = ", ".join(
                 f"{name} {tuple(given.shape) if isinstance(given, torch.Tensor) else given}"
                 for name, given in known.items()

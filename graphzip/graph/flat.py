@@ -23,7 +23,8 @@ class Flat:
     """The graph in a module with the tensors of the model; it still has to be compiled.
 
     `conditions` hold of all inputs for which the graph is the model; at those of one row, `open` comparisons are to be
-    looked into. `asked_at` are lines of the model that ask for conditions. `notes` are sentences for the report, `form`
+    looked into. `asked` are the conditions of the model's own comparisons, each with its line. `asked_at` are lines of
+    the model that ask for conditions. `notes` are sentences for the report, `form`
     is what `flatten` was told to keep of the raw graph.
     """
 
@@ -33,6 +34,7 @@ class Flat:
     sizes: Sizes
     conditions: tuple[str, ...]
     open: list[Open]
+    asked: dict[str, str]
     asked_at: dict[str, str]
     notes: tuple[str, ...]
     form: Form | None
@@ -63,9 +65,10 @@ def flatten(program: Program, source: nn.Module, form_of: FormOf | None = None) 
     module = graph_module(root, unlifted.graph, type(source).__name__, compiled=False)
     written = clean(module, aliases)
     squeezes = [branch for node in module.graph.nodes for branch in squeezed(node)]
-    found = sizes.open([*program.watch.branches, *squeezes, *written.branches])
+    branches = [*program.watch.branches, *squeezes, *written.branches]
     told = (*program.notes, *_fixed(program, sizes), *_ones(program, source, module.graph), *notes, *written.notes)
-    return Flat(program, module, aliases, sizes, conditions, found, {}, told, form)
+    found, asked = sizes.open(branches), sizes.asked(branches)
+    return Flat(program, module, aliases, sizes, conditions, found, asked, {}, told, form)
 
 
 def _fixed(program: Program, sizes: Sizes) -> Iterator[str]:
