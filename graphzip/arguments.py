@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError, TraceError
+from graphzip.graph.torch_private import pytree
 
 __all__ = [
     "check_callable",

@@ -13,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.allocation import Curve, allocate
 from graphzip.analysis.channels import analyse
@@ -27,6 +26,7 @@ from graphzip.files import check_target
 from graphzip.graph.batches import batch_arguments, check_batches, each_batch
 from graphzip.graph.copies import share_copy
 from graphzip.graph.modules import to_module
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.guard import call_user, public

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.arguments import re_iterable
 from graphzip.graph.batches import batch_arguments, each_batch, run_batch
 from graphzip.graph.copies import eval_copy
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["check_calibration", "drift", "placed"]
 

@@ -20,11 +20,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import PlanError
 from graphzip.files import check_target, is_file, write_bytes
 from graphzip.graph.state import named_state
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip.guard import is_users
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.arguments import whole
@@ -24,6 +23,7 @@ from graphzip.errors import GraphZipError, RewriteError, WeightsError
 from graphzip.graph.batches import batch_arguments, check_batches, each_batch, run_batch
 from graphzip.graph.copies import computed, deep_copy, flags_kept, in_mode, switches_by_itself
 from graphzip.graph.frozen import freeze, thaw
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip.guard import public, users_own
 from graphzip.history import History, Record

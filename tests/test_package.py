@@ -128,11 +128,16 @@ def requirements() -> tuple[list[str], dict[str, list[str]]]:
     return project["dependencies"], project["optional-dependencies"]
 
 
-def test_dependencies_have_lower_bounds_only() -> None:
+def test_torch_alone_has_an_upper_bound_behind_what_is_tested() -> None:
+    """Private parts of torch are used, and of nothing else (`tests/test_torch_private.py`)."""
     dependencies, extras = requirements()
     for requirement in [*dependencies, *(each for extra in extras.values() for each in extra)]:
         specifier = requirement.partition(";")[0].strip()
-        assert re.fullmatch(r"[A-Za-z0-9-]+>=[0-9.]+", specifier), requirement
+        bound = r"(,<[0-9.]+)" if specifier.startswith("torch>") else ""
+        assert re.fullmatch(rf"[A-Za-z0-9-]+>=[0-9.]+{bound}", specifier), requirement
+    (torch,) = (each for each in dependencies if each.startswith("torch>"))
+    major, minor, _ = re.search(r"torch==(\d+)\.(\d+)\.(\d+)", (ROOT / ".ci" / "constraints.txt").read_text()).groups()  # type: ignore[union-attr]
+    assert torch.endswith(f",<{major}.{int(minor) + 1}")
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,6 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import ArchiveError, GraphZipError
 from graphzip.export.document import Described, Document, State, TaskEntry
@@ -43,6 +40,7 @@ from graphzip.graph.conditions import parse, sizes_of
 from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.state import attach, get_tensor
 from graphzip.graph.tasks import Task, check_task_names
+from graphzip.graph.torch_private import FakeTensorMode, ShapeEnv, pytree
 from graphzip.graph.trace import Traced
 from graphzip.graph.two_forms import Forms, splits
 from graphzip.version import __version__

@@ -15,11 +15,11 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExportError
 from graphzip.export.example import Example, Size, Sizes, tensor_leaves
 from graphzip.graph.conditions import asked_of_sizes
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["Captured", "capture", "first_line", "renamed"]
 

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.sizes import value_at
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 
 __all__ = [

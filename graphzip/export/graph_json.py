@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from graphzip.export.document import GraphEntry
 from graphzip.export.operators import FUNCTION_NAMES, FUNCTIONS, aten_operators
 from graphzip.export.tree_json import GraphFormatError, spec_from_json, spec_to_json
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.torch_private import OpOverload, PyTreeCodeGen, PyTreeInfo
 
 __all__ = ["check_state_name", "dtype_named", "graph_from_json", "graph_to_json", "identifier"]
 
@@ -40,7 +40,7 @@ _LONGEST = 1024
 def graph_to_json(graph: fx.Graph) -> dict[str, Any]:
     """Nodes in order, and the call signature. Raises `GraphFormatError` for what cannot be written."""
     codegen = graph._codegen
-    if not isinstance(codegen, _PyTreeCodeGen):
+    if not isinstance(codegen, PyTreeCodeGen):
         raise GraphFormatError("the graph has no call signature")
     info = codegen.pytree_info
     return {
@@ -78,7 +78,7 @@ def graph_from_json(data: GraphEntry, state: Container[str] | None = None) -> fx
         made[node.name] = node
     if [entry.op for entry in data.nodes].count("output") != 1 or data.nodes[-1].op != "output":
         raise GraphFormatError("the graph does not end in its output")
-    graph.set_codegen(_PyTreeCodeGen(_signature_from_json(data)))
+    graph.set_codegen(PyTreeCodeGen(_signature_from_json(data)))
     graph.lint()
     return graph
 
@@ -91,13 +91,13 @@ def _check_power(node: fx.Node) -> None:
         raise GraphFormatError(f"node {node.name!r} raises a size to a power above {_LARGEST_POWER}")
 
 
-def _signature_from_json(data: GraphEntry) -> _PyTreeInfo:
+def _signature_from_json(data: GraphEntry) -> PyTreeInfo:
     inputs = spec_from_json(data.inputs)
     if inputs.num_children == 2 and inputs.child(1).type is dict:
         for name in inputs.child(1).context:
             identifier(name)
     arguments = [identifier(name) for name in data.arguments]
-    return _PyTreeInfo(arguments, inputs, None if data.outputs is None else spec_from_json(data.outputs))
+    return PyTreeInfo(arguments, inputs, None if data.outputs is None else spec_from_json(data.outputs))
 
 
 def _node_to_json(node: fx.Node) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _target_to_json(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         if target.namespace != "aten":
             raise GraphFormatError(f"operator {target} is not one of PyTorch's own (aten), so a file cannot name it")
         _aten(str(target))
@@ -157,7 +157,7 @@ def check_state_name(name: Any) -> str:
     return text
 
 
-def _aten(name: Any) -> torch._ops.OpOverload:
+def _aten(name: Any) -> OpOverload:
     found = aten_operators().get(name) if isinstance(name, str) else None
     if found is None:
         raise GraphFormatError(

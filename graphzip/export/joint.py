@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.example import Example, Free, tensor_leaves
@@ -25,6 +24,7 @@ from graphzip.export.report import ExportReport
 from graphzip.export.verify import read_model
 from graphzip.files import check_target, staged
 from graphzip.graph.tasks import common_module
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["TaskModel", "check_joint", "check_tasks", "export_joint", "export_tasks"]
 

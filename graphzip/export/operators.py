@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from graphzip.graph.torch_private import OpOverload
 from graphzip.ops import OPS
 
 __all__ = ["FUNCTIONS", "FUNCTION_NAMES", "aten_operators"]
@@ -80,13 +81,13 @@ __xor__ _unsafe_index_put _unsafe_masked_index _weight_norm _weight_norm_interfa
 
 
 @functools.cache
-def aten_operators() -> dict[str, torch._ops.OpOverload]:
+def aten_operators() -> dict[str, OpOverload]:
     """Every ATen operator that a file may name, by its full name (`aten.relu.default`)."""
     packets = [getattr(torch.ops.aten, name, None) for name in _ALSO.split()]
     also = [getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()]
-    known = [target for target in OPS if isinstance(target, torch._ops.OpOverload)]
+    known = [target for target in OPS if isinstance(target, OpOverload)]
     return {str(target): target for target in (*known, *also) if _is_function(target)}
 
 
-def _is_function(target: torch._ops.OpOverload) -> bool:
+def _is_function(target: OpOverload) -> bool:
     return target.namespace == "aten" and not target._schema.is_mutable

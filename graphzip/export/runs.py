@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured
 from graphzip.export.example import Case, Wish, make_case, tensor_leaves, wishes
 from graphzip.export.outputs import CHANGE, Reference
 from graphzip.export.packages import require
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["Refusal", "Run", "Runs", "references", "run_all", "run_session", "session_of", "short"]
 

@@ -12,7 +12,8 @@ import json
 from typing import Any
 
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.utils import _pytree as pytree
+
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["GraphFormatError", "spec_from_json", "spec_to_json"]
 

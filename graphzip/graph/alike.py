@@ -14,11 +14,11 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
 from torch.export import Dim, ShapesCollection
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.flat import Flat, FormOf, flatten
 from graphzip.graph.program import Call, run_export, separate
 from graphzip.graph.sizes import value_at
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["automatic", "is_open", "length_at", "open_dims", "placeholders", "resized", "same_at", "tensors_of"]
 

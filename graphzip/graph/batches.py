@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError, GraphZipError, InputShapeError
 from graphzip.graph.inputs import InputSpec, check_input
+from graphzip.graph.torch_private import pytree
 from graphzip.guard import user_data
 
 __all__ = ["batch_arguments", "check_batches", "each_batch", "run_batch"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator
 
 from graphzip.errors import TraceError
 from graphzip.graph.memory import writes, written
 from graphzip.graph.source import source_of
+from graphzip.graph.torch_private import HigherOrderOperator
 
 __all__ = ["open_blocks"]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch.fx.experimental.sym_node import SymNode
 
 from graphzip.alone import ALONE
+from graphzip.graph.torch_private import SymNode
 
 __all__ = ["Branch", "Watch", "watched"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensor
+
+from graphzip.graph.torch_private import FakeTensor, enable_python_dispatcher
 
 __all__ = ["Builder"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
+
+from graphzip.graph.torch_private import FakeTensor, enable_python_dispatcher
 
 __all__ = ["Builder", "rank_of", "shape_of", "size_of"]
 
@@ -32,7 +33,7 @@ class Builder:
     def _mode(self) -> Any:
         values = (source.meta["val"] for source in self.node.all_input_nodes)
         tensors = (each for value in values for each in (value if isinstance(value, (list, tuple)) else [value]))
-        return next(each.fake_mode for each in tensors if isinstance(each, torch._subclasses.FakeTensor))
+        return next(each.fake_mode for each in tensors if isinstance(each, FakeTensor))
 
 
 def rank_of(value: fx.Node) -> int:

@@ -19,13 +19,12 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.printers import PythonPrinter
 
 from graphzip.errors import InputShapeError, TraceError
 from graphzip.graph.branches import Branch
 from graphzip.graph.proxies import as_call, is_proxy
 from graphzip.graph.sizes import value_at
+from graphzip.graph.torch_private import PythonPrinter, ShapeEnv
 
 __all__ = ["Open", "Sizes", "Term", "asked_of_sizes", "check_sizes", "holds", "parse", "shown", "sizes_of", "value_of"]
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphzip.graph.torch_private import TorchDispatchMode
 
 __all__ = [
     "borrow",

@@ -17,6 +17,7 @@ from graphzip.graph.forms import Form, counts_batches
 from graphzip.graph.modes import DROPOUTS, DROPOUTS_IN_PLACE, is_exactly
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.source import owner_of, source_of
+from graphzip.graph.torch_private import InstanceNorm, NormBase
 
 __all__ = ["Follower"]
 
@@ -53,7 +54,7 @@ class Follower:
         elif node.target is aten.batch_norm.default:
             self._batch_norm(node)
         elif node.target is aten.instance_norm.default:
-            if is_exactly(self.model, owner, nn.modules.instancenorm._InstanceNorm) and node.args[3] is not None:
+            if is_exactly(self.model, owner, InstanceNorm) and node.args[3] is not None:
                 _set(node, "use_input_stats", False)
         elif node.target is aten.rrelu.default and is_exactly(self.model, owner, nn.RReLU):
             _set(node, "training", False)
@@ -73,9 +74,7 @@ class Follower:
             return
         if not args["training"]:
             self.frozen.add(str(args["running_mean"].target))
-        elif (place, str(node.target)) in self.followed or is_exactly(
-            self.model, place[0], nn.modules.batchnorm._NormBase
-        ):
+        elif (place, str(node.target)) in self.followed or is_exactly(self.model, place[0], NormBase):
             _set(node, "training", False)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.clean import is_assertion
 from graphzip.graph.modes import DROPOUTS, DROPOUTS_IN_PLACE, is_inside
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.source import owner_of, source_of
 from graphzip.graph.state import get_tensor
+from graphzip.graph.torch_private import InstanceNorm, pytree
 
 __all__ = ["Form", "Place", "counts_batches", "differences", "form_of", "same_numbers", "shown"]
 
@@ -132,7 +132,7 @@ class _Reader:
             if not args["training"]:
                 self.followed.add(key)
             return {"training": "follows"} if not args["training"] or self._follows(key) else {}
-        if target is aten.instance_norm.default and isinstance(owner, nn.modules.instancenorm._InstanceNorm):
+        if target is aten.instance_norm.default and isinstance(owner, InstanceNorm):
             return {"use_input_stats": "follows"}
         if target is aten.rrelu.default and type(owner) is nn.RReLU:
             return {"training": "follows"}

@@ -14,6 +14,7 @@ from torch import fx
 
 from graphzip.graph.branches import Branch
 from graphzip.graph.memory import Memory, plain, writes, written
+from graphzip.graph.torch_private import has_kernel
 
 __all__ = ["shared_at_one"]
 
@@ -52,7 +53,7 @@ def _may_be_either(node: fx.Node) -> bool:
     ):
         return False
     is_tensor = isinstance(node.meta["val"], torch.Tensor)
-    return is_tensor and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return is_tensor and has_kernel(target.name(), "CompositeImplicitAutograd")
 
 
 def _matters(

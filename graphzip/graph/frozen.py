@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.sym_node import SymNode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphzip.alone import ALONE
 from graphzip.errors import GraphZipError
+from graphzip.graph.torch_private import FakeTensor, FakeTensorMode, OpOverload, ShapeEnv, SymNode
 from graphzip.version import __version__
 
 __all__ = ["Beside", "Freezable", "Frozen", "freeze", "thaw"]
@@ -162,7 +160,7 @@ class _Freezer(pickle.Pickler):
             raise pickle.PicklingError(f"the size {value} cannot be described")
         return _symbolic, (type(value), node._expr, node.shape_env, node.pytype, node._hint)
 
-    def overload(self, overload: torch._ops.OpOverload) -> Any:
+    def overload(self, overload: OpOverload) -> Any:
         return _overload, (overload.namespace, overload._schema.name.partition("::")[2], overload._overloadname)
 
     def alone(self, value: Freezable) -> Any:
@@ -178,7 +176,7 @@ _REDUCED: dict[Any, Callable[[_Freezer, Any], Any]] = {
     FakeTensor: _Freezer.fake,
     FakeTensorMode: _Freezer.mode,
     ShapeEnv: _Freezer.environment,
-    torch._ops.OpOverload: _Freezer.overload,
+    OpOverload: _Freezer.overload,
     (torch.SymInt, torch.SymFloat, torch.SymBool): _Freezer.symbolic,
 }
 

@@ -9,12 +9,10 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import InputShapeError
 from graphzip.graph.proxies import as_call, is_proxy
+from graphzip.graph.torch_private import DimDynamic, FakeTensorMode, StatelessSymbolicContext, pytree
 
 __all__ = [
     "InputSpec",

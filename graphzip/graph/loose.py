@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.alike import is_open, length_at, placeholders, resized
 from graphzip.graph.conditions import Term, parse, value_of
 from graphzip.graph.flat import Flat
 from graphzip.graph.memory import writes
 from graphzip.graph.program import run_model
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["loosened"]
 

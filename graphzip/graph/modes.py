@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from graphzip.graph.copies import in_mode, switches_by_itself
 from graphzip.graph.source import owner_of, source_of
 from graphzip.graph.state import Aliases
+from graphzip.graph.torch_private import BatchNorm, DropoutNd, NormBase, SpectralParametrization
 
 __all__ = [
     "CUMULATIVE",
@@ -56,13 +56,13 @@ DROPOUTS_IN_PLACE = {
     aten.feature_dropout_.default,
     aten.feature_alpha_dropout_.default,
 }
-_NORMS = nn.modules.batchnorm._NormBase
+_NORMS = NormBase
 
 
 def mark_cumulative(model: nn.Module) -> None:
     """Give batch norms without a momentum one that survives tracing."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+        if isinstance(module, BatchNorm) and module.momentum is None:
             module.momentum = CUMULATIVE
 
 
@@ -105,7 +105,7 @@ def settle_modes(
         elif _is_dropout(node, training=False):
             if owner in asleep:
                 _remove(node)
-            elif not is_exactly(model, owner, nn.modules.dropout._DropoutNd):
+            elif not is_exactly(model, owner, DropoutNd):
                 open_dropouts.append(node)
         elif node.target is aten.rrelu.default and owner in asleep:
             types.pop(owner, None)
@@ -205,7 +205,7 @@ def spectral_norms(model: nn.Module) -> dict[str, str]:
     """Sentences on spectral norms, whose training step writes to buffers: no graph has it."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, _SpectralNorm) or any(
+        if isinstance(module, SpectralParametrization) or any(
             isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
         ):
             who = f"'{name}' " if name else ""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.conditions import check_sizes, parse
 from graphzip.graph.factored import FACTORED, AtomConv
@@ -21,6 +20,7 @@ from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
 from graphzip.graph.operators import CONVOLUTIONS, arguments_of
 from graphzip.graph.proxies import as_layer, is_proxy
 from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip.graph.two_forms import TwoForms, one_form
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.alike import automatic, is_open, open_dims, placeholders, same_at, tensors_of
 from graphzip.graph.conditions import Open, holds
@@ -20,6 +19,7 @@ from graphzip.graph.flat import Flat, FormOf, flatten
 from graphzip.graph.loose import loosened
 from graphzip.graph.program import TRACED_AS_TWO, Call, run_export, separate, untraceable
 from graphzip.graph.squeezes import squeezed
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["settle"]
 

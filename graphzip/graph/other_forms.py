@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.asked import Asked, asked
 from graphzip.graph.blocks import open_blocks
@@ -19,6 +18,7 @@ from graphzip.graph.forms import Form, differences, form_of, shown
 from graphzip.graph.modes import lost_in_training, spectral_norms
 from graphzip.graph.program import Program
 from graphzip.graph.source import first_line
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["OtherForms"]
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection, dynamic_shapes, export
-from torch.utils import _pytree as pytree
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
 
 from graphzip.alone import ALONE
 from graphzip.errors import ExampleInputError, TraceError
@@ -27,6 +26,7 @@ from graphzip.graph.copies import deep_copy, recomputed, share_copy
 from graphzip.graph.inputs import has_batch_of_one, with_batch_of_two
 from graphzip.graph.owners import name_owners
 from graphzip.graph.source import first_line
+from graphzip.graph.torch_private import combine_args, pytree, tree_map_with_path
 from graphzip.graph.unseen import ShowUnseen
 
 __all__ = [
@@ -152,7 +152,7 @@ def _batch_is_dynamic(call: Call) -> ShapesCollection:
 
 def asked_dims(model: nn.Module, program: Program) -> dict[int, list[int]]:
     """The dimensions that were to be open, by the number of the tensor among all leaves of the arguments."""
-    given: Any = dynamic_shapes._combine_args(model, *program.call)
+    given: Any = combine_args(model, *program.call)
     shapes = program.shapes
     if isinstance(shapes, ShapesCollection):
         shapes = shapes.dynamic_shapes(model, *program.call)  # type: ignore[no-untyped-call]
@@ -169,7 +169,7 @@ def asked_dims(model: nn.Module, program: Program) -> dict[int, list[int]]:
             dims = asked.items() if isinstance(asked, dict) else enumerate(asked)
             found[number] = [dim % max(leaf.dim(), 1) for dim, size in dims if size not in (None, Dim.STATIC)]
 
-    dynamic_shapes._tree_map_with_path(note, given, shapes, tree_name="inputs")
+    tree_map_with_path(note, given, shapes, tree_name="inputs")
     return found
 
 

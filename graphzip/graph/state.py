@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.frozen import Frozen, freeze, thaw
+from graphzip.graph.torch_private import pytree
 
 __all__ = [
     "Aliases",

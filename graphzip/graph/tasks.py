@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import GraphZipError
 from graphzip.graph.state import graph_module
+from graphzip.graph.torch_private import pytree
 
 __all__ = ["Task", "check_task_names", "common_module", "joined_module"]
 

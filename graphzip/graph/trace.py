@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
 
 from graphzip.arguments import check_examples, check_name, check_traceable
 from graphzip.errors import ExampleInputError, TraceError
@@ -52,6 +50,7 @@ from graphzip.graph.state import (
     share_tree,
 )
 from graphzip.graph.tasks import Task
+from graphzip.graph.torch_private import FakeTensor, pytree
 from graphzip.graph.two_forms import Forms
 
 __all__ = ["Traced", "trace", "trace_training"]

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
 from graphzip.graph.frozen import freeze, thaw
 from graphzip.graph.proxies import is_proxy
+from graphzip.graph.torch_private import PyTreeCodeGen, PyTreeInfo, pytree
 
 __all__ = ["Forms", "TwoForms", "both_outputs", "eval_form", "form_nodes", "one_form", "splits"]
 
@@ -28,7 +27,7 @@ class Forms:
     conditions: tuple[str, ...] = ()
 
 
-def both_outputs(evaluated: fx.Graph, trained: fx.Graph) -> _PyTreeInfo:
+def both_outputs(evaluated: fx.Graph, trained: fx.Graph) -> PyTreeInfo:
     """The call signature of a graph that returns what two graphs return, one after the other."""
     info = _info(evaluated)
     specs = [pytree.LeafSpec() if one.out_spec is None else one.out_spec for one in (info, _info(trained))]
@@ -58,7 +57,7 @@ def one_form(graph: fx.Graph, forms: Forms, *, training: bool) -> fx.Graph:
             copies[node] = made.node_copy(node, copies.__getitem__)
     info = _info(graph)
     assert info.out_spec is not None
-    made.set_codegen(_PyTreeCodeGen(info._replace(out_spec=info.out_spec.children()[training])))
+    made.set_codegen(PyTreeCodeGen(info._replace(out_spec=info.out_spec.children()[training])))
     return made
 
 
@@ -78,9 +77,9 @@ def _nodes(results: Any) -> list[fx.Node]:
     return [value for value in pytree.tree_leaves(results) if isinstance(value, fx.Node)]
 
 
-def _info(graph: fx.Graph) -> _PyTreeInfo:
+def _info(graph: fx.Graph) -> PyTreeInfo:
     codegen = graph._codegen
-    assert isinstance(codegen, _PyTreeCodeGen)
+    assert isinstance(codegen, PyTreeCodeGen)
     return codegen.pytree_info
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from graphzip.graph.torch_private import FakeTensor
 
 __all__ = ["ShowUnseen"]
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import GraphZipError
 from graphzip.graph.forms import same_numbers
 from graphzip.graph.randomness import is_dropout
 from graphzip.graph.state import attach, get_tensor, is_persistent, named_state
+from graphzip.graph.torch_private import PyTreeCodeGen, pytree
 from graphzip.graph.trace import Traced, trace, trace_training
 from graphzip.graph.two_forms import Forms, both_outputs
 from graphzip.rewrite.refresh import refresh
@@ -56,7 +55,7 @@ def join_forms(evaluated: Traced, trained: Traced) -> Traced:
     ours: Any = tuple(end.args[0])
     theirs: Any = fx.node.map_arg(tuple(other.args[0]), made.__getitem__)
     end.args = ((*ours, *theirs),)
-    graph.set_codegen(_PyTreeCodeGen(both_outputs(evaluated.graph, trained.graph)))
+    graph.set_codegen(PyTreeCodeGen(both_outputs(evaluated.graph, trained.graph)))
     joint = replace(
         joint,
         aliases=trained.aliases | evaluated.aliases,

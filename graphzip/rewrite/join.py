@@ -14,10 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import RewriteError
 from graphzip.graph.clean import fetch_once
@@ -25,6 +21,7 @@ from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.modules import to_module
 from graphzip.graph.state import Aliases, find_aliases, get_tensor, graph_module, named_state, share_tree
 from graphzip.graph.tasks import Task, joined_module
+from graphzip.graph.torch_private import FakeTensorMode, PyTreeCodeGen, PyTreeInfo, ShapeEnv, pytree
 from graphzip.graph.trace import Traced
 from graphzip.rewrite.refresh import refresh
 
@@ -53,7 +50,7 @@ def join(models: Mapping[str, Traced]) -> Traced:
             elif node.op != "placeholder":
                 made[name][node] = _copied(graph, node, made[name], name)
     graph.output(tuple(results))
-    graph.set_codegen(_PyTreeCodeGen(_signature(tasks)))
+    graph.set_codegen(PyTreeCodeGen(_signature(tasks)))
     aliases = find_aliases(root)
     fetch_once(graph, aliases)
     joint = Traced(
@@ -102,7 +99,7 @@ def task_of(joint: Traced, name: str) -> Traced:
             made[node].target = _target(node, local, f"{name}_")
             made[node].meta["owner"] = _without(str(node.meta.get("owner", "")), name)
     graph.output(fx.node.map_arg(tuple(results), made.__getitem__))
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(task.arguments), task.in_spec, task.out_spec)))
+    graph.set_codegen(PyTreeCodeGen(PyTreeInfo(list(task.arguments), task.in_spec, task.out_spec)))
     root = share_tree(joint.module.get_submodule(name))
     names = {spec.name: spec.name.removeprefix(f"{name}_") for spec in joint.inputs[inputs]}
     traced = Traced(
@@ -143,12 +140,12 @@ def module_of(traced: Traced) -> nn.Module:
 
 def _task(name: str, traced: Traced) -> Task:
     codegen = traced.graph._codegen
-    assert isinstance(codegen, _PyTreeCodeGen)
+    assert isinstance(codegen, PyTreeCodeGen)
     info = codegen.pytree_info
     return Task(name, tuple(info.orig_args), info.in_spec, info.out_spec)
 
 
-def _signature(tasks: tuple[Task, ...]) -> _PyTreeInfo:
+def _signature(tasks: tuple[Task, ...]) -> PyTreeInfo:
     """`forward(a, b)` with a dictionary by task as its result."""
 
     def dummy(spec: pytree.TreeSpec) -> Any:
@@ -157,7 +154,7 @@ def _signature(tasks: tuple[Task, ...]) -> _PyTreeInfo:
     given = tuple(_given(dummy(task.positional)) for task in tasks)
     results = {task.name: 0 if task.out_spec is None else dummy(task.out_spec) for task in tasks}
     names = [task.name for task in tasks]
-    return _PyTreeInfo(names, pytree.tree_structure((given, {})), pytree.tree_structure(results))
+    return PyTreeInfo(names, pytree.tree_structure((given, {})), pytree.tree_structure(results))
 
 
 def _given(inputs: tuple[Any, ...]) -> Any:

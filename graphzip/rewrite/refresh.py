@@ -14,12 +14,11 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import RewriteError
 from graphzip.graph.sizes import is_open, value_at
 from graphzip.graph.state import get_tensor
+from graphzip.graph.torch_private import FakeTensor, enable_python_dispatcher, pytree
 from graphzip.graph.trace import Traced
 from graphzip.ops import OPS
 from graphzip.ops.norm import batch_norm
@@ -42,9 +41,7 @@ def refresh(traced: Traced, *, rewritten: bool = False) -> None:
     depends on the inputs as it did.
     """
     mode = next(
-        node.meta["val"].fake_mode
-        for node in traced.graph.nodes
-        if isinstance(node.meta.get("val"), torch._subclasses.FakeTensor)
+        node.meta["val"].fake_mode for node in traced.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)
     )
     before = {node: node.meta.get("val") for node in traced.graph.nodes}
     run = _Run(before, mode.shape_env)

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from graphzip.graph.clean import fetch_once
 from graphzip.graph.state import attach, find_aliases
+from graphzip.graph.torch_private import OpOverload
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.ops.site import bind
@@ -62,7 +63,7 @@ def share_weights(traced: Traced, shared: Sequence[SharedWeight]) -> Traced:
 
 
 def _reads_weight(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
     weight = bind(node).get("weight")
     return isinstance(weight, fx.Node) and weight.op == "get_attr"

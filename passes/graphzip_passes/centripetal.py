@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from graphzip.errors import GraphZipError, PlanError
+from graphzip.graph.torch_private import foreach_add_, foreach_copy_
 from graphzip_passes.segments import Place, Rows, rows_of
 
 __all__ = ["AUTO_LEFT", "AUTO_SHARE", "TIED", "attach", "auto_contraction"]
@@ -100,7 +101,7 @@ class _Centripetal:
             plain()
         finally:
             for matrix, tensors, deviation in reversed(apart):
-                torch._foreach_add_(tensors, matrix.rows.parts(deviation, tensors))
+                foreach_add_(tensors, matrix.rows.parts(deviation, tensors))
 
     def _left(self, matrix: _Matrix, skipped: Tensor | None) -> Number:
         """What the step leaves of a deviation; all of it where a gradient scaler makes a fused optimizer skip it."""
@@ -163,7 +164,7 @@ def _average_gradients(rows: Rows, tensors: Sequence[Tensor]) -> None:
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(list(targets), list(sources))
+    foreach_copy_(list(targets), list(sources))
 
 
 def attach(

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, GroupParam
 from graphzip.graph.state import get_tensor
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip.graph.values import Values
 from graphzip.labels import IntArray

@@ -22,6 +22,7 @@ from torch import nn
 
 from graphzip.analysis.channels import Analysis, analyse
 from graphzip.analysis.groups import ChannelGroup, channel_groups_of
+from graphzip.graph.torch_private import foreach_copy_
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.plan import ClusterMerge, PruneChannels
@@ -74,7 +75,7 @@ class PruneChannelsPass:
             tensors = rows.tensors()
             values = rows.gather(tensors)
             values[chosen] *= 1.0 - fraction
-            torch._foreach_copy_(tensors, rows.parts(values, tensors))
+            foreach_copy_(tensors, rows.parts(values, tensors))
 
     def deviation(self, model: nn.Module) -> float:
         return self.residual(model)

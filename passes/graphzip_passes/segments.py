@@ -21,6 +21,7 @@ from torch import nn
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups
 from graphzip.errors import GraphZipError, WeightsError
 from graphzip.graph.state import get_tensor
+from graphzip.graph.torch_private import foreach_copy_
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 
@@ -215,7 +216,7 @@ def pull(places: Iterable[Place], fraction: float) -> None:
         apart = rows.gather(tensors)
         centre = rows.means(apart)
         moved = centre if fraction == 1.0 else torch.lerp(apart, centre, fraction)
-        torch._foreach_copy_(tensors, rows.parts(moved, tensors))
+        foreach_copy_(tensors, rows.parts(moved, tensors))
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphzip.errors import ExampleInputError
 from graphzip.graph.operators import CONVOLUTIONS
 from graphzip.graph.state import get_tensor
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip_passes.layer_rows import sliding
 

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip.labels import IntArray
 from graphzip.numeric import check_finite
