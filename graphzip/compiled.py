@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from graphzip.arguments import check_flag, check_name, whole
 from graphzip.errors import ArchiveError, ExportError, GraphZipError, VerificationError
@@ -164,7 +166,22 @@ class Compiled:
         With a `scope`, the file holds that submodule. Raises `ArchiveError` where it cannot be written.
         """
         self._sync()
-        save_archive(self.traced, path, report=self.report.to_dict())
+        save_archive(self._with_rows_given(), path, report=self.report.to_dict())
+
+    def _with_rows_given(self) -> Traced:
+        """The graph with an example of as many rows as the user's, which was traced with two where it had one."""
+        given = self.given
+        if self.tasks:
+            given = [given[name] for name in self.tasks] if isinstance(given, Mapping) else None
+        rows = pytree.tree_leaves(given)
+        leaves, spec = pytree.tree_flatten(self.traced.example_inputs)
+        if self.traced.scope or len(rows) != len(leaves):
+            return self.traced
+        cut = [
+            leaf[:1] if isinstance(own, torch.Tensor) and own.shape[:1] == (1,) != leaf.shape[:1] else leaf
+            for leaf, own in zip(leaves, rows, strict=True)
+        ]
+        return replace(self.traced, example_inputs=pytree.tree_unflatten(cut, spec))
 
 
 @public

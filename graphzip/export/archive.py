@@ -36,7 +36,7 @@ from graphzip.export.document import Described, Document, State, TaskEntry
 from graphzip.export.graph_json import check_state_name, dtype_named, graph_from_json, graph_to_json, identifier
 from graphzip.export.tree_json import GraphFormatError, spec_from_json, spec_to_json
 from graphzip.files import as_path, check_target, is_file, staged
-from graphzip.graph.conditions import parse, sizes_of
+from graphzip.graph.conditions import parse, sizes_of, tie_sizes
 from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.state import attach, get_tensor
 from graphzip.graph.tasks import Task, check_task_names
@@ -389,6 +389,9 @@ def _restore_metadata(traced: Traced, numbers: set[str]) -> None:
         if isinstance(leaf, torch.Tensor) != (spec.dtype is not None) or not _fits(leaf, spec):
             raise GraphFormatError(f"the example input {spec.name!r} is not what the graph was made for")
         node.meta["val"] = fake_input(mode, leaf, spec)
+    tie_sizes(
+        traced.conditions, {spec.name: node.meta["val"] for node, spec in zip(placeholders, traced.inputs, strict=True)}
+    )
     for node in traced.graph.nodes:
         if node.name in numbers:
             if node.op != "get_attr":

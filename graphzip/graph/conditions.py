@@ -26,7 +26,19 @@ from graphzip.graph.proxies import as_call, is_proxy
 from graphzip.graph.sizes import value_at
 from graphzip.graph.torch_private import PythonPrinter, ShapeEnv
 
-__all__ = ["Open", "Sizes", "Term", "asked_of_sizes", "check_sizes", "holds", "parse", "shown", "sizes_of", "value_of"]
+__all__ = [
+    "Open",
+    "Sizes",
+    "Term",
+    "asked_of_sizes",
+    "check_sizes",
+    "holds",
+    "parse",
+    "shown",
+    "sizes_of",
+    "tie_sizes",
+    "value_of",
+]
 
 Term = int | float | tuple[Any, ...]
 """A parsed condition: a number, `("size", input, dimension)`, `("input", name)`, or an operation and its terms."""
@@ -287,6 +299,21 @@ def value_of(term: Any, known: dict[str, Any]) -> Any:
 def holds(text: str, known: dict[str, Any]) -> bool:
     """Whether a condition holds for inputs, given by name."""
     return bool(_checked(parse(text), known))
+
+
+def tie_sizes(texts: Iterable[str], known: dict[str, Any]) -> None:
+    """Make one size of those that conditions say are equal, of fake inputs given by name."""
+    for text in texts:
+        term = parse(text)
+        if isinstance(term, tuple) and term[0] == "Eq" and all(_is_size(part, known) for part in term[1:]):
+            bool(value_of(term, known))
+
+
+def _is_size(term: Any, known: dict[str, Any]) -> bool:
+    """Whether a term is the size of a dimension that an input has."""
+    if not isinstance(term, tuple) or term[0] != "size" or not isinstance(known.get(term[1]), torch.Tensor):
+        return False
+    return isinstance(term[2], int) and 0 <= term[2] < known[term[1]].dim()
 
 
 def _checked(term: Term, known: dict[str, Any]) -> Any:

@@ -73,10 +73,15 @@ def concrete_shape(value: Any) -> tuple[int, ...]:
 
 
 def fake_input(mode: FakeTensorMode, leaf: Any, spec: InputSpec) -> Any:
-    """A fake tensor like `leaf` whose dimensions that `spec` leaves open are symbolic; what is no tensor as it is."""
+    """A fake tensor like `leaf` whose dimensions that `spec` leaves open are symbolic; what is no tensor as it is.
+
+    Each has a symbol of its own, whatever size it has in `leaf`; one of size one is taken for two.
+    """
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    sizes = [DimDynamic.DUCK if size is None else DimDynamic.STATIC for size in spec.shape]
+    shape = zip(spec.shape, leaf.shape, strict=True)
+    leaf = leaf.expand([2 if want is None and size == 1 else size for want, size in shape])
+    sizes = [DimDynamic.DYNAMIC if size is None else DimDynamic.STATIC for size in spec.shape]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(leaf, symbolic_context=context)
 

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from graphzip.errors import RewriteError
 from graphzip.graph.clean import fetch_once
+from graphzip.graph.conditions import tie_sizes
 from graphzip.graph.inputs import InputSpec, fake_input
 from graphzip.graph.modules import to_module
 from graphzip.graph.state import Aliases, find_aliases, get_tensor, graph_module, named_state, share_tree
@@ -41,6 +42,7 @@ def join(models: Mapping[str, Traced]) -> Traced:
             copied = graph.placeholder(f"{name}_{node.target}")
             copied.meta["val"] = fake_input(mode, leaf, spec)
             made[name][node] = copied
+        tie_sizes(each.conditions, {str(node.target): made[name][node].meta["val"] for node in placeholders})
     results: list[Any] = []
     for name, each in models.items():
         root.add_module(name, share_tree(each.module))
@@ -112,7 +114,7 @@ def task_of(joint: Traced, name: str) -> Traced:
         },
         notes=tuple(note.removeprefix(f"{name}: ") for note in joint.notes if note.startswith(f"{name}: ")),
         batch_dynamic=joint.batch_dynamic,
-        conditions=tuple(_renamed(text, names) for text in joint.conditions if any(key in text for key in names)),
+        conditions=tuple(_renamed(text, names) for text in joint.conditions if set(_inputs_in(text)) & names.keys()),
     )
     fetch_once(graph, traced.aliases)
     traced.module.recompile()
@@ -208,6 +210,11 @@ def _target(node: fx.Node, local: Aliases, prefix: str) -> Any:
 
 def _without(owner: str, task: str) -> str:
     return "" if owner == task else owner.removeprefix(f"{task}.")
+
+
+def _inputs_in(condition: str) -> list[str]:
+    """The names of the inputs whose sizes a condition reads."""
+    return re.findall(r"\b(\w+)(?=\.shape\[)", condition)
 
 
 def _renamed(condition: str, names: Mapping[str, str]) -> str:
