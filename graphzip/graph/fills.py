@@ -31,6 +31,9 @@ FILLS = (
     aten.new_empty.default,
 )
 
+_UNFILLED = {aten.empty.memory_format, aten.new_empty.default}
+"""Two of these may hold different numbers."""
+
 _SMALL = 1 << 14
 """Numbers in a tensor that may be made several times: states and not masks."""
 
@@ -38,7 +41,11 @@ _SMALL = 1 << 14
 def fills_apart(graph: fx.Graph) -> None:
     """Every reader of a small tensor that is filled with a number gets one of its own."""
     for node in list(graph.nodes):
-        if node.target in FILLS and math.prod(concrete_shape(node.meta["val"])) <= _SMALL:
+        if (
+            node.target in FILLS
+            and node.target not in _UNFILLED
+            and math.prod(concrete_shape(node.meta["val"])) <= _SMALL
+        ):
             for user in list(node.users)[1:]:
                 with graph.inserting_before(node):
                     twin = graph.node_copy(node)

@@ -238,11 +238,11 @@ class _Functional:
 
     def _write(self, node: fx.Node) -> None:
         operands = written(node)
-        for operand in operands:
-            self._check(node, operand)
         if node.target is aten.copy_.default and self._is_there(operands[0], node.args[1]):
             self._know(node, self.read(operands[0]))
             return
+        for operand in operands:
+            self._check(node, operand)
         values = self._computed(node, operands)
         self.results[node] = values
         for number, (operand, value) in enumerate(zip(operands, values, strict=True)):
