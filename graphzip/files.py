@@ -3,7 +3,7 @@
 Everything is written into a hidden directory beside the target, forced to the disk, and moved into place at the end.
 One file replaces another in a single step. Of several, those that the main file points to have names that no earlier
 write used (`companion`), and the main file is moved last: until then the old one stands with its own companions, which
-go when the new one is there. A whole directory is exchanged for the old one in one step where the system can.
+go when the new one is there.
 
 What a killed process left behind is removed by the next write to the same place: a live writer holds a lock on its
 hidden directory, a dead one does not.
@@ -27,7 +27,20 @@ from typing import Any
 from graphzip.errors import GraphZipError, MissingDependencyError
 from graphzip.locks import held, hold, locked
 
-__all__ = ["as_path", "check_picture", "check_target", "companion", "is_file", "staged", "write_bytes", "write_text"]
+__all__ = [
+    "as_path",
+    "check_picture",
+    "check_target",
+    "companion",
+    "is_file",
+    "scratch",
+    "settle",
+    "staged",
+    "sync",
+    "unwritable",
+    "write_bytes",
+    "write_text",
+]
 
 _LOCK, _NEW = "lock", "new"
 _PICTURES = (".svg", ".png", ".pdf")
@@ -43,7 +56,7 @@ def check_target(path: str | os.PathLike[str], error: type[GraphZipError]) -> Pa
     try:
         return _creatable(Path(os.path.realpath(target)) if target.is_symlink() else target, error)
     except OSError as reason:
-        raise _unwritable(target, reason, error) from reason
+        raise unwritable(target, reason, error) from reason
 
 
 def check_picture(path: str | os.PathLike[str], error: type[GraphZipError]) -> Path:
@@ -107,13 +120,13 @@ def staged(path: str | os.PathLike[str], error: type[GraphZipError]) -> Iterator
     """
     target = check_target(path, error)
     try:
-        with _scratch(target) as fresh:
+        with scratch(target) as fresh:
             yield fresh / target.name
-            _settle(fresh)
+            settle(fresh)
             with locked(target.parent):
                 _move_together(fresh, target)
     except OSError as reason:
-        raise _unwritable(target, reason, error) from reason
+        raise unwritable(target, reason, error) from reason
 
 
 def write_text(path: str | os.PathLike[str], text: str, error: type[GraphZipError]) -> None:
@@ -128,7 +141,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[GraphZipE
 
 
 @contextlib.contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
+def scratch(target: Path) -> Iterator[Path]:
     """An empty directory for what is going to be at `target`; it is gone afterwards, and leftovers are, too."""
     with locked(target.parent):
         _sweep(target)
@@ -155,7 +168,7 @@ def _escaped(name: str) -> str:
     return re.sub(r"([\[*?])", r"[\1]", name)
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     """Let the files have the mode that new files have here, and reach the disk."""
     probe = folder / ".mode"
     probe.touch()
@@ -167,7 +180,7 @@ def _settle(folder: Path) -> None:
             os.fsync(opened.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Let renames in a directory reach the disk, where directories can be opened."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
@@ -187,11 +200,11 @@ def _move_together(fresh: Path, target: Path) -> None:
             if not place.exists():
                 added.append(place)
             os.replace(fresh / name, place)
-        _sync(target.parent)
+        sync(target.parent)
         with contextlib.suppress(FileNotFoundError):
             (fresh / target.name).chmod(stat.S_IMODE(target.stat().st_mode))
         os.replace(fresh / target.name, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         for place in added:
             place.unlink(missing_ok=True)
@@ -202,5 +215,5 @@ def _move_together(fresh: Path, target: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _unwritable(target: Path, reason: OSError, error: type[GraphZipError]) -> GraphZipError:
+def unwritable(target: Path, reason: OSError, error: type[GraphZipError]) -> GraphZipError:
     return error(f"cannot write {target}: {reason.strerror or reason}; free some space or choose another place")

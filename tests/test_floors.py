@@ -12,7 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.alone", "graphzip.errors", "graphzip.graph.torch_private", "graphzip.locks", "graphzip.version"),
-    ("graphzip.arguments", "graphzip.files", "graphzip.guard", "graphzip.numeric", "graphzip.tables"),
+    (
+        "graphzip.arguments",
+        "graphzip.files",
+        "graphzip.folders",
+        "graphzip.guard",
+        "graphzip.numeric",
+        "graphzip.tables",
+    ),
     ("graphzip.graph",),
     ("graphzip.labels",),
     ("graphzip.ops",),

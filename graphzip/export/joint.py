@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,18 @@ import torch
 from torch import nn
 
 from graphzip.errors import ExportError, VerificationError
+from graphzip.export.convert import external_files
 from graphzip.export.example import Example, Free, tensor_leaves
 from graphzip.export.onnx import Built, build, check_onnx, export_mode, export_onnx
 from graphzip.export.packages import require
 from graphzip.export.report import ExportReport
 from graphzip.export.verify import read_model
-from graphzip.files import check_target, staged
+from graphzip.files import check_target
+from graphzip.folders import staged_folder
 from graphzip.graph.tasks import common_module
 from graphzip.graph.torch_private import pytree
 
 __all__ = ["TaskModel", "check_joint", "check_tasks", "export_joint", "export_tasks"]
-
-WEIGHTS = "weights.data"
 
 _INLINE = 256
 """Bytes of a tensor that stays in the graph: shapes and scalars, which runtimes read while they load it."""
@@ -139,15 +138,16 @@ def export_tasks(
     dynamic_batch: bool,
     verify: bool,
 ) -> ExportReport:
-    """`<task>.onnx` for every task in `folder`, and one `weights.data` that they point into.
+    """`<task>.onnx` for every task in `folder`, and one file of weights that they point into.
 
-    All files are written or none. The report is of all of them together: `path` is the folder, `tasks` has a report for
-    each, and the difference is that of the task that came closest to its tolerance.
+    All files are written or none; where the folder holds others, or cannot be exchanged for a new one, they are put in
+    place one after the other, each with data of its own. The report is of all of them together: `path` is the folder,
+    `tasks` has a report for each, and the difference is that of the task that came closest to its tolerance.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file; with per_task give the name of a directory")
-    check_target(target / WEIGHTS if target.is_dir() else target, ExportError)
+    check_target(target / "weights.data" if target.is_dir() else target, ExportError)
     reports = []
     with export_mode(verify=verify):
         built = {
@@ -159,19 +159,11 @@ def export_tasks(
             )
             for name, each in tasks.items()
         }
-        existed = target.is_dir()
-        target.mkdir(exist_ok=True)
-        try:
-            with staged(target / WEIGHTS, ExportError) as temporary:
-                _write_weights([each.model for each in built.values()], temporary)
-                for name, each in built.items():
-                    reports.append(_write_graph(each, temporary.parent / f"{name}.onnx", target, verify=verify))
-                size = sum(file.stat().st_size for file in temporary.parent.iterdir())
-        except BaseException:
-            if not existed:
-                with suppress(OSError):
-                    target.rmdir()
-            raise
+        with staged_folder(target, [f"{name}.onnx" for name in tasks], ExportError) as (fresh, data):
+            _write_weights([each.model for each in built.values()], fresh / data)
+            for name, each in built.items():
+                reports.append(_write_graph(each, fresh / f"{name}.onnx", target, verify=verify))
+            size = sum(file.stat().st_size for file in fresh.iterdir())
     return _together(dict(zip(tasks, reports, strict=True)), target, size)
 
 
@@ -185,8 +177,9 @@ def check_tasks(tasks: Mapping[str, TaskModel], folder: str | os.PathLike[str]) 
             reports[name] = check_onnx(each.module, each.inputs, target / f"{name}.onnx", shared=shared)
         except VerificationError as error:
             raise VerificationError(f"task {name!r}: {error}") from error
-    files = [target / WEIGHTS, *(report.path for report in reports.values())]
-    return _together(reports, target, sum(file.stat().st_size for file in files if file.is_file()))
+    graphs = {report.path for report in reports.values()}
+    files = graphs.union(*(external_files(read_model(path), target) for path in graphs))
+    return _together(reports, target, sum(file.stat().st_size for file in files))
 
 
 def _together(reports: Mapping[str, ExportReport], folder: Path, size: int) -> ExportReport:
