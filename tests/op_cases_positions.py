@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from op_cases import Cases, overload
+from op_cases import Cases, overload, param
 
 CASES = Cases()
 
@@ -46,6 +46,14 @@ CASES.together("trilinear resampling", resampling("upsample_trilinear3d", [3, 3,
 CASES.together("bilinear and bicubic resampling", resampling(
     "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa", [3, 3], False
 ), (2, 3, 4, 4), dim=1)  # fmt: skip
+
+GRID = overload("grid_sampler")
+CASES.add(GRID, lambda m, x: GRID(x, m.grid.tanh().expand(x.shape[0], -1, -1, -1), 0, 0, False), (2, 3, 4, 4),
+          parts=lambda: {"grid": param(1, 5, 2, 2)})  # fmt: skip
+CASES.add(GRID, lambda m, x: GRID(x, m.grid.tanh().expand(x.shape[0], -1, -1, -1, -1), 1, 1, True), (2, 3, 4, 4, 4),
+          name="volumes", parts=lambda: {"grid": param(1, 2, 3, 2, 3)})  # fmt: skip
+CASES.add(GRID, lambda m, x: GRID(x, x[..., :2].mean(1).tanh().unsqueeze(1).expand(-1, 3, -1, -1), 0, 0, False),
+          (2, 3, 4, 4), name="at computed points")  # fmt: skip
 
 # --- sums and their relatives --------------------------------------------------------------------------------------
 

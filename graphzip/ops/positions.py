@@ -208,6 +208,16 @@ def gather(site: Site) -> Result:
     return merge(site, [(axes, sizes), (kept, sizes)])
 
 
+def sampling_at_points(site: Site) -> Result:
+    """`input (B, C, *S)` at the points `grid (B, *T, d)`, `-> (B, C, *T)`: every channel at the same points."""
+    source, grid = site.args["input"], site.args["grid"]
+    places = len(site.shape(source)) - 2
+    axes = mixing(site, site.axes(source), range(2, places + 2), "reads positions at points that are computed")
+    for axis in site.axes(grid):
+        site.pin(axis, "tells where to read")
+    return axes
+
+
 _POOLS = {
     1: "max_pool1d max_pool1d_with_indices avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d",
     2: "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d",
@@ -244,6 +254,7 @@ SPECS = (
         (aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.prod.dim_int, aten.median.dim),
         choice,
     ),
+    OpSpec((aten.grid_sampler.default,), sampling_at_points),
     OpSpec((aten.softmax.int, aten.log_softmax.int), softmax, patch=patch_softmax),
     OpSpec(
         (
