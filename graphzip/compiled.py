@@ -91,8 +91,9 @@ class Compiled:
 
         Of several models it is one graph that stores what they share once; inputs and outputs are named after the
         tasks, `a_x` and `a_output`. With `per_task` the path is a directory, made if its parent exists, with
-        `<task>.onnx` for each and one `weights.data` that all of them point into. With `same_input` the joint graph has
-        one input for all tasks, and what they compute alike, from the input on, is computed once.
+        `<task>.onnx` for each and one `weights.data` that all of them point into; in a directory that holds other files
+        it has a name of its own. With `same_input` the joint graph has one input for all tasks, and what they compute
+        alike, from the input on, is computed once.
 
         Raises `ExportError` where it cannot be written and `VerificationError` where it is something else; then no file
         is left.
