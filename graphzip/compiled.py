@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphzip.arguments import check_flag, check_name, whole
 from graphzip.errors import ArchiveError, ExportError, GraphZipError, VerificationError
@@ -19,6 +18,7 @@ from graphzip.export.example import Free, free_sizes, tensor_leaves
 from graphzip.export.joint import TaskModel, check_joint, check_tasks, export_joint, export_tasks
 from graphzip.export.onnx import ExportReport, check_onnx, export_onnx
 from graphzip.files import as_path
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.trace import Traced
 from graphzip.graph.two_forms import eval_form
 from graphzip.guard import public
