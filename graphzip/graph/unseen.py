@@ -2,7 +2,8 @@
 
 Tracing tells tensors by identity. A dropout in eval mode gives the tensor itself that it is given, so that after
 `d = dropout(y)` every later `y` would be taken for `d`: in training mode `y + d` would be `d + d`. It is given a view
-of its input, therefore. And `y.data` is no operator; it is what `y.detach()` is.
+of its input, therefore. And `y.data` is no operator; it is what `y.detach()` is. What is given an `out=` runs only
+where nobody wants gradients, and parameters want them while a model is traced.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class ShowUnseen(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in _SHOWN:
+            if kwargs and kwargs.get("out") is not None and torch.is_grad_enabled():
+                with torch.no_grad():
+                    return func(*args, **kwargs)
             return func(*args, **kwargs) if kwargs else func(*args)
         options = dict(kwargs or {})
         if func == _GET_DATA:

@@ -1,7 +1,7 @@
 """What a tensor has become when one of its views was written: the inverse of every view.
 
-Views whose operator has an inverse of its own (`slice_scatter`, `select_scatter`, `diagonal_scatter`, `cat` for parts
-of a `split`) get that. Of all others it is found out, from the strides or by running them on numbered positions,
+Views whose operator has an inverse of its own (`slice_scatter`, `select_scatter`, a choice for a diagonal, `cat` for
+parts of a `split`) get that. Of all others it is found out, from the strides or by running them on numbered positions,
 whether they turn dimensions or only reshape. What is left is written by positions, in `graphzip.graph.positions`.
 """
 
@@ -58,8 +58,27 @@ def _narrow(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx
 
 
 def _diagonal(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node:
-    args = (parent(), value, *view.args[1:])
-    return build.known(view.parent.meta["val"], aten.diagonal_scatter.default, *args, **view.kwargs)
+    """By a mask of the diagonal, which every runtime knows; where a size is open, by the operator."""
+    whole = view.parent.meta["val"]
+    given = (view.argument(place, name, place - 2) for place, name in ((2, "dim1"), (3, "dim2")))
+    offset, (first, second) = view.argument(1, "offset", 0), (dim % whole.dim() for dim in given)
+    height, width = plain(whole.shape[first]), plain(whole.shape[second])
+    if not isinstance(height, int) or not isinstance(width, int):
+        args = (parent(), value, *view.args[1:])
+        return build.known(whole, aten.diagonal_scatter.default, *args, **view.kwargs)
+    before, count = max(0, -offset), int(value.meta["val"].shape[-1])
+    rows = build(aten.constant_pad_nd.default, value, [before, height - before - count])
+    rows = build(aten.unsqueeze.default, rows, -1)
+    dims = [*(dim for dim in range(whole.dim()) if dim not in (first, second)), first, second]
+    rows = build(aten.permute.default, rows, [dims.index(dim) for dim in range(whole.dim())])
+    places = [
+        build(aten.reshape.default, build(aten.arange.start, start, start + size, device=whole.device), shape)
+        for start, size, shape in (
+            (offset, height, [height if dim == first else 1 for dim in range(whole.dim())]),
+            (0, width, [width if dim == second else 1 for dim in range(whole.dim())]),
+        )
+    ]
+    return build(aten.where.self, build(aten.eq.Tensor, *places), rows, parent())
 
 
 def _as_strided(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node | None:
