@@ -185,7 +185,8 @@ def _common_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> st
 
 
 def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
-    both = [(name, value, own[name]) for name, value in state.items() if name in own]
+    packed = [f"{name}: {how}" for name, value in state.items() if name in own and (how := _packed(value))]
+    both = [(name, value, own[name]) for name, value in state.items() if name in own and not _packed(value)]
     shapes = [
         f"{name}: {_shape(value)} in the file, {_shape(mine)} in the model"
         for name, value, mine in both
@@ -200,12 +201,20 @@ def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Pat
     wrong = {
         "other shapes": shapes,
         "other kinds of numbers": kinds,
+        "not dense": packed,
         "not finite": infinite,
         "missing": [name for name in own if name not in state and not name.endswith(_COUNTERS)],
         "unexpected": [name for name in state if name not in own],
     }
     if any(wrong.values()):
         raise WeightsError(_misfit(path, {what: names for what, names in wrong.items() if names}))
+
+
+def _packed(value: Tensor) -> str:
+    """How a tensor is stored that is not one number behind the other; empty for one that is."""
+    if value.layout != torch.strided or value.is_nested:
+        return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    return "quantized" if value.is_quantized else "without values" if value.is_meta else ""
 
 
 def _kind(value: Tensor) -> str:

@@ -217,6 +217,10 @@ def test_another_prefix_is_named(tmp_path: Path) -> None:
             r"other kinds of numbers \(1\): 0\.bias: complex64 in the file, float32",
         ),
         (torch.ones(4, dtype=torch.int64), r"other kinds of numbers \(1\): 0\.bias: int64 in the file, float32"),
+        (torch.ones(4).to_sparse(), r"not dense \(1\): 0\.bias: sparse_coo;"),
+        (torch.ones(4, device="meta"), r"not dense \(1\): 0\.bias: without values;"),
+        (torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), r"not dense \(1\): 0\.bias: quantized;"),
+        (torch.nested.nested_tensor([torch.ones(4)]), r"not dense \(1\): 0\.bias: nested;"),
     ],
 )
 def test_numbers_that_do_not_fit(spoilt: torch.Tensor, message: str, tmp_path: Path) -> None:

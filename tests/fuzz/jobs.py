@@ -230,12 +230,25 @@ def lossy(c: Context) -> None:
 
 
 def _step(c: Context, prepared: gz.Prepared) -> None:
+    if not _differentiable(c):
+        return
     optimizer = prepared.optimizer(torch.optim.SGD, lr=1e-3)
     found = run(prepared, c.inputs, grad=True)
     used = [leaf for leaf in leaves(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if used:
         (sum(leaf.double().square().mean() for leaf in used) + prepared.regularizer()).backward()
         optimizer.step()
+
+
+def _differentiable(c: Context) -> bool:
+    """Whether the model itself can be trained: it may write over what its own gradient needs."""
+    found = run(copy.deepcopy(c.model), c.inputs, grad=True)
+    used = [leaf for leaf in leaves(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    try:
+        sum(leaf.double().square().mean() for leaf in used).backward() if used else None  # type: ignore[union-attr]
+    except RuntimeError:
+        return False
+    return True
 
 
 def consistent(c: Context, compiled: gz.Compiled, plan: gz.Plan | None = None) -> None:
