@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,37 @@ def test_spreads_of_complex_channels(name: str) -> None:
             for before, after in zip(model(batch), compiled.module(batch), strict=True):
                 assert after.dtype == before.dtype
                 assert relative(before, after) < 1e-12
+
+
+class Windows(nn.Module):
+    """A view into windows whose sizes are numbers, of a picture whose sizes are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).permute(0, 2, 3, 1)
+        windows = y.view(y.shape[0], 2, 2, 3, 2, 8).transpose(2, 3).contiguous().view(-1, 4, 8)
+        made: Tensor = self.last(self.middle(windows).relu())
+        return made
+
+
+@pytest.mark.usefixtures("seeded")
+def test_windows_of_a_picture_of_open_size() -> None:
+    model, x = Windows().double().eval(), torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    auto = torch.export.Dim.AUTO
+    options: Any = {"dynamic_shapes": ({0: auto, 2: auto, 3: auto},)}
+    groups = gz.channel_groups(model, (x,), **options)
+    clusters = plant(model, groups, 0, fraction=0.7)
+    assert {"first", "middle"} <= clusters.keys()
+    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), (x,), **options)
+    for batch in (x, x[:1], torch.randn(5, 3, 4, 6, dtype=torch.float64)):
+        assert relative(model(batch), compiled.module(batch)) < 1e-12
+    for sizes in ((8, 3), (3, 8), (2, 12)):  # as many positions, which the model takes, too
+        other = torch.randn(2, 3, *sizes, dtype=torch.float64)
+        with contextlib.suppress(gz.InputShapeError):
+            assert relative(model(other), compiled.module(other)) < 1e-12
 
 
 def test_a_condition_that_cannot_be_computed_does_not_hold() -> None:

@@ -6,9 +6,9 @@ it may neither turn such an expression into a number, nor change a number that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -31,6 +31,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _NUMBERS = (int, float, *_SYMBOLIC)
 _FACTORS = ((3, 5, 7), (5, 7, 3), (2, 3, 2), (3, 2, 2), (2, 2, 2))
 _UNKNOWN = 12
+_MOVED = 4
 _INEQUALITIES = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan)
 
 
@@ -86,19 +87,27 @@ def _nothing_decided(environment: Any) -> Iterator[None]:
 
 
 def _follows(environment: Any, question: sympy.Basic, answer: Any) -> bool:
-    """Whether the answer is the same at other sizes for which the graph was made."""
+    """Whether the answer is the same at other sizes for which the graph was made.
+
+    Where its conditions rule out all multiples of the example's sizes, sizes near them are tried, and their own.
+    """
     known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
     conditions = [environment.replace(guard.expr) for guard in environment.guards]
     symbols = sorted(set().union(question.free_symbols, *(each.free_symbols for each in conditions)), key=str)
-    answers = []
-    for factors in _FACTORS:
-        sizes = {
-            symbol: known.get(symbol, sympy.Integer(_UNKNOWN)) * factor
-            for symbol, factor in zip(symbols, cycle(factors), strict=False)
-        }
-        if all(value_at(each, sizes) == sympy.true for each in conditions):
-            answers.append(value_at(question, sizes) == answer)
-    return bool(answers) and all(answers)
+    traced = [known.get(symbol, sympy.Integer(_UNKNOWN)) for symbol in symbols]
+
+    def answers(choices: Iterable[Sequence[Any]]) -> list[bool]:
+        found = []
+        for choice in choices:
+            sizes = dict(zip(symbols, choice, strict=True))
+            if all(value_at(each, sizes) == sympy.true for each in conditions):
+                found.append(bool(value_at(question, sizes) == answer))
+        return found
+
+    multiples = ([size * factor for size, factor in zip(traced, cycle(factors), strict=False)] for factors in _FACTORS)
+    near = product(*((size, size + 1, 2 * size, 3 * size) for size in traced[:_MOVED]))
+    found = answers(multiples) or answers((*moved, *traced[_MOVED:]) for moved in near)
+    return bool(found) and all(found)
 
 
 def _like(node: fx.Node, before: dict[fx.Node, Any]) -> fx.Node | None:
