@@ -236,7 +236,11 @@ def test_what_is_in_itself_has_an_identity() -> None:
     assert identity(scored(1.0, data)) == identity(scored(1.0, data))
 
 
-@pytest.mark.parametrize("value", [iter([1]), (number for number in range(3)), open(__file__, "rb")], ids=repr)  # noqa: SIM115
+@pytest.mark.parametrize(
+    "value",
+    [iter([1]), (number for number in range(3)), open(__file__, "rb")],  # noqa: SIM115
+    ids=["iterator", "generator", "file"],
+)
 def test_what_cannot_be_told_apart_is_said(value: Any) -> None:
     with pytest.raises(ValueError, match=type(value).__name__):
         identity(scored(1.0, value))
