@@ -90,6 +90,8 @@ class Worker:
         if found:
             answer: dict[str, Any] = json.loads(found)
             return answer
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # one that has closed its answers is about to end
         kind = "hang" if process.poll() is None else "crash"
         self.stop()
         detail = f"the process ends with {process.returncode}" if kind == "crash" else f"took more than {limit:g} s"

@@ -241,14 +241,15 @@ def _step(c: Context, prepared: gz.Prepared) -> None:
 
 
 def _differentiable(c: Context) -> bool:
-    """Whether the model itself can be trained: it may write over what its own gradient needs."""
-    found = run(copy.deepcopy(c.model), c.inputs, grad=True)
+    """Whether the model itself can be trained: its own gradient may need what it writes over, or be infinite."""
+    model = copy.deepcopy(c.model)
+    found = run(model, c.inputs, grad=True)
     used = [leaf for leaf in leaves(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
     try:
         sum(leaf.double().square().mean() for leaf in used).backward() if used else None  # type: ignore[union-attr]
     except RuntimeError:
         return False
-    return True
+    return all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
 def consistent(c: Context, compiled: gz.Compiled, plan: gz.Plan | None = None) -> None:
