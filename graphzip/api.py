@@ -15,7 +15,7 @@ from graphzip.arguments import check_callable, check_room, check_seed, check_tra
 from graphzip.calibration import check_calibration
 from graphzip.compiled import Compiled, load
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError, TraceError
-from graphzip.graph.copies import borrow, deep_copy
+from graphzip.graph.copies import borrow, deep_copy, why_not_copied
 from graphzip.graph.state import named_state
 from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.trace import Traced, trace
@@ -249,10 +249,7 @@ def _copy(model: Any, *, borrowed: bool = False) -> Any:
         return borrow(model) if borrowed else deep_copy(model)
     except Exception as error:
         what = "one of the models" if isinstance(model, dict) else type(model).__name__
-        raise GraphZipError(
-            f"{what} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
-            "it is. Make copy.deepcopy(model) work first (a non-leaf tensor kept as an attribute is the usual cause)"
-        ) from error
+        raise GraphZipError(why_not_copied(what, error)) from error
 
 
 def _check_own(model: nn.Module, traced: Traced) -> None:

@@ -85,7 +85,7 @@ def shell(folder: Path, line: str, **more: str) -> subprocess.CompletedProcess[b
 
 
 def quiet(done: subprocess.CompletedProcess[bytes]) -> str:
-    said = done.stderr.decode()
+    said = done.stderr.decode(errors="replace")
     assert "Traceback" not in said
     assert "Exception ignored" not in said
     assert "fault of graphzip" not in said

@@ -84,7 +84,7 @@ def test_out_has_no_parent(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as error:
         demo.run(out=tmp_path / "no" / "kept")
     assert str(error.value) == (
-        f"cannot make {tmp_path / 'no' / 'kept'}: the directory {tmp_path / 'no'} does not exist; create it first"
+        f"cannot write {tmp_path / 'no' / 'kept'}: the directory {tmp_path / 'no'} does not exist; create it first"
     )
     assert not (tmp_path / "no").exists()
 

@@ -350,7 +350,7 @@ def test_rows_in_parts_are_zipped_as_all_at_once(monkeypatch: pytest.MonkeyPatch
     plan, inputs, data = gz.Plan([gz.Zip()]), dict.fromkeys(nets, (x[:2],)), {name: [x] for name in nets}
     expected = gz.compile(nets, plan, inputs, calibration=data).module.state_dict()
     for module in ("zip_solve", "zip_weights"):
-        monkeypatch.setattr(f"passes.{module}.BLOCK", 3)
+        monkeypatch.setattr(f"graphzip_passes.{module}.BLOCK", 3)
     found = gz.compile(nets, plan, inputs, calibration=data).module.state_dict()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11)

@@ -10,7 +10,7 @@ import ast
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -161,6 +161,13 @@ class Sizes:
         guards = [self.environment.replace(guard.expr) for guard in self.environment.guards]
         apart = [guard for guard in guards if isinstance(guard, _APART) and guard.free_symbols <= self.names.keys()]
         return {text for text in self._ranges(self.environment) if ">=" in text} | {*map(self._show, apart)}
+
+    def lower_bounds(self, minima: Collection[int]) -> set[str]:
+        """Those conditions that say that a size is no smaller than one of these numbers."""
+        if self.environment is None:
+            return set()
+        wanted = tuple(f" >= {least}" for least in minima)
+        return {text for text in self._ranges(self.environment) if text.endswith(wanted)}
 
     def _may_be_one(self) -> set[sympy.Symbol]:
         assert self.environment is not None

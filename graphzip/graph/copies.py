@@ -25,6 +25,7 @@ __all__ = [
     "recomputed",
     "share_copy",
     "switches_by_itself",
+    "why_not_copied",
 ]
 
 Models = TypeVar("Models", nn.Module, dict[str, nn.Module])
@@ -149,3 +150,11 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+def why_not_copied(what: str, error: Exception) -> str:
+    """The message for a model that cannot be copied."""
+    return (
+        f"{what} cannot be copied ({error}); graphzip works on a copy so that your model stays as it is. Make "
+        "copy.deepcopy(model) work first (a lock, a generator or an open file kept as an attribute is the usual cause)"
+    )

@@ -9,7 +9,7 @@ model is traced there, and the graphs are compared. Sizes that pass are taken, t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from graphzip.graph.alike import same_at
 from graphzip.graph.conditions import Term, holds, parse, sizes_of, value_of
-from graphzip.graph.flat import Flat, FormOf
+from graphzip.graph.flat import Flat, FormOf, stated
 
 __all__ = ["admitted"]
 
@@ -32,8 +32,9 @@ _FEW = 8
 def admitted(skeleton: nn.Module, flat: Flat, form_of: FormOf | None) -> Flat:
     """The graph without those of its conditions that excluded only sizes at which it is the model."""
     taken: list[tuple[Any, int]] = []
+    kept = stated(skeleton, flat)
     for symbol, place in flat.sizes.names.items():
-        few, sizes = _few(flat, place)
+        few, sizes = _few(flat, place, kept)
         if not few or len(sizes) * (1 + len(taken)) > _FEW:
             continue
         left = []
@@ -60,10 +61,14 @@ def _combinations(taken: list[tuple[Any, int]]) -> Iterator[dict[Any, int]]:
                 yield dict(zip(symbols, sizes, strict=True))
 
 
-def _few(flat: Flat, place: str) -> tuple[set[str], list[int]]:
-    """Conditions on one size that few sizes fail, and those of them that no other condition on it excludes."""
+def _few(flat: Flat, place: str, kept: Collection[str]) -> tuple[set[str], list[int]]:
+    """Conditions on one size that few sizes fail, and those of them that no other condition on it excludes.
+
+    Those that are `kept` are among the others.
+    """
     mine = [text for text in flat.conditions if _places(parse(text)) == {place}]
-    failing = {text: sizes for text in mine if (sizes := _failing(text, place)) is not None}
+    looked_into = (text for text in mine if text not in kept)
+    failing = {text: sizes for text in looked_into if (sizes := _failing(text, place)) is not None}
     rest = [text for text in mine if text not in failing]
     sizes = sorted(set().union(*failing.values()))
     return set(failing), [size for size in sizes if all(_holds_at(text, place, size) for text in rest)]

@@ -11,11 +11,11 @@ from graphzip.graph.blocks import open_blocks
 from graphzip.graph.clean import clean
 from graphzip.graph.conditions import Open, Sizes
 from graphzip.graph.forms import Form
-from graphzip.graph.program import Program, asked_dims
+from graphzip.graph.program import Program, asked_dims, asked_minima
 from graphzip.graph.squeezes import squeezed
 from graphzip.graph.state import Aliases, find_aliases, graph_module, rebuild_state
 
-__all__ = ["Flat", "FormOf", "flatten"]
+__all__ = ["Flat", "FormOf", "flatten", "stated"]
 
 
 @dataclass
@@ -48,6 +48,11 @@ class Flat:
             *self.notes,
             f"inputs must have {', '.join(lines)}: the path that was traced needs it; others are refused",
         )
+
+
+def stated(source: nn.Module, flat: Flat) -> set[str]:
+    """Those conditions that were given with the sizes that are open: nobody asks for more."""
+    return flat.sizes.lower_bounds(asked_minima(source, flat.program))
 
 
 FormOf = Callable[[fx.GraphModule], Form | None]

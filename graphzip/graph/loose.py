@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from graphzip.graph.alike import is_open, length_at, placeholders, resized
 from graphzip.graph.conditions import Term, parse, value_of
-from graphzip.graph.flat import Flat
+from graphzip.graph.flat import Flat, stated
 from graphzip.graph.memory import writes
 from graphzip.graph.program import run_model
 from graphzip.graph.torch_private import pytree
@@ -40,7 +40,7 @@ _TRIED = 4
 
 def loosened(skeleton: nn.Module, flat: Flat) -> Flat:
     """The graph without conditions that only torch asked for, if it is the model at sizes that they exclude."""
-    gone = flat.sizes.inequalities() - flat.asked.keys()
+    gone = flat.sizes.inequalities() - flat.asked.keys() - stated(skeleton, flat)
     gone &= {*flat.conditions}
     if not gone or _has_writes(flat):
         return flat

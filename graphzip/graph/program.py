@@ -34,6 +34,7 @@ __all__ = [
     "Call",
     "Program",
     "asked_dims",
+    "asked_minima",
     "export_program",
     "run_export",
     "run_model",
@@ -153,10 +154,8 @@ def _batch_is_dynamic(call: Call) -> ShapesCollection:
 def asked_dims(model: nn.Module, program: Program) -> dict[int, list[int]]:
     """The dimensions that were to be open, by the number of the tensor among all leaves of the arguments."""
     given: Any = combine_args(model, *program.call)
-    shapes = program.shapes
-    if isinstance(shapes, ShapesCollection):
-        shapes = shapes.dynamic_shapes(model, *program.call)  # type: ignore[no-untyped-call]
-    elif isinstance(shapes, list | tuple):
+    shapes = _shapes_of(model, program)
+    if isinstance(shapes, list | tuple) and shapes:
         shapes = dict(zip(given, shapes, strict=True))
     found: dict[int, list[int]] = {}
     if not shapes:
@@ -171,6 +170,20 @@ def asked_dims(model: nn.Module, program: Program) -> dict[int, list[int]]:
 
     tree_map_with_path(note, given, shapes, tree_name="inputs")
     return found
+
+
+def asked_minima(model: nn.Module, program: Program) -> set[int]:
+    """The smallest sizes that open dimensions were to have, where that was said."""
+    leaves = pytree.tree_leaves(_shapes_of(model, program))
+    bounds = (getattr(getattr(leaf, "root", leaf), "min", None) for leaf in leaves)
+    return {bound for bound in bounds if isinstance(bound, int)}
+
+
+def _shapes_of(model: nn.Module, program: Program) -> Any:
+    shapes = program.shapes
+    if isinstance(shapes, ShapesCollection):
+        shapes = shapes.dynamic_shapes(model, *program.call)  # type: ignore[no-untyped-call]
+    return shapes
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import fx, nn
 from graphzip.arguments import check_examples, check_name, check_traceable
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.asked import asked
-from graphzip.graph.copies import deep_copy, flags_kept, in_mode
+from graphzip.graph.copies import deep_copy, flags_kept, in_mode, why_not_copied
 from graphzip.graph.flat import Flat, flatten
 from graphzip.graph.follow import Follower
 from graphzip.graph.forms import Form
@@ -315,10 +315,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     try:
         return in_mode(model, False)
     except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({error}); graphzip works on a copy so that your model stays as "
-            "it is. Make copy.deepcopy(model) work first (a non-leaf tensor kept as an attribute is the usual cause)"
-        ) from error
+        raise TraceError(why_not_copied(type(model).__name__, error)) from error
 
 
 def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, args: tuple[Any, ...]) -> tuple[nn.Module, Call]:
