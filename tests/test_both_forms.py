@@ -330,3 +330,37 @@ def test_spectral_norms_lose_their_step_in_both_forms() -> None:
     compiled = gz.compile(Net(forward, **parts), NOTHING, (torch.randn(4, 8),), mode="train")
     assert [note.partition(" (")[0] for note in compiled.report.notes] == ["'a'", "'b.parametrizations.weight.0'"]
     assert len(compiled.module.train()(torch.randn(4, 8))) == 2
+
+
+class Caching(nn.Module):
+    """In eval mode it keeps its grid for as long as inputs have the same shape; in training it needs none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.shape: Any = None
+        self.grid: Any = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.b(self.a(x).relu()).flatten(2)
+        if self.training:
+            return {"raw": y}
+        if self.shape != y.shape:
+            self.shape, self.grid = y.shape, torch.arange(y.shape[2]).type_as(y)
+        return y + self.grid
+
+
+@pytest.mark.filterwarnings("ignore:.*assigned during export")
+def test_a_size_that_only_one_form_fixes_is_fixed_in_both() -> None:
+    torch.manual_seed(0)
+    model, x = Caching().eval(), torch.randn(2, 3, 8, 8)
+    model(x)
+    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(keep={"a": 8})]), (x,), mode="train")
+    torch.testing.assert_close(compiled.module.eval()(x), model.eval()(x))
+    torch.testing.assert_close(compiled.module.train()(x)["raw"], model.train()(x)["raw"])
+    for module in (compiled.module.eval(), compiled.module.train()):
+        with pytest.raises(gz.InputShapeError):
+            module(torch.randn(3, 3, 8, 8))
+    assert any(
+        "batch is fixed" in note or "x.shape[0] == 2" in note or "fixed" in note for note in compiled.report.notes
+    )

@@ -14,7 +14,8 @@ from torch import nn
 
 import graphzip as gz
 from graphzip.export import onnx as exporter
-from graphzip.export.outputs import judge
+from graphzip.export.outputs import Judged, judge
+from graphzip.export.verify import _settles
 
 
 class Fading(nn.Module):
@@ -99,3 +100,33 @@ def test_a_row_of_few_large_entries_is_a_check() -> None:
     )
     assert checked.strong
     assert checked.unchecked == []
+
+
+def test_a_sigmoid_far_from_zero_is_no_other_model(tmp_path: Path) -> None:
+    """A runtime computes it to so many digits behind the point; a channel that is all tail is off by a share of it."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 8, 1)
+    with torch.no_grad():
+        layer.bias[5] = -12.0
+    result = gz.compile(nn.Sequential(layer, nn.SiLU()).eval(), gz.Plan([]), (torch.randn(2, 3, 64, 64),))
+    assert result.export(tmp_path / "tail.onnx").max_abs_diff < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "settles"),
+    [
+        ((True, False, False), (False, True, False), True),
+        ((True, False, False), (True, False, False), False),
+        ((False,), (True, True, False), True),
+        ((False,), (True, False, False), False),
+        ((False,), (True,), True),
+    ],
+)
+def test_half_of_what_showed_nothing_has_to_show_in_the_twin(
+    old: tuple[bool, ...], new: tuple[bool, ...], settles: bool
+) -> None:
+    def judged(shows: tuple[bool, ...], **options: Any) -> Judged:
+        return Judged("y", 0.0, 0.0, strong=any(shows), shows=shows, dim=1 if len(shows) > 1 else None, **options)
+
+    assert _settles(judged(old), judged(new)) is settles
+    assert not _settles(judged(old, finite=False), judged(new))

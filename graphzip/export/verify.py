@@ -189,15 +189,23 @@ def _look_again(
         second = _judged(session, twin, of_twin, calls)
     except VerificationError as error:
         raise VerificationError(f"with batch norms that fit the example, {error}") from error
-    settling = [(old, new) for old, new in zip(judged, second, strict=True) if old.unchecked and new.strong]
-    for old, new in settling:
-        if not new.unchecked:
-            old.unchecked, old.strong = [], True
-    if names := [old.name for old, _ in settling if not old.unchecked]:
+    settled_ones = [old for old, new in zip(judged, second, strict=True) if old.unchecked and _settles(old, new)]
+    for old in settled_ones:
+        old.unchecked, old.strong = [], True
+    if names := [old.name for old in settled_ones]:
         found.notes.append(
             f"inputs hardly move {_listed(names)}, for its batch norms do not fit the example; so the operators of the "
             "file were compared in a twin whose batch norms do, and its weights one by one"
         )
+
+
+def _settles(old: Judged, new: Judged) -> bool:
+    """Whether what an output could not show is shown in the twin: by at least half of those parts that did not."""
+    if not (old.finite and new.finite and new.strong):
+        return False
+    alike = (old.dim, len(old.shows)) == (new.dim, len(new.shows))
+    looked_at = [new.shows[part] for part in range(len(new.shows)) if not (alike and old.shows[part])]
+    return 2 * sum(looked_at) >= len(looked_at)
 
 
 def _bytes_of(model: Any) -> bytes:

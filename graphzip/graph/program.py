@@ -65,8 +65,27 @@ class Program:
     notes: tuple[str, ...] = ()
 
     def again(self, model: nn.Module) -> Program:
-        """Another form of the model, exported in the same way. Raises what `torch.export` raises."""
-        return run_export(model, self.call, self.shapes)
+        """Another form of the model, exported in the same way. Raises what `torch.export` raises.
+
+        Sizes that this form fixed are fixed in the other, too.
+        """
+        return run_export(model, self.call, self._still_open(model))
+
+    def _still_open(self, model: nn.Module) -> Any:
+        """The shapes as they were asked for, or where some sizes were fixed all the same, those that are open."""
+        inputs = set(self.exported.graph_signature.user_inputs)
+        nodes = [node for node in self.exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
+        leaves, asked = pytree.tree_leaves(self.call), asked_dims(model, self)
+        open_ = {
+            number: [dim for dim in dims if _is_open(nodes[number].meta["val"].shape[dim])]
+            for number, dims in asked.items()
+        }
+        if open_ == asked:
+            return self.shapes
+        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+        for number, dims in open_.items():
+            shapes[leaves[number]] = dict.fromkeys(dims, Dim.AUTO)
+        return shapes
 
     def unlifted(self) -> fx.GraphModule:
         module = self.exported.module(check_guards=False)
@@ -149,6 +168,10 @@ def _batch_is_dynamic(call: Call) -> ShapesCollection:
         if tensor.shape[0] == tensors[0].shape[0]:
             shapes[tensor] = {0: Dim.AUTO}
     return shapes
+
+
+def _is_open(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def asked_dims(model: nn.Module, program: Program) -> dict[int, list[int]]:
