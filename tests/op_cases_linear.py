@@ -190,6 +190,26 @@ def looked_up() -> Any:
 
 
 CASES.put([aten.embedding.default], "embedding", looked_up, {"table": 6})
+
+
+def bagged(mode: str, *, weighted: bool = False, **options: Any) -> Any:
+    def make() -> Any:
+        def run(m: Any, index: Tensor) -> Any:
+            return m.use(m.bag(index, per_sample_weights=m.scale.expand(index.shape) if weighted else None))
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            bag = nn.EmbeddingBag(7, 6, mode=mode, **options)
+            model = Net(run, bag=bag, scale=param(5), use=nn.Linear(6, 2)).double().eval()
+            return model, (torch.randint(0, 7, (2, 5)),)
+
+    return make
+
+
+for mode in ("sum", "mean", "max"):
+    CASES.put([aten.embedding_bag.padding_idx], f"bag, {mode}", bagged(mode), {"bag": 6})
+CASES.put([aten.embedding_bag.padding_idx], "bag, padded", bagged("sum", padding_idx=2), {"bag": 6})
+CASES.put([aten.embedding_bag.padding_idx], "bag, weighted", bagged("sum", weighted=True), {"bag": 6})
 CASES.add(aten.embedding.default, lambda m, x: (x + aten.embedding.default(m.table, m.index)) @ m.table.t(), **WIDE,
           name="tied with the head", parts=lambda: {"table": param(7, 6), "index": torch.tensor([3, 1, 1, 0, 6])},
           out=None)  # fmt: skip

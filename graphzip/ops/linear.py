@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from graphzip.labels import IntArray, support
 from graphzip.ops.rules import align, merge, residual
@@ -235,6 +236,25 @@ def embedding(site: Site) -> Result:
     return made
 
 
+def embedding_bag(site: Site) -> Result:
+    """`weight (V, D), indices (..), weights of samples (..) -> (B, D), bags, sizes, places of maxima`: rows are added
+    up, or the largest taken, column by column.
+    """
+    weight = site.args["weight"]
+    sums: Axes = ()
+    others = any(user.args[1] != 0 and user.users for user in site.node.users)
+    for axis in site.axes(weight):
+        if support(axis) == (1,) and not others:
+            site.produce(axis)
+            sums = (axis,)
+        else:
+            site.pin(axis, "is indexed by the data" if support(axis) == (0,) else "picks places by it")
+    for name in ("indices", "offsets", "per_sample_weights"):
+        for axis in site.axes(site.args[name]) if isinstance(site.args[name], fx.Node) else ():
+            site.pin(axis, "uses it as an index")
+    return [sums, (), (), ()]
+
+
 def attention(site: Site) -> Result:
     """`query (.., L, E), key (.., S, E), value (.., S, V), mask (.., L, S) -> (.., L, V)`; softmax runs over S."""
     query, key, value = (site.args[name] for name in ("query", "key", "value"))
@@ -322,5 +342,6 @@ SPECS = (
     ),
     OpSpec((aten.einsum.default,), einsum, macs=einsum_macs, patch=patch_einsum),
     OpSpec((aten.embedding.default,), embedding),
+    OpSpec((aten.embedding_bag.padding_idx,), embedding_bag),
     OpSpec((aten.scaled_dot_product_attention.default,), attention, macs=attention_macs, patch=patch_attention),
 )
