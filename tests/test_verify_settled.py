@@ -126,7 +126,9 @@ def test_half_of_what_showed_nothing_has_to_show_in_the_twin(
     old: tuple[bool, ...], new: tuple[bool, ...], settles: bool
 ) -> None:
     def judged(shows: tuple[bool, ...], **options: Any) -> Judged:
-        return Judged("y", 0.0, 0.0, strong=any(shows), shows=shows, dim=1 if len(shows) > 1 else None, **options)
+        said = [] if all(shows) else ["something"]
+        dim = 1 if len(shows) > 1 else None
+        return Judged("y", 0.0, 0.0, strong=any(shows), unchecked=said, shows=shows, dim=dim, **options)
 
     assert _settles(judged(old), judged(new)) is settles
     assert not _settles(judged(old, finite=False), judged(new))

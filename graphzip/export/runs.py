@@ -21,7 +21,16 @@ from graphzip.graph.torch_private import pytree
 
 __all__ = ["Refusal", "Run", "Runs", "references", "run_all", "run_session", "session_of", "short"]
 
+aten = torch.ops.aten
+
 _SEED = 0
+_WITH_TAILS = {
+    *(aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.mish.default, aten.softplus.default),
+    *(aten.glu.default, aten.elu.default, aten.selu.default, aten.celu.default, aten.log_sigmoid.default),
+    *(aten.softmax.int, aten.erf.default, aten.tanh.default, aten.exp.default),
+    *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.scaled_dot_product_attention.default),
+}
+"""What comes ever closer to zero or to a bound, and is computed to so many digits behind the point."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ def references(module: nn.Module, captured: Captured, runs: Sequence[Run]) -> li
     changed = _changed(module, runs[0])
     dependent = _given(captured)
     calls = [_described(run, captured) for run in runs]
+    tails = any(node.target in _WITH_TAILS for node in captured.program.graph.nodes)
     return [
         Reference(
             name=captured.outputs[k],
@@ -119,6 +129,7 @@ def references(module: nn.Module, captured: Captured, runs: Sequence[Run]) -> li
             eps=_eps(module, runs[0].outputs[k]),
             given=dependent[k],
             calls=calls,
+            tails=tails,
         )
         for k in range(count)
     ]

@@ -203,6 +203,8 @@ def _settles(old: Judged, new: Judged) -> bool:
     """Whether what an output could not show is shown in the twin: by at least half of those parts that did not."""
     if not (old.finite and new.finite and new.strong):
         return False
+    if not new.unchecked:
+        return True
     alike = (old.dim, len(old.shows)) == (new.dim, len(new.shows))
     looked_at = [new.shows[part] for part in range(len(new.shows)) if not (alike and old.shows[part])]
     return 2 * sum(looked_at) >= len(looked_at)
