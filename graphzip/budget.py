@@ -407,8 +407,8 @@ class _Laboratory:
             fitted = merge.options.compensate == "data"
             slim = merge.convert(self.traced) if fitted else merge.merged(self.traced).traced
             return max(self.score - self._scored(slim), 0.0)
-        start = self._first_node(name)
         merged = merge.merged(self.traced)
+        start = self._first_node(name, merged.traced)
         if study.options.compensate == "data":
             self.fitting = _just_before(start, self.fitting)
             old, new = self.fitting.fork(self.traced), self.fitting.fork(merged.traced)
@@ -433,8 +433,8 @@ class _Laboratory:
         prefix = f"{self.traced.scope}." if self.traced.scope else ""
         return {each.param.removeprefix(prefix) for each in self.study.groups[name].params if each.role in roles}
 
-    def _first_node(self, name: str) -> torch.fx.Node:
-        """The first operator that a change of the group can touch."""
+    def _first_node(self, name: str, slim: Traced) -> torch.fx.Node:
+        """The first operator that a change of the group can touch: by its parameters, or by its size in `slim`."""
         params = self._params(name, "producer", "pointwise", "consumer")
         users = [
             user
@@ -442,7 +442,13 @@ class _Laboratory:
             if node.op == "get_attr" and str(node.target) in params
             for user in node.users
         ]
-        first: torch.fx.Node = min(users, key=self.judging.place.__getitem__)
+        sizes = {node.name: _sizes(node) for node in slim.graph.nodes}
+        resized = [
+            node
+            for node in self.traced.graph.nodes
+            if node.op == "call_function" and sizes.get(node.name) != _sizes(node)
+        ]
+        first: torch.fx.Node = min([*users, *resized], key=self.judging.place.__getitem__)
         return first
 
     def _nearby(self, name: str) -> set[str]:
@@ -450,6 +456,11 @@ class _Laboratory:
         readers = self._params(name, "consumer")
         first = min((number for number, layer in enumerate(self.layers) if layer in readers), default=0)
         return {*self.layers[first : first + _FOLLOWING], *readers, *self._params(name, "producer")}
+
+
+def _sizes(node: torch.fx.Node) -> tuple[str, ...]:
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else ()
 
 
 def _passes_of(passes: Sequence[PassOptions], *, has_data: bool) -> tuple[list[PassOptions], ClusterMerge]:

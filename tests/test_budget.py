@@ -276,3 +276,24 @@ def test_measuring_leaves_the_traced_weights_as_they_are() -> None:
     study.measure()
     for name, value in named_state(study.traced.module):
         assert torch.equal(value, dict(named_state(model))[name]), name
+
+
+class Recurrent(nn.Module):
+    """States that begin with zeros, which are as wide as the layer."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(10, 12), kind(12, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(self.table(x))[0])
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_is_sized_before_a_layer_runs_is_measured_again(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent(kind).eval(), torch.randint(0, 10, (8, 5))
+    plan = gz.plan_for(model, (x[:2],), macs=0.4, calibration=[x, x.flip(1)])
+    compiled = gz.compile(model, plan, (x[:2],), calibration=[x, x.flip(1)])
+    assert compiled.report.after.macs <= 0.4 * compiled.report.before.macs

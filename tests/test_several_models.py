@@ -326,3 +326,16 @@ def test_keywords_that_do_not_fit() -> None:
         gz.prepare(models(), PLAN, INPUTS, scope="conv")
     with pytest.raises(gz.GraphZipError, match="no task 'd'; there are: 'a', 'b'"):
         gz.prepare(models(), PLAN, INPUTS).task("d")
+
+
+def test_models_without_tensors_are_saved_and_loaded(tmp_path: Path) -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.relu(), x], 1)
+
+    x = torch.randn(4, 3)
+    nets = {"one": Doubled(), "two": Doubled()}
+    compiled = gz.compile(nets, gz.Plan([gz.Zip()]), dict.fromkeys(nets, (x,)))
+    compiled.save(tmp_path / "nothing.graphzip")
+    loaded = gz.load(tmp_path / "nothing.graphzip")
+    torch.testing.assert_close(loaded.module(x, x)["two"], Doubled()(x))

@@ -7,7 +7,7 @@ where `r_g` channels of group `g` are gone and `s_tdg` is the share that one of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from graphzip.ops.site import Site, bind
 __all__ = ["Price", "Prices", "prices_of"]
 
 Vector = NDArray[np.float64]
+
+_MATRIX = 2
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,27 @@ def prices_of(traced: Traced, analysis: Analysis, groups: Sequence[ChannelGroup]
         spec = OPS.get(node.target) if node.op == "call_function" and (counted is None or node in counted) else None
         if spec is not None and spec.macs is not None:
             args = bind(node)
-            weight = args.get("weight")
-            own = shares.get(str(weight.target)) if isinstance(weight, fx.Node) else None
-            dims = _axis_shares(node, analysis, place, groups) if own is None else own
-            macs.append((float(spec.macs(Site.of(node, args))), dims))
+            whole = float(spec.macs(Site.of(node, args)))
+            kernels = _kernels(args)
+            known = [(kernel.meta["val"].numel(), shares.get(str(kernel.target))) for kernel in kernels]
+            if kernels and all(own is not None for _, own in known):
+                total = sum(numel for numel, _ in known)
+                macs += [(whole * numel / total, own) for numel, own in known if own is not None]
+            else:
+                macs.append((whole, _axis_shares(node, analysis, place, groups)))
     parameters = dict(traced.module.named_parameters())
     tensors = {**parameters, **dict(traced.module.named_buffers())}
     params = [(float(value.numel()), shares.get(name, {})) for name, value in parameters.items()]
     stored = [(float(value.numel() * value.element_size()), shares.get(name, {})) for name, value in tensors.items()]
     return Prices(*(_price(terms, len(groups)) for terms in (_scaled(macs, traced), params, stored)))
+
+
+def _kernels(args: Mapping[str, Any]) -> list[fx.Node]:
+    """The parameters that an operator multiplies by: its weight, or the matrices of a recurrent layer."""
+    weight, several = args.get("weight"), args.get("params")
+    if isinstance(several, list | tuple):
+        return [each for each in several if each.op == "get_attr" and each.meta["val"].dim() == _MATRIX]
+    return [weight] if isinstance(weight, fx.Node) and weight.op == "get_attr" else []
 
 
 _Dims = dict[Any, Vector]

@@ -102,7 +102,7 @@ def task_of(joint: Traced, name: str) -> Traced:
             made[node].meta["owner"] = _without(str(node.meta.get("owner", "")), name)
     graph.output(fx.node.map_arg(tuple(results), made.__getitem__))
     graph.set_codegen(PyTreeCodeGen(PyTreeInfo(list(task.arguments), task.in_spec, task.out_spec)))
-    root = share_tree(joint.module.get_submodule(name))
+    root = share_tree(joint.module.get_submodule(name)) if hasattr(joint.module, name) else nn.Module()
     names = {spec.name: spec.name.removeprefix(f"{name}_") for spec in joint.inputs[inputs]}
     traced = Traced(
         module=graph_module(root, graph, name),
