@@ -480,3 +480,34 @@ def test_attention_of_one_sequence(tmp_path: Path) -> None:
 
     inputs = (torch.randn(4, 8), torch.randn(6, 8))
     assert export_onnx(One(), inputs, tmp_path / "model.onnx", dynamic_batch=False).verified
+
+
+# --- the optimizer of the exporter -----------------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """Parts of an open batch, which the constant folding of the exporter fails at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return torch.cat([y, y.flip(0)]).chunk(2)[0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_cannot_be_optimized_is_written_as_it_is(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no")
+
+    if fails:
+        monkeypatch.setattr("graphzip.export.convert._optimize", refuse)
+    module = Halves().eval()
+    assert export_onnx(module, (torch.randn(4, 1, 6, 6),), tmp_path / "model.onnx").verified
+    x = torch.randn(3, 1, 6, 6)
+    (found,) = run(tmp_path / "model.onnx", x=x)
+    np.testing.assert_allclose(found, module(x).detach(), rtol=1e-4, atol=1e-5)

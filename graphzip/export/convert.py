@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from graphzip.export.packages import require
 from graphzip.files import companion
 
 __all__ = ["convert", "external_files", "save", "weight_bytes"]
+
+logger = logging.getLogger(__name__)
 
 _SMALL = 256
 """Bytes of a constant that is computed wherever possible: shapes and scalars."""
@@ -39,14 +42,17 @@ def convert(captured: Captured, *, opset: int | None, shared: Collection[str] = 
 
 def _convert(program: ExportedProgram, opset: int | None, shared: Collection[str]) -> Any:
     try:
-        converted = torch.onnx.export(program, (), opset_version=opset, verbose=False, dynamo=True, optimize=False)
-        assert converted is not None
-        _optimize(converted.model, shared)
+        model = _converted(program, opset)
+        try:
+            _optimize(model, shared)
+        except Exception as error:
+            logger.info("the ONNX optimizer fails, so the file is not optimized: %s", first_line(error), exc_info=True)
+            model = _converted(program, opset)
+            require("onnx_ir.passes.common").InlinePass()(model)
     except Exception as error:
         raise ExportError(
             f"the ONNX exporter of PyTorch cannot convert the model: {_summary(error)}; replace that part of the model"
         ) from error
-    model = converted.model
     written = model.opset_imports.get("")
     if opset is not None and written != opset:
         raise ExportError(
@@ -54,6 +60,12 @@ def _convert(program: ExportedProgram, opset: int | None, shared: Collection[str
             "pass one of these, or opset=None for the recommended one"
         )
     return model
+
+
+def _converted(program: ExportedProgram, opset: int | None) -> Any:
+    converted = torch.onnx.export(program, (), opset_version=opset, verbose=False, dynamo=True, optimize=False)
+    assert converted is not None
+    return converted.model
 
 
 def _optimize(model: Any, shared: Collection[str]) -> None:
