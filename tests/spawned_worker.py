@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ def computes(rank: int, module: nn.Module, folder: Path) -> None:
 
 
 def trains(rank: int, sent: Any, folder: Path) -> None:
-    """Trains with the others what was sent here, and saves what comes out."""
+    """Trains with the others a copy of what was sent here, and saves what comes out.
+
+    Tensors that are sent lie in memory that all processes share.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    sent = copy.deepcopy(sent)
+    dist.barrier()
     parallel = DistributedDataParallel(sent)
     case = CASES["cluster_merge"]
     if isinstance(sent, gz.Prepared):
