@@ -54,7 +54,7 @@ def snapshot() -> dict[str, Any]:
         "configurations": _configurations(),
         "classes of nodes": len(pytree.SUPPORTED_NODES),
         "evaluate": sympy.core.parameters.global_parameters.evaluate,
-        "threads alive": threading.active_count(),
+        "threads alive": sorted(each.name for each in threading.enumerate() if each.name != "tqdm_monitor"),
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def test_threads_compile_and_export_side_by_side(count: int, tmp_path: Path, cap
 
     with caplog.at_level(logging.WARNING), ThreadPoolExecutor(4) as pool:
         found = list(pool.map(work, range(count)))
-    assert threading.active_count() == before["threads alive"]
+    assert snapshot()["threads alive"] == before["threads alive"]
     assert max(moved for moved, _, _ in found) < 1e-5
     assert all(verified for _, verified, _ in found)
     assert not any(notes for _, _, notes in found)
