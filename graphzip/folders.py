@@ -39,6 +39,8 @@ def staged_folder(path: Path, names: Collection[str], error: type[GraphZipError]
     target = Path(os.path.realpath(path))
     exists = target.is_dir()
     check_target(target / companion(_STEM) if exists else target, error)
+    for name in names if exists else ():
+        check_target(target / name, error)
     try:
         if not exists or _is_replaceable(target, names):
             with scratch(target) as fresh:
@@ -59,6 +61,8 @@ def staged_folder(path: Path, names: Collection[str], error: type[GraphZipError]
 def _is_replaceable(target: Path, names: Collection[str]) -> bool:
     """Whether a directory holds nothing but what an earlier write put there, and lies where another may be made."""
     if os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK):
+        return False
+    if Path.cwd().is_relative_to(target.resolve()):  # this process would be left in a directory that is gone
         return False
     with os.scandir(target) as entries:
         return all(
@@ -97,9 +101,10 @@ def _put_each(fresh: Path, target: Path, data: str) -> None:
     (fresh / data).replace(target / data)
     sync(target)
     for name in names:
+        place = Path(os.path.realpath(target / name))
         with contextlib.suppress(FileNotFoundError):
-            (fresh / name).chmod(stat.S_IMODE((target / name).stat().st_mode))
-        (fresh / name).replace(target / name)
+            (fresh / name).chmod(stat.S_IMODE(place.stat().st_mode))
+        (fresh / name).replace(place)
     sync(target)
     files = [file for file in target.iterdir() if file.is_file()]
     if all(file.name in names for file in files if file.suffix == ".onnx"):

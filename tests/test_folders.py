@@ -128,3 +128,29 @@ def test_real_exports_that_are_killed_leave_whole_files(how: str, tmp_path: Path
     )
     assert found.returncode == 0, found.stderr
     assert "0 lost, 0 mixed" in found.stdout
+
+
+def test_places_that_cannot_be_written_are_told_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "b.onnx").mkdir()
+    (tmp_path / "a.onnx").write_text("old")
+    with pytest.raises(ExportError, match=r"b\.onnx is a directory"), staged_folder(tmp_path, NAMES, ExportError):
+        raise AssertionError
+    assert (tmp_path / "a.onnx").read_text() == "old"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
+
+
+def test_the_working_directory_is_not_exchanged_and_links_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "a.onnx").write_text("old")
+    (here / "a.onnx").symlink_to(tmp_path / "a.onnx")
+    monkeypatch.chdir(here)
+    with staged_folder(Path(), NAMES, ExportError) as (fresh, data):
+        for name in (*NAMES, data):
+            (fresh / name).write_text(f"new {name}")
+    assert Path.cwd() == here
+    assert (here / "b.onnx").read_text() == "new b.onnx"
+    assert (here / "a.onnx").is_symlink()
+    assert (tmp_path / "a.onnx").read_text() == "new a.onnx"

@@ -241,3 +241,18 @@ def test_half_precision_is_taken(tmp_path: Path) -> None:
     load_weights(net, tmp_path / "w.pt")
     assert net[0].weight.dtype == torch.float32
     assert (net[0].weight == 1).all()
+
+
+def test_numbers_are_finite_in_the_models_type_but_for_its_own_masks(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    load_weights(model, tmp_path / "own.pt")
+    wide = {name: value.double() for name, value in model.state_dict().items()}
+    for values in (wide["weight"] + 1e300, torch.full((2, 2), torch.nan)):
+        torch.save({**wide, "weight": values}, tmp_path / "wide.pt")
+        with pytest.raises(WeightsError, match=r"not finite.*weight"):
+            load_weights(model, tmp_path / "wide.pt")
+    torch.save({**wide, "weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "small.pt")
+    load_weights(model, tmp_path / "small.pt")
+    assert model.weight.eq(1).all()

@@ -58,6 +58,9 @@ _EXAMPLE = "example.."
 _LARGEST_EXAMPLE = 2**28
 """Numbers in an example input that a file may ask for."""
 
+_MOST_VALUES = 2_000_000
+"""Values in a document, each of which takes memory that the file itself hardly has."""
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -174,6 +177,8 @@ def _read(source: Path) -> tuple[Document, dict[str, torch.Tensor], str]:
 
 def _document(text: str) -> Document:
     """The document, once its form has been checked."""
+    if sum(map(text.count, ",[{")) > _MOST_VALUES:
+        raise GraphFormatError(f"the document holds more than {_MOST_VALUES:,} values")
     try:
         return Document.model_validate_json(text)
     except pydantic.ValidationError as error:
