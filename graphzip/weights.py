@@ -107,7 +107,7 @@ def _chosen(found: Any, path: Path, key: str | None, said: list[str]) -> dict[st
         return _named(_under(found, path, key))
     if _is_state(found):
         return _named(found)
-    candidates = {name: found[name] for name in _known_keys(found) if _is_state(found[name])}
+    candidates = _candidates(found)
     if not candidates:
         raise WeightsError(
             f"{path} holds no state dict; it must hold names and tensors, as torch.save(model.state_dict(), ...) "
@@ -122,6 +122,36 @@ def _chosen(found: Any, path: Path, key: str | None, said: list[str]) -> dict[st
     ((name, state),) = candidates.items()
     said.append(f"took the {len(state)} tensors under {name!r}")
     return _named(state)
+
+
+def _candidates(found: Any) -> dict[str, Mapping[str, Tensor]]:
+    """State dicts under keys that are known, and those elsewhere that are like one of them, such as an average."""
+    known = {name: found[name] for name in _known_keys(found) if _is_state(found[name])}
+    others = (
+        [
+            *((str(name), value) for name, value in found.items()),
+            *(
+                (f"{name}.{key}", each)
+                for name, value in found.items()
+                if isinstance(value, Mapping)
+                for key, each in value.items()
+            ),
+        ]
+        if known
+        else []
+    )
+    alike = {
+        name: value
+        for name, value in others
+        if name not in known and _is_state(value) and any(_are_alike(value, each) for each in known.values())
+    }
+    return known | alike
+
+
+def _are_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts may be of the same model: half of the names are the same, or their ends are."""
+    ends = [{str(name).removeprefix("module.") for name in each} for each in (one, other)]
+    return 2 * len(ends[0] & ends[1]) >= max(map(len, ends))
 
 
 def _known_keys(found: Any) -> list[str]:

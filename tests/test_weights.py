@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +156,8 @@ def test_which_of_several_is_asked_for(tmp_path: Path, caplog: pytest.LogCapture
     with pytest.raises(WeightsError) as error:
         load_weights(small(), path)
     assert str(error.value) == (
-        f"{path} holds several state dicts: model (7 tensors), ema (7 tensors); say which one is meant with "
+        f"{path} holds several state dicts: model (7 tensors), ema (7 tensors), deep.inside (7 tensors); say which one "
+        "is meant with "
         "--weights-key model (in Python key='model')"
     )
     for key, value in (("model", 1), ("ema", 2), ("deep.inside", 3)):
@@ -256,3 +259,23 @@ def test_numbers_are_finite_in_the_models_type_but_for_its_own_masks(tmp_path: P
     torch.save({**wide, "weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "small.pt")
     load_weights(model, tmp_path / "small.pt")
     assert model.weight.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "wrap"),
+    [
+        ("ema.shadow", lambda state: {"ema": {"decay": 0.9, "shadow": state}}),
+        ("averaged_model", lambda state: {"averaged_model": state}),
+        ("best.state_dict", lambda state: {"best": {"state_dict": {f"module.{name}": state[name] for name in state}}}),
+    ],
+)
+def test_a_second_state_dict_is_asked_about_wherever_it_lies(key: str, wrap: Any, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    state = model.state_dict()
+    optimizer = {"scales": {"first": torch.ones(3)}}
+    torch.save({"model": state, **wrap(state), **optimizer}, tmp_path / "two.pt")
+    with pytest.raises(
+        WeightsError, match=rf"several state dicts: model \(2 tensors\), {re.escape(key)} \(2 tensors\)"
+    ):
+        load_weights(model, tmp_path / "two.pt")
+    load_weights(model, tmp_path / "two.pt", key=key)
