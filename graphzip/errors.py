@@ -25,6 +25,10 @@ __all__ = [
 class GraphZipError(Exception):
     """Base class of every refusal of graphzip."""
 
+    def __str__(self) -> str:
+        """The message. Names in it may come from a file of a stranger: what would steer a terminal is spelled out."""
+        return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in super().__str__())
+
 
 class PlanError(GraphZipError, ValueError):
     """A plan that cannot be read, is invalid, or does not fit the model."""

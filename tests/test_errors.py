@@ -584,3 +584,7 @@ def test_everything_public_is_guarded() -> None:
         methods = {name: each for name, each in vars(kind).items() if inspect.isfunction(each) and name[0] != "_"}
         left = {name for name, each in methods.items() if not hasattr(each, "__wrapped__")}
         assert left <= {"forward", "to_dict", "add", "is_due", "load_state_dict"}, (kind, left)
+
+
+def test_what_would_steer_a_terminal_is_spelled_out() -> None:
+    assert str(gz.WeightsError("\x1b[31mé ─\x07\tb\n")) == "\\x1b[31mé ─\\x07\tb\n"
