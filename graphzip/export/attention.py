@@ -44,7 +44,11 @@ def _moves(build: Builder, node: fx.Node) -> tuple[_Move, _Move] | None:
     if rank == 4 or {rank_of(key), rank_of(value)} != {rank} or (mask is not None and rank_of(mask) > min(rank, 3)):
         return None
     if rank < 4:
-        return lambda x: _wider(build, x, 4 - rank), lambda x: _narrower(build, x, 4 - rank)
+        front = [1] * (4 - rank)
+        return (
+            lambda x: build(aten.reshape.default, x, [*front, *shape_of(build, x)]),
+            lambda x: build(aten.reshape.default, x, shape_of(build, x)[len(front) :]),
+        )
     if len({tuple(map(str, each.meta["val"].shape[:-3])) for each in (query, key, value)}) > 1:
         return None
     sizes = shape_of(build, query)[:-3]
@@ -52,18 +56,6 @@ def _moves(build: Builder, node: fx.Node) -> tuple[_Move, _Move] | None:
         lambda x: build(aten.flatten.using_ints, x, 0, rank - 4),
         lambda x: build(aten.reshape.default, x, [*sizes, *shape_of(build, x)[1:]]),
     )
-
-
-def _wider(build: Builder, x: fx.Node, count: int) -> fx.Node:
-    for _ in range(count):
-        x = build(aten.unsqueeze.default, x, 0)
-    return x
-
-
-def _narrower(build: Builder, x: fx.Node, count: int) -> fx.Node:
-    for _ in range(count):
-        x = build(aten.squeeze.dim, x, 0)
-    return x
 
 
 def _moved(build: Builder, node: fx.Node, there: _Move, back: _Move) -> fx.Node:

@@ -13,14 +13,13 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
-from torch.export import Dim, ShapesCollection
 
 from graphzip.graph.flat import Flat, FormOf, flatten
-from graphzip.graph.program import Call, run_export, separate
+from graphzip.graph.program import Call, automatic, is_free, run_export, separate
 from graphzip.graph.sizes import value_at
 from graphzip.graph.torch_private import pytree
 
-__all__ = ["automatic", "is_open", "length_at", "open_dims", "placeholders", "resized", "same_at", "tensors_of"]
+__all__ = ["length_at", "open_dims", "placeholders", "resized", "same_at", "tensors_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def resized(flat: Flat, sizes: Mapping[Any, int]) -> Call | None:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         for dim, size in enumerate(next(wanted)):
-            if is_open(size):
+            if is_free(size):
                 length = length_at(size, sizes)
                 fails |= length is None
                 places = torch.arange(length or 0, device=leaf.device) % max(leaf.shape[dim], 1)
@@ -79,21 +78,9 @@ def placeholders(flat: Flat) -> list[fx.Node]:
     return [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
-def is_open(size: Any) -> bool:
-    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
-
-
 def open_dims(flat: Flat) -> list[list[int]]:
     shapes = [node.meta["val"].shape for node in placeholders(flat)]
-    return [[dim for dim, size in enumerate(shape) if is_open(size)] for shape in shapes]
-
-
-def automatic(tensors: list[torch.Tensor], dims: list[list[int]]) -> ShapesCollection | dict[str, Any]:
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor, open_dims in zip(tensors, dims, strict=True):
-        if open_dims:
-            shapes[tensor] = dict.fromkeys(open_dims, Dim.AUTO)
-    return shapes if any(dims) else {}
+    return [[dim for dim, size in enumerate(shape) if is_free(size)] for shape in shapes]
 
 
 def length_at(size: Any, sizes: Mapping[Any, int]) -> int | None:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphzip.graph.alike import is_open, length_at, placeholders, resized
+from graphzip.graph.alike import length_at, placeholders, resized, tensors_of
 from graphzip.graph.conditions import Term, parse, value_of
 from graphzip.graph.flat import Flat, stated
 from graphzip.graph.memory import writes
-from graphzip.graph.program import run_model
+from graphzip.graph.program import is_free, run_model
 from graphzip.graph.torch_private import pytree
 
 __all__ = ["loosened"]
@@ -87,7 +87,7 @@ class _Inputs:
 def _inputs(flat: Flat, sizes: dict[Any, int]) -> _Inputs | None:
     known: dict[str, Any] = {}
     for node in placeholders(flat):
-        shape = [length_at(size, sizes) if is_open(size) else int(size) for size in node.meta["val"].shape]
+        shape = [length_at(size, sizes) if is_free(size) else int(size) for size in node.meta["val"].shape]
         if None in shape:
             return None
         known[str(node.target)] = SimpleNamespace(shape=shape)
@@ -108,21 +108,17 @@ def _same_results(skeleton: nn.Module, flat: Flat, sizes: dict[Any, int]) -> boo
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            wanted = _tensors(run_model(skeleton, call))
+            wanted = tensors_of(run_model(skeleton, call))
     except Exception:
         return None
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            found = _tensors(fx.Interpreter(flat.module).run(*pytree.tree_leaves(call)))
+            found = tensors_of(fx.Interpreter(flat.module).run(*pytree.tree_leaves(call)))
     except Exception as error:
         logger.info("%s: the graph fails where the model runs: %s", type(skeleton).__name__, error)
         return False
     return len(found) == len(wanted) and all(map(_close, found, wanted))
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from graphzip.graph.alike import automatic, is_open, open_dims, placeholders, same_at, tensors_of
+from graphzip.graph.alike import open_dims, placeholders, same_at, tensors_of
 from graphzip.graph.conditions import Open, holds
 from graphzip.graph.excluded import admitted
 from graphzip.graph.flat import Flat, FormOf, flatten
 from graphzip.graph.loose import loosened
-from graphzip.graph.program import TRACED_AS_TWO, Call, run_export, separate, untraceable
+from graphzip.graph.program import TRACED_AS_TWO, Call, automatic, is_free, run_export, separate, untraceable
 from graphzip.graph.squeezes import squeezed
 from graphzip.graph.torch_private import pytree
 
@@ -73,7 +73,7 @@ def _unfit(flat: Flat, given: Call) -> str:
     """Why the example itself could not be given to the result; empty where it can."""
     for node, tensor in zip(placeholders(flat), tensors_of(given), strict=True):
         for dim, (size, has) in enumerate(zip(node.meta["val"].shape, tensor.shape, strict=True)):
-            if not is_open(size) and int(size) != has:
+            if not is_free(size) and int(size) != has:
                 return f"{node.target}.shape[{dim}] == {int(size)}"
     names = [str(node.target) for node in flat.module.graph.nodes if node.op == "placeholder"]
     known = dict(zip(names, pytree.tree_leaves(given), strict=True))

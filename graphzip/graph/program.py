@@ -35,7 +35,9 @@ __all__ = [
     "Program",
     "asked_dims",
     "asked_minima",
+    "automatic",
     "export_program",
+    "is_free",
     "run_export",
     "run_model",
     "separate",
@@ -77,15 +79,12 @@ class Program:
         nodes = [node for node in self.exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
         leaves, asked = pytree.tree_leaves(self.call), asked_dims(model, self)
         open_ = {
-            number: [dim for dim in dims if _is_open(nodes[number].meta["val"].shape[dim])]
+            number: [dim for dim in dims if is_free(nodes[number].meta["val"].shape[dim])]
             for number, dims in asked.items()
         }
         if open_ == asked:
             return self.shapes
-        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-        for number, dims in open_.items():
-            shapes[leaves[number]] = dict.fromkeys(dims, Dim.AUTO)
-        return shapes
+        return automatic([leaves[number] for number in open_], list(open_.values()))
 
     def unlifted(self) -> fx.GraphModule:
         module = self.exported.module(check_guards=False)
@@ -160,17 +159,23 @@ def run_export(skeleton: nn.Module, call: Call, shapes: Any | None) -> Program:
     return Program(exported, call, shapes, watch)
 
 
-def _batch_is_dynamic(call: Call) -> ShapesCollection:
+def _batch_is_dynamic(call: Call) -> ShapesCollection | dict[str, Any]:
     """The first dimension of every tensor that has the batch there is dynamic."""
     tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    return automatic(tensors, [[0] if tensor.shape[0] == tensors[0].shape[0] else [] for tensor in tensors])
+
+
+def automatic(tensors: list[torch.Tensor], dims: list[list[int]]) -> ShapesCollection | dict[str, Any]:
+    """Shapes for `torch.export` in which these dimensions of these tensors are free, as far as the trace lets them."""
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in tensors:
-        if tensor.shape[0] == tensors[0].shape[0]:
-            shapes[tensor] = {0: Dim.AUTO}
-    return shapes
+    for tensor, free in zip(tensors, dims, strict=True):
+        if free:
+            shapes[tensor] = dict.fromkeys(free, Dim.AUTO)
+    return shapes if any(dims) else {}
 
 
-def _is_open(size: Any) -> bool:
+def is_free(size: Any) -> bool:
+    """Whether a size of a trace is no number."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
