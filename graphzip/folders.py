@@ -62,8 +62,9 @@ def _is_replaceable(target: Path, names: Collection[str]) -> bool:
     """Whether a directory holds nothing but what an earlier write put there, and lies where another may be made."""
     if os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK):
         return False
-    if Path.cwd().is_relative_to(target.resolve()):  # this process would be left in a directory that is gone
-        return False
+    with contextlib.suppress(FileNotFoundError):  # where there is no working directory
+        if Path.cwd().is_relative_to(target.resolve()):  # this process would be left in a directory that is gone
+            return False
     with os.scandir(target) as entries:
         return all(
             entry.is_file(follow_symlinks=False) and (entry.name in names or _DATA.fullmatch(entry.name))

@@ -155,6 +155,11 @@ def _real(value: object) -> float | None:
         return None
 
 
+def _above_zero(value: object) -> float | None:
+    number = _real(value)
+    return number if number is not None and 0.0 < number < math.inf else None
+
+
 def _check_count(names: Sized, what: str) -> None:
     if len(names) > _MOST_NAMES:
         raise Wrong(f"{len(names):,} {what}, of which at most {_MOST_NAMES:,} are read; use wildcards")
@@ -285,8 +290,8 @@ def check_norms(value: Any) -> str:
 def check_strength(value: Any) -> float | str:
     if value == "auto":
         return "auto"
-    number = _real(value)
-    if number is not None and 0.0 < number < math.inf:
+    number = _above_zero(value)
+    if number is not None:
         return number
     raise Wrong(f"{show(value)} is not a strength; write a number above 0, or 'auto'")
 
@@ -315,8 +320,8 @@ def check_share(value: Any) -> Any:
 
 
 def check_positive(value: Any) -> float:
-    number = _real(value)
-    if number is not None and 0.0 < number < math.inf:
+    number = _above_zero(value)
+    if number is not None:
         return number
     raise Wrong(f"{show(value)} is not a threshold; write a number above 0")
 
@@ -335,8 +340,8 @@ def check_balance(value: Any) -> float:
 
 
 def check_damping(value: Any) -> float:
-    number = _real(value)
-    if number is not None and 0.0 < number < math.inf:
+    number = _above_zero(value)
+    if number is not None:
         return number
     raise Wrong(f"{show(value)} is not a damping; write a number above 0")
 

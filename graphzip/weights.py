@@ -127,22 +127,15 @@ def _chosen(found: Any, path: Path, key: str | None, said: list[str]) -> dict[st
 def _candidates(found: Any) -> dict[str, Mapping[str, Tensor]]:
     """State dicts under keys that are known, and those elsewhere that are like one of them, such as an average."""
     known = {name: found[name] for name in _known_keys(found) if _is_state(found[name])}
-    others = (
-        [
-            *((str(name), value) for name, value in found.items()),
-            *(
-                (f"{name}.{key}", each)
-                for name, value in found.items()
-                if isinstance(value, Mapping)
-                for key, each in value.items()
-            ),
-        ]
-        if known
-        else []
-    )
+    if not known:
+        return known
+    others = {str(name): value for name, value in found.items()}
+    for name, value in found.items():
+        inner = value if isinstance(value, Mapping) else {}
+        others |= {f"{name}.{key}": each for key, each in inner.items()}
     alike = {
         name: value
-        for name, value in others
+        for name, value in others.items()
         if name not in known and _is_state(value) and any(_are_alike(value, each) for each in known.values())
     }
     return known | alike
@@ -150,8 +143,14 @@ def _candidates(found: Any) -> dict[str, Mapping[str, Tensor]]:
 
 def _are_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two state dicts may be of the same model: half of the names are the same, or their ends are."""
-    ends = [{str(name).removeprefix("module.") for name in each} for each in (one, other)]
+    ends = [{_without_known(str(name)) for name in each} for each in (one, other)]
     return 2 * len(ends[0] & ends[1]) >= max(map(len, ends))
+
+
+def _without_known(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _known_keys(found: Any) -> list[str]:

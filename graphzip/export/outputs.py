@@ -15,9 +15,9 @@ approximate differently by some units in the last place; it also serves where th
 A tolerance says nothing by itself: `y + 1e6` rounds by more than `y` is worth. So an output counts as a check only
 where its tolerance is below a hundredth of what other inputs change in it (`CEILING`), and where a change of all
 weights and inputs by a thousandth (`CHANGE`) would have been found in more than a few of the entries that other inputs
-move that far. Entries that rounding alone moves beyond the
-ceiling, such as those of a sorted or rounded result, may differ, and up to eight times as many others; of integers
-these are all that may differ. NaN and infinities must appear at the same positions.
+move that far. Entries that rounding alone moves beyond the ceiling, such as those of a sorted or rounded result, may
+differ, and up to eight times as many others; of integers these are all that may differ. NaN and infinities must appear
+at the same positions.
 """
 
 from __future__ import annotations
