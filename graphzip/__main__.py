@@ -10,7 +10,7 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point: Ctrl-C ends it quietly from the first import on."""
     try:
-        from graphzip.cli import main as run
+        from graphzip.commands.cli import main as run
 
         run()
     except KeyboardInterrupt:

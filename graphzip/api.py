@@ -8,60 +8,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphzip.analysis.channels import analyse
 from graphzip.analysis.cost import Cost, cost_of
-from graphzip.analysis.groups import ChannelGroups, channel_groups_of
+from graphzip.analysis.groups import Analysed, ChannelGroups
 from graphzip.arguments import check_callable, check_room, check_seed, check_traceable
-from graphzip.calibration import check_calibration
+from graphzip.boundary import call_user, public
+from graphzip.calibration import check_calibration, with_submodule
+from graphzip.calls import Call, Signature, call_of
 from graphzip.compiled import Compiled, load
-from graphzip.errors import ExampleInputError, GraphZipError, PlanError, TraceError
+from graphzip.errors import ExampleInputError, GraphZipError, PlanError
 from graphzip.graph.copies import borrow, deep_copy, why_not_copied
-from graphzip.graph.state import named_state
+from graphzip.graph.source import first_line
 from graphzip.graph.tasks import check_task_names, joined_module
-from graphzip.graph.trace import Traced, trace
-from graphzip.guard import call_user, public
-from graphzip.plan import Plan
-from graphzip.prepared import Prepared
-from graphzip.rewrite.forms import trace_in
-from graphzip.rewrite.join import join
-from graphzip_passes.base import Restructuring, Staged
-from graphzip_passes.table import PASSES
+from graphzip.graph.traced import Traced
+from graphzip.plan.plan import Plan
+from graphzip.rewrite.join_models import join, module_of
+from graphzip.rewrite.join_modes import trace_in
+from graphzip.traces import Trace, check_own, of_trace, of_traces
+from graphzip.tracing.results import Outputs
+from graphzip.tracing.trace import trace
+from graphzip.training.prepared import Prepared
+from graphzip.training.tune import Tune, held_out
+from graphzip_passes.base import pass_of
 
 __all__ = ["Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"]
 
 Train = Callable[[Prepared, str], object]
-Models = nn.Module | Mapping[str, nn.Module]
-Inputs = tuple[Any, ...] | Mapping[str, tuple[Any, ...]]
-Calibration = Iterable[Any] | Mapping[str, Iterable[Any]]
+Models = nn.Module | Trace | Mapping[str, nn.Module] | Mapping[str, Trace]
+Loss = Callable[..., Any]
+Score = Callable[[nn.Module], float]
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+Batches = Iterable[Any] | Mapping[str, Iterable[Any]]
 
 
 @public
 def channel_groups(
-    model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    model: nn.Module | Trace,
+    example_inputs: Inputs | None = None,
     *,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
+    outputs: Outputs | None = None,
     mode: str = "eval",
 ) -> ChannelGroups:
     """The channel groups of `model`: which channels are coupled, and which of them can be merged.
 
-    `example_inputs` are positional arguments, batch first. Nothing is computed on real weights, so a model on the meta
-    device will do. `scope` names a submodule to look at alone. `mode` is that of `prepare`.
+    `example_inputs` are a tuple of positional arguments or a mapping of arguments by name, batch first. Nothing is
+    computed on real weights, so a model on the meta device will do. `scope` names a submodule to look at alone.
+    `outputs` and `mode` are those of `prepare`. With a `Trace` in place of the model, none of them is given.
 
-    Raises `TraceError` for a model that cannot be traced, `ExampleInputError` for inputs it does not accept.
+    Raises `TraceError` for a model that cannot be traced, `ExampleInputError` for inputs it does not accept,
+    `NotFoundError` for outputs that it has not.
     """
-    traced = trace_in(mode, model, example_inputs, scope=scope, dynamic_shapes=dynamic_shapes)
-    return channel_groups_of(traced, analyse(traced.graph))
+    view = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs}
+    given = of_trace(model, example_inputs=example_inputs, mode=mode, **view)
+    if given is not None:
+        with torch.inference_mode(False):
+            return given.analysed().groups
+    return Analysed.of(trace_in(mode, model, example_inputs, **view)).groups  # type: ignore[arg-type]
 
 
 @public
-def cost(module: nn.Module, example_inputs: tuple[Any, ...]) -> Cost:
-    """Parameters, and multiply-accumulates for one sample of the shape of `example_inputs`.
+def cost(module: nn.Module | Trace, example_inputs: Inputs | None = None) -> Cost:
+    """Parameters, and multiply-accumulates of `module` for one sample of the shape of `example_inputs`.
+
+    With a `Trace` in its place, its inputs count.
 
     Raises `TraceError` for a model that cannot be traced, `ExampleInputError` for inputs it does not accept.
     """
-    return cost_of(trace(module, example_inputs))
+    given = of_trace(module, example_inputs=example_inputs)
+    if given is not None:
+        with torch.inference_mode(False):
+            return cost_of(given.current())
+    return cost_of(trace(module, example_inputs))  # type: ignore[arg-type]
 
 
 @public
@@ -70,104 +88,169 @@ def prepare(
     plan: Plan,
     example_inputs: Inputs | None = None,
     *,
-    calibration: Calibration | None = None,
+    calibration: Batches | None = None,
+    loss: Loss | None = None,
+    evaluate: Score | None = None,
     seed: int = 0,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
+    outputs: Any | None = None,
     mode: str = "eval",
+    tune: bool | int | Tune | None = None,
 ) -> Prepared:
-    """Decide what the plan does to `model`, and give a copy of it to train before it is done.
+    """Decide what `plan` does to `model`, and give a copy of it to train before it is done.
 
-    `calibration` is a re-iterable of batches (a tensor, or a tuple of positional inputs; entries beyond the model's
-    inputs are left out). `seed` fixes every random choice. `scope` names the submodule to compile inside the model.
-    `dynamic_shapes` is handed to `torch.export.export`; by default only the batch is dynamic.
+    `example_inputs` are a tuple of positional arguments, or a mapping of arguments by name (`{"input_ids": ids}`, what
+    a tokenizer gives); arguments that they do not have keep their defaults. `calibration` is a re-iterable of batches:
+    a tensor, a tuple of positional arguments or a mapping by name; what a batch has beyond the example inputs (labels)
+    is left out. `loss(outputs, *labels)`, of what the model gives for a batch and those entries, is what criteria of
+    importance differentiate; the mean over a batch. `evaluate(module)` is a score of yours, the higher the better, of
+    a module in eval mode; the report has it of the model before, after, and after tuning. `seed` fixes every random
+    choice. `scope` names the submodule to compile inside the model.
+    `dynamic_shapes` says which sizes the result leaves open beside the batch: `"height,width"`, `"length"`, numbers of
+    dimensions (`[2, 3]`), or what `torch.export.export` takes; the others are those of the example.
 
     `mode` says which form of the model the result has. "eval": what the model computes in eval mode, where batch norm
     and dropout follow `.train()` and `.eval()`. "train": the training form, too (other outputs, auxiliary heads, drop
     paths), which the result computes after `.train()`, and the eval form after `.eval()` and in a file. What the
     result does not have, the report says.
 
-    Where the plan has a pass that joins models, `model` is a mapping from task names to modules, and `example_inputs`,
-    `calibration` and `dynamic_shapes` (where given) are mappings with the same keys.
+    `outputs` are the results that matter: names (`"logits"`), globs on names (`"hidden_states.*"`) or positions (`0`),
+    one or a list; with a `scope` those of the submodule. The others are not computed, so they hold no channel fast and
+    what only they read goes. What the result returns keeps its structure, a dict, tuple or class of results, with
+    `None` in place of what was left out; `prepared` itself returns everything until its first pass is carried out. With
+    the mode "train" they are chosen among those of the eval form, and the training form returns what it did.
 
-    Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`.
+    `tune` asks `convert` to fit the outputs of the result to the original's on the calibration data, in eval mode and
+    without labels, after all passes: true, a number of epochs, or `graphzip.Tune`. Some of the data is held out from
+    the start, from passes too; it judges, and nothing stays that is worse on it. The report says what was gained.
+
+    Where the plan has a pass that joins models, or none at all, which packs them side by side, `model` is a mapping
+    from task names to modules, and `example_inputs`, `calibration`, `dynamic_shapes` and `outputs` (where given) are
+    mappings with the same keys. A model may be given as a `Trace` of it, which has its inputs, scope, shapes, outputs
+    and mode: then it is not traced again.
+
+    Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`, `NotFoundError`.
     """
-    return _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, mode, trained=True)
+    views = (scope, dynamic_shapes, outputs, mode)
+    scores = (loss, evaluate)
+    return _prepare(model, plan, example_inputs, calibration, scores, seed, *views, Tune.of(tune), trained=True)
 
 
 def _prepare(
     model: Models,
     plan: Plan,
     example_inputs: Inputs | None,
-    calibration: Calibration | None,
+    calibration: Batches | None,
+    scores: tuple[Loss | None, Score | None],
     seed: int,
     scope: str | None,
     dynamic_shapes: Any | None,
+    outputs: Any | None,
     mode: str,
+    tune: Tune | None,
     *,
     trained: bool,
 ) -> Prepared:
-    """`prepare`; where nothing is `trained`, weights need no copy for a first pass that leaves the model alone."""
-    _check(model, plan)
+    """`prepare`; where nothing is `trained`, weights need no copy for passes that leave the model alone."""
+    view = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs}
+    given = of_trace(model, example_inputs=example_inputs, mode=mode, **view)
+    traces = of_traces(model, example_inputs=example_inputs, **view) if isinstance(model, Mapping) else {}
+    source: Any = given.model if given is not None else {name: each.model for name, each in traces.items()} or model
+    _check(source, plan)
     check_seed(seed)
+    _check_scores(scores, model, calibration, scope)
     borrowed = not trained and _keeps_off(plan)
     with torch.inference_mode(False):
-        if isinstance(model, Mapping):
+        if isinstance(source, Mapping):
             if scope is not None:
                 raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
             if mode != "eval":
                 raise PlanError(f"mode={mode!r} is for one model, but several were given; join their eval forms")
-            return _prepare_several(model, plan, example_inputs, calibration, seed, dynamic_shapes, borrowed=borrowed)
-        inputs: Any = example_inputs if example_inputs is not None else _inputs_of(plan, model)
-        trainable = _copy(model, borrowed=borrowed)
-        traced = trace_in(mode, trainable, inputs, scope=scope, dynamic_shapes=dynamic_shapes, compare=True)
+            views = _by_tasks(source, dynamic_shapes=dynamic_shapes, outputs=outputs)
+            calls: Any = {name: each.call for name, each in traces.items()} or example_inputs
+            data = (calibration, scores[1])
+            return _prepare_several(source, traces, plan, calls, data, seed, views, tune, borrowed=borrowed)
+        inputs = example_inputs if example_inputs is not None or given is not None else _inputs_of(plan, source)
+        call = given.call if given is not None else call_of(source, inputs)
+        only_read = borrowed and calibration is None  # else it is run, which may write to its buffers
+        trainable = source if only_read else _copy(source, borrowed=borrowed)
+        known = None
+        if given is not None:
+            traced, known = given.for_copy(trainable, borrowed=borrowed)
+        else:
+            traced = trace_in(mode, trainable, call, compare=True, **view)
         if not borrowed:
-            _check_own(model, traced)
-        check_calibration(calibration, model, len(inputs))
+            check_own(source, traced)
+        if traced.scope and (outputs if given is None else given.view["outputs"]) is not None:
+            _check_around(trainable, traced, call)
+        check_calibration(calibration, source, Signature.of(source, call))
         return Prepared(
             trainable,
             traced,
             plan,
-            original=model,
-            example_inputs=inputs,
-            calibration=calibration,
+            original=source,
+            example_inputs=call,
+            calibration=held_out(calibration, tune, traced, {"": Signature.of(source, call)}, seed=seed),
+            scores=scores,
             seed=seed,
             borrowed=borrowed,
+            known=known,
         )
+
+
+def _check_scores(scores: tuple[Any, Any], model: Models, calibration: Batches | None, scope: str | None) -> None:
+    loss, evaluate = scores
+    check_callable(evaluate, "evaluate", "evaluate(module), which gives a score")
+    check_callable(loss, "loss", "loss(outputs, labels)")
+    if loss is not None and (isinstance(model, Mapping) or scope is not None):
+        raise PlanError("loss= is of what one model gives as a whole; leave it out with several models or a scope")
+    if loss is not None and calibration is None:
+        raise PlanError("loss= is given and no data; pass calibration=, batches (inputs, labels)")
 
 
 def _prepare_several(
     models: Mapping[str, nn.Module],
+    traces: Mapping[str, Trace],
     plan: Plan,
     example_inputs: Inputs | None,
-    calibration: Calibration | None,
+    data: tuple[Batches | None, Score | None],
     seed: int,
-    dynamic_shapes: Any | None,
+    views: Mapping[str, dict[str, Any]],
+    tune: Tune | None,
     *,
     borrowed: bool,
 ) -> Prepared:
     """Prepare a joint model: a copy of `models`, or what is `borrowed` from them for a pass that keeps off it."""
     if example_inputs is None:
         raise ExampleInputError("no example inputs: pass a mapping, example_inputs={'a': (xa,), 'b': (xb,)}")
-    inputs = _by_task(example_inputs, models, "example_inputs")
+    calibration, evaluate = data
+    given = _by_task(example_inputs, models, "example_inputs")
+    inputs = {name: _positional(name, models[name], each) for name, each in given.items()}
     batches = None if calibration is None else _by_task(calibration, models, "calibration")
-    shapes = dict.fromkeys(models) if dynamic_shapes is None else _by_task(dynamic_shapes, models, "dynamic_shapes")
     copies = _copy(dict(models), borrowed=borrowed)
     traced = {}
     for name, model in copies.items():
         try:
-            traced[name] = trace(model, inputs[name], dynamic_shapes=shapes[name], compare=True)
-            check_calibration(None if batches is None else batches[name], models[name], len(inputs[name]))
+            if traces:
+                traced[name], _ = traces[name].for_copy(model, borrowed=borrowed)
+            else:
+                traced[name] = trace(model, inputs[name], compare=True, **views[name])
+            signature = Signature.of(models[name], inputs[name])
+            check_calibration(None if batches is None else batches[name], models[name], signature)
         except GraphZipError as error:
             raise type(error)(f"task {name!r}: {error}") from error
     arity = {name: len(each) for name, each in inputs.items()}
+    joint = join(traced)
+    signatures = {name: Signature.of(model, inputs[name]) for name, model in models.items()}
     return Prepared(
         joined_module(copies, arity),
-        join(traced),
+        joint,
         plan,
         original=joined_module(models, arity),
         example_inputs=inputs,
-        calibration=batches,
+        calibration=held_out(batches, tune, joint, signatures, seed=seed),
+        scores=(None, evaluate),
         seed=seed,
         borrowed=borrowed,
     )
@@ -179,14 +262,18 @@ def compile(
     plan: Plan,
     example_inputs: Inputs | None = None,
     *,
-    calibration: Calibration | None = None,
+    calibration: Batches | None = None,
     train: Train | None = None,
+    loss: Loss | None = None,
+    evaluate: Score | None = None,
     seed: int = 0,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
+    outputs: Any | None = None,
     mode: str = "eval",
+    tune: bool | int | Tune | None = None,
 ) -> Compiled:
-    """Carry out a plan: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
+    """Carry out `plan`: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
 
     Arguments and errors are those of `prepare`. The model itself stays as it is. A plan that changes nothing returns
     normally and says so in the report. Without training, weights are not copied before they change where the first
@@ -194,7 +281,9 @@ def compile(
     """
     check_callable(train, "train", "train(prepared, stage)")
     trained = train is not None
-    prepared = _prepare(model, plan, example_inputs, calibration, seed, scope, dynamic_shapes, mode, trained=trained)
+    views = (scope, dynamic_shapes, outputs, mode)
+    tuned, scores = Tune.of(tune), (loss, evaluate)
+    prepared = _prepare(model, plan, example_inputs, calibration, scores, seed, *views, tuned, trained=trained)
     if train is not None:
         for stage in prepared.steps():
             call_user(train, prepared, stage)
@@ -202,20 +291,23 @@ def compile(
 
 
 def _keeps_off(plan: Plan) -> bool:
-    """Whether the first pass leaves the module alone, so that its weights may be those of the user's model."""
-    first = PASSES[type(plan.passes[0])] if plan.passes else None
-    return first is not None and not issubclass(first, (Restructuring, Staged))
+    """Whether the passes leave the module alone, so that its weights may be those of the user's model."""
+    each = [pass_of(options, f"passes[{number}].{options.kind}") for number, options in enumerate(plan.passes)]
+    return bool(each) and all(known.only_reads for known in each)
 
 
-def _check(model: Models, plan: Plan) -> None:
+def _check(model: nn.Module | Mapping[str, nn.Module], plan: Plan) -> None:
     several = isinstance(model, Mapping)
     if not several:
         check_traceable(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"expected a graphzip.Plan, got {type(plan).__name__}; write Plan([...]) or Plan.load(path)")
     joins = [f"passes[{number}].{options.kind}" for number, options in enumerate(plan.passes) if options.joins]
-    if several and not joins:
-        raise PlanError("several models were given, but no pass of the plan joins models; give one nn.Module")
+    if several and plan.passes and not joins:
+        raise PlanError(
+            "several models were given, but no pass of the plan joins models; give one nn.Module, or an empty plan, "
+            "which packs them side by side"
+        )
     if joins and not several:
         raise PlanError(f"{joins[0]} joins several models, but one was given; give a mapping from task names to models")
     if isinstance(model, Mapping):
@@ -243,6 +335,41 @@ def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str
     return {name: given[name] for name in models}
 
 
+def _by_tasks(models: Mapping[str, nn.Module], **given: Any) -> dict[str, dict[str, Any]]:
+    """For every task its part of each option, which is a mapping, or `None` for all tasks."""
+    parts = {
+        what: dict.fromkeys(models) if each is None else _by_task(each, models, what) for what, each in given.items()
+    }
+    return {name: {what: part[name] for what, part in parts.items()} for name in models}
+
+
+def _positional(task: str, model: nn.Module, given: Any) -> tuple[Any, ...]:
+    """The inputs of one of several models, which has no arguments by name in a joint one."""
+    try:
+        call = call_of(model, given)
+    except ExampleInputError as error:
+        raise ExampleInputError(f"task {task!r}: {error}") from error
+    if call.kwargs:
+        raise ExampleInputError(
+            f"task {task!r}: {next(iter(call.kwargs))!r} does not follow the other arguments of "
+            f"{type(model).__name__}; where several models are given, give those between as well"
+        )
+    return call.args
+
+
+def _check_around(model: nn.Module, traced: Traced, inputs: Call) -> None:
+    """Raises `ExampleInputError` where the model around the scope reads an output of it that is left out."""
+    around = with_submodule(model, traced.scope, module_of(traced)).eval()
+    try:
+        with torch.no_grad():
+            around(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        raise ExampleInputError(
+            f"outputs: {type(model).__name__} reads more of what its {traced.scope!r} returns, and fails without it "
+            f"({first_line(error)}); choose that, too"
+        ) from error
+
+
 def _copy(model: Any, *, borrowed: bool = False) -> Any:
     """A deep copy of a model, or of several, in which what they share stays shared; `borrowed`, with its parameters."""
     try:
@@ -250,18 +377,6 @@ def _copy(model: Any, *, borrowed: bool = False) -> Any:
     except Exception as error:
         what = "one of the models" if isinstance(model, dict) else type(model).__name__
         raise GraphZipError(why_not_copied(what, error)) from error
-
-
-def _check_own(model: nn.Module, traced: Traced) -> None:
-    """Raises `TraceError` where the copy of a model computes with the tensors of the model itself."""
-    theirs = {value.data_ptr(): name for name, value in named_state(model) if value.numel() and not value.is_meta}
-    for _, value in named_state(traced.module):
-        name = None if value.is_meta or value.layout != torch.strided else theirs.get(value.data_ptr())
-        if name is not None:
-            raise TraceError(
-                f"a copy of {type(model).__name__} reads {name!r} of the model itself: a function that was set on it "
-                "(its forward, say) holds the model; write it as a method, or bind it (types.MethodType)"
-            )
 
 
 def _inputs_of(plan: Plan, model: nn.Module) -> tuple[torch.Tensor, ...]:

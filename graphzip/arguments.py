@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError, TraceError
 from graphzip.graph.torch_private import pytree
+from graphzip.limits import MOST_EXAMPLE_NUMBERS, SEEDS, SIZES
 
 __all__ = [
     "check_callable",
@@ -29,8 +30,6 @@ __all__ = [
     "whole",
 ]
 
-_SEEDS = 1 << 32  # what numpy takes
-_MOST_NUMBERS = 1 << 28  # of all example inputs that are made up here
 _MOST_DIMENSIONS = 25  # that torch's operators take
 
 
@@ -44,12 +43,16 @@ def check_module(model: Any, what: str = "") -> None:
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise TraceError(f"{lead}expected a torch.nn.Module, got the class {model.__name__}; make one of it first")
     if isinstance(model, torch.export.ExportedProgram):
-        raise TraceError(f"{lead}expected a torch.nn.Module, got an ExportedProgram; pass the model it was made of")
+        raise TraceError(
+            f"{lead}expected a torch.nn.Module, got an ExportedProgram; make a module of it first: "
+            "graphzip.from_exported(program)"
+        )
     if not isinstance(model, nn.Module):
         raise TraceError(f"{lead}expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
-            f"{lead}{type(model).__name__} is TorchScript, which hides its source; pass the nn.Module it is from"
+            f"{lead}{type(model).__name__} is TorchScript, which hides its source; pass the nn.Module it is from, or "
+            "build that and load the weights: model.load_state_dict(script.state_dict())"
         )
     lazy = [name for name, held in _state(model) if is_lazy(held)]
     if lazy:
@@ -103,13 +106,14 @@ def _state(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def check_examples(example_inputs: Any) -> None:
-    """Raises `ExampleInputError` unless they are a tuple of positional arguments with at least one sample."""
-    if not isinstance(example_inputs, tuple):
+    """Raises `ExampleInputError` unless they are a tuple or a mapping of arguments with at least one sample."""
+    if not isinstance(example_inputs, tuple | Mapping):
         raise ExampleInputError(
             f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}; "
-            "for a single input write (x,)"
+            "for a single input write (x,), by name {'x': x}"
         )
-    first = next((leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, torch.Tensor)), None)
+    values = list(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs
+    first = next((leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)), None)
     if first is not None and first.dim() and first.shape[0] == 0:
         raise ExampleInputError(
             f"example_inputs have a batch of the shape {tuple(first.shape)}; give at least one sample"
@@ -123,18 +127,18 @@ def check_room(shapes: Iterable[tuple[int, ...]]) -> None:
         if len(shape) > _MOST_DIMENSIONS:
             raise ExampleInputError(f"an input of {len(shape)} dimensions is too much; no operator takes it")
         total += math.prod(shape)
-        if total > _MOST_NUMBERS:
+        if total > MOST_EXAMPLE_NUMBERS:
             size = reprlib.repr("x".join(map(str, shape))).strip("'")
             raise ExampleInputError(
-                f"an input of {size} is too large: example inputs have at most {_MOST_NUMBERS:,} numbers together; "
-                "give a smaller batch"
+                f"an input of {size} is too large: example inputs have at most {MOST_EXAMPLE_NUMBERS:,} numbers "
+                "together; give a smaller batch"
             )
 
 
 def check_seed(seed: Any) -> None:
     """Raises `PlanError` unless it is a number that seeds every random source."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < _SEEDS:
-        raise PlanError(f"seed: {reprlib.repr(seed)} is not a seed; write an int from 0 to {_SEEDS - 1}")
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < SEEDS:
+        raise PlanError(f"seed: {reprlib.repr(seed)} is not a seed; write an int from 0 to {SEEDS - 1}")
 
 
 def check_callable(value: Any, name: str, example: str) -> None:
@@ -168,7 +172,7 @@ def number(
     return float(value)
 
 
-def whole(value: Any, name: str, *, least: int = 0, most: int = 1 << 31) -> int:
+def whole(value: Any, name: str, *, least: int = 0, most: int = SIZES) -> int:
     """An int in a range. Raises `GraphZipError` where it is none."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         raise GraphZipError(f"{name}: {reprlib.repr(value)} is out of range; write an int from {least} to {most}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from graphzip.errors import GraphZipError, MissingDependencyError
-from graphzip.locks import held, hold, locked
+from graphzip.file_locks import held, hold, locked
 
 __all__ = [
     "as_path",

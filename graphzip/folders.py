@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from graphzip.errors import GraphZipError
+from graphzip.file_locks import locked
 from graphzip.files import check_target, companion, scratch, settle, sync, unwritable
-from graphzip.locks import locked
 
 __all__ = ["staged_folder"]
 

@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from graphzip.errors import RewriteError
+
 __all__ = [
     "Hashes",
     "IntArray",
     "LabelSpace",
+    "Proof",
+    "Reason",
     "Solution",
     "collapse",
     "components",
@@ -98,16 +102,33 @@ def mix(*parts: int | IntArray | Hashes) -> Hashes:
     return state
 
 
+@dataclass(frozen=True)
+class Reason:
+    """Why channels must stay: a text for people, and the name of the node in the graph that is to blame, if one is."""
+
+    node: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def says(self, predicate: str) -> Reason:
+        """The whole reason, of which this is the subject."""
+        return Reason(self.node, f"{self.text} {predicate}")
+
+
 @dataclass
 class Solution:
     """`classes[label]` is the channel of a label; `pins[channel]` says why a channel must stay.
 
-    `containers` are channels that hold others, the channels they hold, and the label of each container.
+    Channels of `least` are picked by the data: none stands for another, and so many of them must stay. `containers` are
+    channels that hold others, the channels they hold, and the label of each container.
     """
 
     classes: IntArray
-    pins: dict[int, str]
+    pins: dict[int, Reason]
     containers: list[tuple[IntArray, IntArray, IntArray]]
+    least: dict[int, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -120,10 +141,11 @@ class LabelSpace:
 
     size: int = 0
     _equal: list[tuple[IntArray, IntArray]] = field(default_factory=list)
-    _shared: list[tuple[IntArray, IntArray]] = field(default_factory=list)
-    _pins: list[tuple[IntArray, str]] = field(default_factory=list)
+    _tied: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _pins: list[tuple[IntArray, Reason]] = field(default_factory=list)
     _contain: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _lined_up: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _picked: list[tuple[IntArray, int]] = field(default_factory=list)
 
     def fresh(self, count: int) -> IntArray:
         labels = np.arange(self.size, self.size + count, dtype=np.int64)
@@ -136,21 +158,25 @@ class LabelSpace:
             left, right = np.broadcast_arrays(left, right)
             self._equal.append((left.ravel(), right.ravel()))
 
-    def share(self, one: IntArray, every: IntArray) -> None:
+    def tie_blocks(self, one: IntArray, every: IntArray) -> None:
         """Each label of `one` is the same as those of every block at its place in `every`.
 
         Whole blocks may come and go without it, so it does not couple them where they are the channels.
         """
         one, every = np.broadcast_arrays(one, every)
-        self._shared.append((one.ravel(), every.ravel()))
+        self._tied.append((one.ravel(), every.ravel()))
 
     def line_up(self, rows: IntArray) -> None:
         """The labels at one place of every row are the same, unless whole rows are the channels."""
         first, others = np.broadcast_arrays(rows[:1], rows[1:])
         self._lined_up.append((first.ravel(), others.ravel()))
 
-    def pin(self, labels: IntArray, reason: str) -> None:
+    def pin(self, labels: IntArray, reason: Reason) -> None:
         self._pins.append((labels.ravel(), reason))
+
+    def pick(self, labels: IntArray, count: int) -> None:
+        """The data pick `count` of these labels: fewer may be left to pick from, but none stands for another."""
+        self._picked.append((labels.ravel(), count))
 
     def contain(self, outer: IntArray, inner: IntArray) -> None:
         """Each label of `outer` holds the labels of `inner` at the same positions: a block of them."""
@@ -162,7 +188,7 @@ class LabelSpace:
 
         With `coarse`, every container and all that it holds are one channel: whole heads, whole groups.
         """
-        edges = list(self._equal) + (self._contain if coarse else self._shared + self._lined_up)
+        edges = list(self._equal) + (self._contain if coarse else self._tied + self._lined_up)
         while True:
             classes = components(self.size, edges)
             joined = [_single(classes, outer, inner) for outer, inner in self._contain]
@@ -170,19 +196,64 @@ class LabelSpace:
             if not new:
                 break
             edges.extend(new)
-        pins: dict[int, str] = {}
+        pins: dict[int, Reason] = {}
         for labels, reason in self._pins:
             for channel in np.unique(classes[labels]).tolist():
                 pins.setdefault(channel, reason)
-        for one, _ in self._shared if coarse else ():
+        for one, _ in self._tied if coarse else ():
             for channel in np.unique(classes[one]).tolist():
-                pins.setdefault(channel, "it is part of every block alike")
+                pins.setdefault(channel, Reason(None, "it is part of every block alike"))
         containers = []
         for outer, inner in self._contain:
             open_ = classes[outer] != classes[inner]
             if open_.any():
                 containers.append((classes[outer[open_]], classes[inner[open_]], outer[open_]))
-        return Solution(classes, pins, containers)
+        least: dict[int, int] = {}
+        for labels, count in self._picked:
+            least.update({channel: max(count, least.get(channel, 1)) for channel in classes[labels].tolist()})
+        return Solution(classes, pins, containers, least)
+
+
+class Proof:
+    """Labels of a rewritten graph: wherever the analysis unified labels, the survivors must still meet each other."""
+
+    def __init__(self, solution: Solution, lone: set[int]) -> None:
+        self.classes = solution.classes
+        self.lone = lone
+        self.still = lone | solution.pins.keys()
+        self.holders: dict[int, set[int]] = {}
+        for outer, inner, _ in solution.containers:
+            for channel, holder in zip(inner.tolist(), outer.tolist(), strict=True):
+                self.holders.setdefault(channel, {channel}).add(holder)
+        self.unknown = 0
+
+    def fresh(self, count: int) -> IntArray:
+        self.unknown -= count
+        return np.arange(self.unknown, self.unknown + count, dtype=np.int64)
+
+    def unify(self, left: IntArray, right: IntArray) -> None:
+        left, right = np.broadcast_arrays(left, right)
+        known = (left >= 0) & (right >= 0)
+        one, other = self.classes[left[known]], self.classes[right[known]]
+        apart = one != other
+        for a, b in sorted(set(zip(one[apart].tolist(), other[apart].tolist(), strict=True))):
+            held = self.holders.get(a, {a}) & self.holders.get(b, {b})  # a block's last channel stands for the block
+            alone = {a, b} <= self.still and {a, b} & self.lone  # of two that lay in one dimension one is left there
+            if not held and not alone:
+                raise RewriteError("channels that belong together no longer meet; nothing was changed")
+
+    def tie_blocks(self, one: IntArray, every: IntArray) -> None:
+        """Channels that every block has alike are the same in every block that stays."""
+        self.unify(one, every)
+
+    def pin(self, labels: IntArray, reason: Reason) -> None:
+        """What was pinned has not been merged."""
+
+    def pick(self, labels: IntArray, count: int) -> None:
+        """What is left of the labels is picked from."""
+
+    def contain(self, outer: IntArray, inner: IntArray) -> None:
+        """A container keeps its blocks."""
 
 
 def components(count: int, edges: Sequence[tuple[IntArray, IntArray]]) -> IntArray:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / each) for each in (".", "tests/support", "tests/support/networks", "tests")]
 
 SHRUNK = 3
 """Failures that look the same of which so many are made small."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet", "CifarVgg", "DenseNet40", "ResNet50", "ResNet164"]
+__all__ = ["CifarResNet", "CifarVgg", "DenseNet40", "ResNet50"]
 
 
 def conv(inner: int, outer: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -51,7 +51,10 @@ class _Basic(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """He et al. (2016), section 4.2: 9 blocks a stage are ResNet-56, 18 are ResNet-110; shortcuts padded with zeros."""
+    """He et al. (2016), section 4.2; shortcuts padded with zeros.
+
+    9 blocks a stage are ResNet-56, 18 are ResNet-110, and 27 what C-SGD's figures call ResNet-164.
+    """
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -65,44 +68,6 @@ class CifarResNet(nn.Module):
         """(n, 3, 32, 32) to (n, 10)."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean((2, 3)))
-
-
-class _PreActivated(nn.Module):
-    def __init__(self, inner: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inner), conv(inner, width, 1)
-        self.bn2, self.conv2 = nn.BatchNorm2d(width), conv(width, width, 3, stride)
-        self.bn3, self.conv3 = nn.BatchNorm2d(width), conv(width, 4 * width, 1)
-        self.shortcut = conv(inner, 4 * width, 1, stride) if inner != 4 * width else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(x))
-        if self.shortcut is not None:
-            x = self.shortcut(y)
-        y = self.conv2(F.relu(self.bn2(self.conv1(y))))
-        return x + self.conv3(F.relu(self.bn3(y)))
-
-
-class ResNet164(nn.Module):
-    """The pre-activated ResNet-164 of He et al. (2016b): 18 bottlenecks a stage, inner widths 16, 32, 64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = conv(3, 16, 3)
-        inner = 16
-        for stage, width in enumerate((16, 32, 64), start=1):
-            layers = []
-            for index in range(18):
-                layers.append(_PreActivated(inner, width, 2 if stage > 1 and index == 0 else 1))
-                inner = 4 * width
-            self.add_module(f"layer{stage}", nn.Sequential(*layers))
-        self.bn = nn.BatchNorm2d(inner)
-        self.linear = nn.Linear(inner, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, 3, 32, 32) to (n, 10)."""
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.linear(F.relu(self.bn(x)).mean((2, 3)))
 
 
 class _DenseLayer(nn.Module):

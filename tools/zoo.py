@@ -3,11 +3,13 @@
     python tools/zoo.py torchvision:resnet18 timm:vit_tiny_patch16_224@2x3x224x224
     python tools/zoo.py --families --out timm.jsonl              # one model of every architecture family of timm
     python tools/zoo.py --transformers
+    python tools/zoo.py --wild --out wild.jsonl                  # the models of tools/wild, which lists their libraries
 
 A model is what the command line of graphzip takes, with the shapes of its inputs after an `@` where they are not the
-usual ones. Each runs in a process of its own with bounded time and memory. In float64, duplicates are planted in every
-group that can shrink and merged; "worst" is the largest relative difference of the outputs, at two batch sizes. The
-cuts are those of keep 0.5. With `--out` results are appended to a file, and models that it has are not run again.
+usual ones, or `wild:NAME`. Each runs in a process of its own with bounded time and memory. In float64, duplicates are
+planted in every group that can shrink and merged; "worst" is the largest relative difference of the outputs, at two
+batch sizes. The cuts are those of keep 0.5; of the models of `tools/wild` what is left is also exported and verified.
+With `--out` results are appended to a file, and models that it has are not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,44 +30,92 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / each) for each in (".", "tests/support", "tests/support/networks", "tests")]
 
 
 def examine(spec: str) -> dict[str, Any]:
-    """Everything about one model; raises what the compiler raises."""
+    """Everything about one model; raises what tracing raises, and tells what later stages refuse."""
     import torch
-    from planting import assert_lossless, mergeable_share
+    from planting import assert_lossless
 
     import graphzip as gz
-    from graphzip.graph.trace import trace
-    from graphzip.models import find_model, make_inputs, parse_shape
+    from graphzip.tracing.trace import trace
 
     torch.manual_seed(0)
+    model, inputs = _found(spec)
+    times, refused = dict[str, float](), dict[str, str]()
+    trace(model, inputs)  # what is done once in a process does not count
+    times["trace"], _ = _timed(lambda: trace(model, inputs))
+    times["all"], groups = _timed(lambda: gz.channel_groups(model, inputs))
+    times["analyse"] = times.pop("all") - times["trace"]
+    row = {
+        "channels": sum(group.size for group in groups),
+        "mergeable": _share(groups),
+        "seconds": times,
+        "refused": refused,
+        "pinned": _pinned(groups),
+    }
+    try:
+        times["compile"], half = _timed(
+            lambda: gz.compile(model, gz.Plan([gz.ClusterMerge(keep=0.5, clustering="even")]), inputs)
+        )
+        row["params"] = 1 - half.report.after.params / half.report.before.params
+        row["macs"] = 1 - half.report.after.macs / max(half.report.before.macs, 1)
+        if spec.startswith("wild:"):
+            row["exported"] = _exported(half)
+    except Exception as error:
+        refused["export" if "macs" in row else "compile"] = _told(error)
+    try:
+        lossless = assert_lossless(model, inputs, trains=False, alive=False, unused=lambda key: True)
+        row["worst"] = lossless.worst
+    except Exception as error:
+        refused["lossless"] = _told(error)
+    return row
+
+
+def _found(spec: str) -> tuple[Any, tuple[Any, ...]]:
+    """The model and two samples of its inputs."""
+    import torch
+
+    from graphzip.commands.models import find_model, make_inputs, parse_shape
+    from tools.wild import MODELS
+
+    source, _, key = spec.partition(":")
+    if source == "wild":
+        model, shapes = MODELS[key].build().eval(), MODELS[key].inputs
+        return model, make_inputs(model, [parse_shape(text) for text in shapes.split(",")])
     name, _, shapes = spec.partition("@")
     found = find_model(name)
     model = found.build().eval()
     given = tuple(parse_shape(text) for text in shapes.split(",")) if shapes else found.inputs(model)
     if given is None:
         raise SystemExit(f"{spec}: give the shapes of its inputs after an @")
-    inputs = tuple(torch.cat([x, x.flip(0)])[:2] for x in make_inputs(model, given))
-    times = {}
-    trace(model, inputs)  # what is done once in a process does not count
-    times["trace"], _ = _timed(lambda: trace(model, inputs))
-    times["all"], groups = _timed(lambda: gz.channel_groups(model, inputs))
-    times["compile"], half = _timed(
-        lambda: gz.compile(model, gz.Plan([gz.ClusterMerge(keep=0.5, clustering="even")]), inputs)
-    )
-    report = half.report
-    row = {
-        "channels": sum(group.size for group in groups),
-        "mergeable": mergeable_share(groups),
-        "params": 1 - report.after.params / report.before.params,
-        "macs": 1 - report.after.macs / max(report.before.macs, 1),
-        "seconds": {"trace": times["trace"], "analyse": times["all"] - times["trace"], "compile": times["compile"]},
-        "pinned": sorted({group.reason for group in groups if group.reason})[:5],
-    }
-    lossless = assert_lossless(model, inputs, trains=False, alive=False, unused=lambda key: True)
-    return {**row, "worst": lossless.worst}
+    return model, tuple(torch.cat([x, x.flip(0)])[:2] for x in make_inputs(model, given))
+
+
+def _share(groups: Any) -> float:
+    """Channels that can shrink, of all but outputs and the words of vocabularies, which a tied head has as outputs."""
+    aside = re.compile(r"\boutputs?\b|is indexed by the data")
+    sizes = [(group.size, group.mergeable) for group in groups if group.mergeable or not aside.search(group.reason)]
+    return sum(size for size, free in sizes if free) / max(sum(size for size, _ in sizes), 1)
+
+
+def _pinned(groups: Any) -> list[str]:
+    """Why channels stay, the reasons of most channels first."""
+    why = Counter[str]()
+    for group in groups:
+        why[group.reason or ""] += group.size
+    return [f"{count}: {reason}" for reason, count in why.most_common() if reason][:8]
+
+
+def _exported(compiled: Any) -> bool:
+    """Whether the file was verified."""
+    with tempfile.TemporaryDirectory() as folder:
+        return bool(compiled.export(Path(folder) / "model.onnx").verified)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error) or repr(error)}"[:400]
 
 
 def _timed(work: Any) -> tuple[float, Any]:
@@ -102,21 +154,31 @@ def transformers() -> Iterator[str]:
         yield f"{ROOT / 'tools' / 'transformers_zoo.py'}:{name}@{shapes}"
 
 
+def wild() -> Iterator[str]:
+    """Every model of `tools/wild`."""
+    from tools.wild import MODELS
+
+    return (f"wild:{name}" for name in MODELS)
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line per model."""
     result = Table()
     result.add_column("model", overflow="fold")
-    for heading in ("channels", "mergeable", "params", "MACs", "worst", "trace", "analyse", "compile"):
+    for heading in ("channels", "mergeable", "params", "MACs", "worst", "file", "trace", "analyse", "compile"):
         result.add_column(heading, justify="right")
     result.add_column("refused because", overflow="fold")
     for row in rows:
         name = row["model"].rpartition("/")[2]
         if "error" in row:
-            result.add_row(name, *[""] * 8, f"{row['error']}: {row['reason']}")
+            result.add_row(name, *[""] * 9, f"{row['error']}: {row['reason']}")
         else:
-            cuts = (f"{row[key]:.1%}" for key in ("mergeable", "params", "macs"))
-            times = (f"{row['seconds'][stage]:.1f} s" for stage in ("trace", "analyse", "compile"))
-            result.add_row(name, str(row["channels"]), *cuts, f"{row['worst']:.0e}", *times, "")
+            cuts = (f"{row[key]:.1%}" if key in row else "" for key in ("mergeable", "params", "macs"))
+            worst = f"{row['worst']:.0e}" if "worst" in row else ""
+            file = {True: "verified", False: "unchecked"}.get(row.get("exported"), "")  # type: ignore[arg-type]
+            times = (f"{row['seconds'].get(stage, 0):.1f} s" for stage in ("trace", "analyse", "compile"))
+            why = "; ".join(f"{stage}: {reason}" for stage, reason in row["refused"].items())
+            result.add_row(name, str(row["channels"]), *cuts, worst, file, *times, why)
     return result
 
 
@@ -125,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--families", action="store_true", help="add the smallest model of every family of timm")
     parser.add_argument("--transformers", action="store_true", help="add the models of transformers_zoo.py")
+    parser.add_argument("--wild", action="store_true", help="add the models of tools/wild")
     add_options(parser)
     return parser.parse_args()
 
@@ -137,13 +200,14 @@ def main() -> int:
         *options.models,
         *(families() if options.families else ()),
         *(transformers() if options.transformers else ()),
+        *(wild() if options.wild else ()),
     ]
     rows = main_loop(__file__, options, specs)
     if options.json:
         print("\n".join(map(json.dumps, rows)))
     else:
         Console(width=160).print(table(rows))
-    return 1 if any("error" in row for row in rows) else 0
+    return 1 if any("error" in row or row["refused"] for row in rows) else 0
 
 
 if __name__ == "__main__":

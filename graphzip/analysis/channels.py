@@ -9,15 +9,15 @@ exchanged, occurrence by occurrence in order of rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from graphzip.analysis.blocks import Rectangles, find_blocks
+from graphzip.analysis.equal_counts import Rectangles, find_blocks
 from graphzip.analysis.propagate import Propagation, propagate
-from graphzip.labels import Hashes, IntArray, LabelSpace, Solution, components, mix, ranks, support
+from graphzip.labels import Hashes, IntArray, LabelSpace, Reason, Solution, components, mix, ranks, support
 
 __all__ = ["CONSUMER", "POINTWISE", "PRODUCER", "Analysis", "Level", "analyse"]
 
@@ -35,13 +35,13 @@ class Level:
     solution: Solution
     signature: Hashes
     block: IntArray
-    conflicts: dict[int, str]
+    conflicts: dict[int, Reason]
 
     @property
     def classes(self) -> IntArray:
         return self.solution.classes
 
-    def reason(self, channels: IntArray) -> str | None:
+    def reason(self, channels: IntArray) -> Reason | None:
         """Why one of these channels must stay, or nothing."""
         for found in (self.solution.pins, self.conflicts):
             for channel in channels.tolist():
@@ -58,6 +58,10 @@ class Analysis:
     roles: NDArray[np.int8]
     fine: Level
     coarse: Level | None
+
+    def of_copy(self, graph: fx.Graph) -> Analysis:
+        """The same of a copy of the graph."""
+        return replace(self, propagation=self.propagation.of_copy(graph))
 
 
 PRODUCER, CONSUMER, POINTWISE = 1, 2, 4

@@ -15,9 +15,9 @@ from scipy.fft import dctn
 from torch import nn
 
 from graphzip.arguments import check_module, whole
+from graphzip.boundary import public
 from graphzip.errors import GraphZipError
-from graphzip.guard import public
-from graphzip.numeric import checked
+from graphzip.numeric.solvers import checked
 
 __all__ = ["suggest_code_size"]
 
@@ -26,7 +26,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @public
 def suggest_code_size(model: nn.Module, slice: Sequence[int] = (16, 16, 3, 3), *, energy: float = 0.9) -> int:
-    """The number of DCT basis slices that hold a share `energy` (above 0, at most 1) of the kernels' energy.
+    """The number of DCT basis slices that hold a share `energy` (above 0, at most 1) of the energy of the
+    kernels of `model`.
 
     A generator made of these basis slices is linear and the same for all slices, so a trained one of this size does no
     worse. Every whole slice of every convolution but the first, 1x1 and depthwise ones counts; `slice` is in out

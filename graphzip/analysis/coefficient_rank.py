@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphzip.analysis.patches import patches
 from graphzip.arguments import check_module, re_iterable
+from graphzip.boundary import public, user_data
 from graphzip.errors import GraphZipError
 from graphzip.graph.batches import run_batch
 from graphzip.graph.copies import eval_copy
-from graphzip.guard import public, user_data
-from graphzip.numeric import checked, pseudo_inverse, singular, singular_values, symmetric_eigen
+from graphzip.numeric.im2col import Window
+from graphzip.numeric.solvers import checked, pseudo_inverse, singular, singular_values, symmetric_eigen
 
 __all__ = ["CoefficientRank", "RankPair", "coefficient_rank", "effective_rank"]
 
@@ -41,18 +41,18 @@ class RankPair:
 
 @dataclass(frozen=True)
 class CoefficientRank:
-    """The ranks of all pairs of layers of equal shape, and their means."""
+    """The ranks of all pairs of layers of equal shape (`pairs`), and their means."""
 
     pairs: tuple[RankPair, ...]
 
     @property
     def alone(self) -> float:
-        """Mean effective rank of one layer's coefficients."""
+        """Mean effective rank of one layer's coefficients: a number of at least 1."""
         return sum(sum(pair.alone) for pair in self.pairs) / (2 * len(self.pairs))
 
     @property
     def joint(self) -> float:
-        """Mean effective rank of two layers' coefficients together."""
+        """Mean effective rank of two layers' coefficients together: a number of at least 1."""
         return sum(pair.joint for pair in self.pairs) / len(self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
 
 
 @dataclass
-class _Layer:
+class _Factors:
     coefficients: torch.Tensor
     atoms: torch.Tensor
     feature: tuple[int, ...] = ()
@@ -87,8 +87,9 @@ class _Layer:
 def coefficient_rank(model: nn.Module, calibration: Iterable[Any]) -> CoefficientRank:
     """Compare the coefficients of every two convolutions with equal kernels and feature sizes.
 
-    `calibration` yields batches: a tensor, or a tuple whose first entry is the model's input. The model runs in eval
-    mode and is left as it was. Convolutions of one and two dimensions with kernels above 1x1 and without groups count.
+    `calibration` yields batches for `model`: a tensor, or a tuple whose first entry is the model's input. The model
+    runs in eval mode and is left as it was. Convolutions of one and two dimensions with kernels above 1x1 and without
+    groups count.
 
     Raises `GraphZipError` where no two layers can be compared, `ExampleInputError` for data that the model refuses.
     """
@@ -121,20 +122,20 @@ def _counts(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1 and layer.weight[0, 0].numel() > 1
 
 
-def _factors(layer: Any) -> _Layer:
+def _factors(layer: Any) -> _Factors:
     """`A` as `(c, c' m)` and the atoms as `(m, L)`, exactly."""
     kernel = checked(layer.weight.detach(), "the kernel of a layer").cpu()
     left, values, atoms = singular(kernel.flatten(2).flatten(0, 1), what="the kernel of a layer")
-    return _Layer((left * values).reshape(len(kernel), -1), atoms, inner=[])
+    return _Factors((left * values).reshape(len(kernel), -1), atoms, inner=[])
 
 
-def _watch(seen: _Layer) -> Any:
+def _watch(seen: _Factors) -> Any:
     """Collect atom outputs, `(c' m, places)`."""
 
     def remember(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert seen.inner is not None
         if sum(part.shape[1] for part in seen.inner) < _PLACES:
-            read = patches(layer, inputs[0]).double().cpu()
+            read = Window.of_module(layer).patches(inputs[0]).double().cpu()
             seen.feature = (read.shape[3],)
             made = torch.einsum("ml,bclp->cmbp", seen.atoms, read).flatten(2).flatten(0, 1)
             seen.inner.append(made[:, :_PLACES])
@@ -142,7 +143,7 @@ def _watch(seen: _Layer) -> Any:
     return remember
 
 
-def _compare(names: tuple[str, str], one: _Layer, two: _Layer) -> RankPair:
+def _compare(names: tuple[str, str], one: _Factors, two: _Factors) -> RankPair:
     inner = [torch.cat(layer.inner or [], dim=1) for layer in (one, two)]
     inner = [values - values.mean(dim=1, keepdim=True) for values in inner]
     outer = [layer.coefficients @ values for layer, values in zip((one, two), inner, strict=True)]

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from graphzip.analysis.layers import Layer, calls_of_layers
 from graphzip.graph.inputs import concrete_shape
-from graphzip.graph.operators import CONVOLUTIONS
-from graphzip.graph.state import get_tensor
-from graphzip.graph.trace import Traced
-from graphzip.ops.site import bind
+from graphzip.graph.state import get_tensor, joined
+from graphzip.graph.traced import Traced
 
 __all__ = ["ConvLayer", "conv_layers"]
 
@@ -56,37 +55,37 @@ class ConvLayer:
 
 def conv_layers(traced: Traced) -> list[ConvLayer]:
     """Every convolution with a kernel that is a parameter, in the order in which they run."""
-    calls: dict[str, list[fx.Node]] = {}
-    for node in traced.graph.nodes:
-        if node.target in CONVOLUTIONS and bind(node)["weight"].op == "get_attr":
-            calls.setdefault(str(bind(node)["weight"].target), []).append(node)
-    return [_layer(traced, weight, tuple(nodes)) for weight, nodes in calls.items()]
+    calls: dict[str, list[Layer]] = {}
+    for call in calls_of_layers(traced, transposed=False):
+        if not call.is_linear:
+            calls.setdefault(call.name, []).append(call)
+    return [_layer(traced, found) for found in calls.values()]
 
 
-def _layer(traced: Traced, weight: str, nodes: tuple[fx.Node, ...]) -> ConvLayer:
-    args = bind(nodes[0])
-    shape = concrete_shape(args["weight"].meta["val"])
-    feature = concrete_shape(nodes[0].meta["val"])[2 - len(shape) :]
-    weights = [weight, *(alias for alias, first in traced.aliases.items() if first == weight)]
+def _layer(traced: Traced, calls: Sequence[Layer]) -> ConvLayer:
+    first = calls[0]
+    feature = concrete_shape(first.node.meta["val"])[-len(first.kernel) :]
+    weights = [first.name, *(alias for alias, kept in traced.aliases.items() if kept == first.name)]
     name, *twins = map(_owner, weights)
-    layer = ConvLayer(name, shape, args["groups"], feature, nodes, None, tuple(twins))
-    return replace(layer, reason=_reason(traced, weights, layer))
+    nodes = tuple(call.node for call in calls)
+    layer = ConvLayer(name, first.shape, first.groups, feature, nodes, None, tuple(twins))
+    return replace(layer, reason=_reason(traced, weights, layer, calls))
 
 
 def _owner(weight: str) -> str:
     return weight.removesuffix("weight").removesuffix(".")
 
 
-def _reason(traced: Traced, weights: Sequence[str], layer: ConvLayer) -> str | None:
+def _reason(traced: Traced, weights: Sequence[str], layer: ConvLayer, calls: Sequence[Layer]) -> str | None:
     kinds = {traced.module_types.get(name, "") for name in layer.holders}
-    named = [f"{name}.weight".lstrip(".") for name in layer.holders]
+    named = [joined(name, "weight") for name in layer.holders]
     if not kinds <= {"Conv1d", "Conv2d", "Conv3d"} or named != weights:
         return "its kernel is not that of an nn.Conv1d, nn.Conv2d or nn.Conv3d"
-    calls = [layer.calls_of(name) for name in layer.holders]
-    alike = all(len({(bind(node)["groups"], str(bind(node)["bias"])) for node in own}) <= 1 for own in calls)
-    groups = {bind(node)["groups"] for node in layer.nodes}
-    readers = len(bind(layer.nodes[0])["weight"].users)
-    if not readers == len(layer.nodes) == sum(map(len, calls)) or not alike or len(groups) > 1:
+    owned = [set(layer.calls_of(name)) for name in layer.holders]
+    alike = all(len({(call.groups, call.bias) for call in calls if call.node in own}) <= 1 for own in owned)
+    groups = {call.groups for call in calls}
+    readers = len(calls[0].weight.users)
+    if not readers == len(calls) == sum(map(len, owned)) or not alike or len(groups) > 1:
         return "its kernel is read by other operators"
     if get_tensor(traced.module, weights[0]).is_meta:
         return "it has no weights (they are on the meta device)"

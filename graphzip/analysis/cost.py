@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphzip.graph.dual_mode import form_nodes
 from graphzip.graph.inputs import hint
-from graphzip.graph.trace import Traced
-from graphzip.graph.two_forms import form_nodes
+from graphzip.graph.operators import arguments_of
+from graphzip.graph.traced import Traced
 from graphzip.ops import OPS
-from graphzip.ops.site import Site, bind
+from graphzip.ops.site import Site
 
 __all__ = ["Cost", "cost_of"]
 
@@ -46,7 +47,7 @@ def cost_of(traced: Traced) -> Cost:
             fed.add(node)
         spec = OPS.get(node.target) if node.op == "call_function" else None
         if spec is not None and spec.macs is not None and node in fed and (counted is None or node in counted):
-            total += spec.macs(Site.of(node, bind(node)))
+            total += spec.macs(Site.of(node, arguments_of(node)))
     return Cost(sum(parameter.numel() for parameter in traced.module.parameters()), total // _batch(traced))
 
 

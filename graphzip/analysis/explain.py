@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import fx
 
-from graphzip import tables
 from graphzip.analysis.channels import Analysis
-from graphzip.labels import IntArray
+from graphzip.labels import IntArray, Reason
+from graphzip.report import tables
 
 __all__ = ["Explanation", "Step", "explain"]
 
@@ -24,7 +23,6 @@ _VERBS = {
     "pass": "hands them on",
     "pin": "pins them",
 }
-_NAMED = re.compile(r"\bnode (\w+)")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `ChannelGroups.explain` found; `str()` is for a person.
+    """What `ChannelGroups.explain` found of a `group` of `size` channels; `str()` is for a person. `reason` is why they
+    are pinned, if they are.
 
     For a pinned group `steps` is a shortest path from what makes the channels to what pins them, for another one every
     operator with a parameter of the group, in execution order; `passed_on` counts the operators without one.
@@ -77,16 +76,18 @@ class Explanation:
         return asdict(self)
 
 
-class Group(tables.Group, Protocol):
+class ExplainedGroup(tables.ListedGroup, Protocol):
     """What is asked about a channel group."""
 
     @property
     def channels(self) -> IntArray: ...
     @property
     def whole_blocks(self) -> bool: ...
+    @property
+    def why(self) -> Reason | None: ...
 
 
-def explain(graph: fx.Graph, analysis: Analysis, group: Group, roles: Mapping[str, str]) -> Explanation:
+def explain(graph: fx.Graph, analysis: Analysis, group: ExplainedGroup, roles: Mapping[str, str]) -> Explanation:
     """Follow the channels of a group; `roles` gives the role of each of its parameters, as the graph names them."""
     level = analysis.coarse if group.whole_blocks and analysis.coarse is not None else analysis.fine
     carries = [node for node, axes in analysis.propagation.axes.items() if _holds(axes, level.classes, group.channels)]
@@ -95,7 +96,7 @@ def explain(graph: fx.Graph, analysis: Analysis, group: Group, roles: Mapping[st
         for node in graph.nodes
     }
     carriers = {node for node in carries if node.op != "get_attr"} | {node for node, names in read.items() if names}
-    pin = _pin_of(graph, group.reason)
+    pin = None if group.why is None else next((node for node in graph.nodes if node.name == group.why.node), None)
     path = None if pin is None else _path(carriers, read, roles, pin)
     shown = path if path is not None else [node for node in graph.nodes if node in carriers and read[node]]
     steps = tuple(_step(node, read[node], roles, pinned=node is pin) for node in shown)
@@ -110,17 +111,6 @@ def _holds(axes: Any, classes: IntArray, channels: IntArray) -> bool:
 def _params(node: fx.Node) -> list[str]:
     """Parameters that an operator reads."""
     return [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-
-
-def _pin_of(graph: fx.Graph, reason: str | None) -> fx.Node | None:
-    """The node that a reason names; the output for what the model returns."""
-    if reason is None:
-        return None
-    if "output of the model" in reason:
-        return graph.output_node()
-    named = _NAMED.search(reason)
-    nodes = {node.name: node for node in graph.nodes}
-    return nodes.get(named[1]) if named else None
 
 
 def _path(

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level
+from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level, analyse
 from graphzip.analysis.explain import Explanation, explain
 from graphzip.errors import NotFoundError
 from graphzip.graph.state import get_tensor
-from graphzip.graph.trace import Traced
-from graphzip.labels import IntArray, ranks
-from graphzip.tables import closest, groups_table
+from graphzip.graph.traced import Traced
+from graphzip.labels import IntArray, Reason, ranks
+from graphzip.report.tables import closest, groups_table, preformatted
 
-__all__ = ["ChannelGroup", "ChannelGroups", "GroupParam", "ParamSlice", "channel_groups_of"]
+__all__ = ["Analysed", "ChannelGroup", "ChannelGroups", "GroupParam", "ParamSlice", "channel_groups_of"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,11 @@ class GroupParam:
 class ChannelGroup:
     """Channels that occur in exactly the same places, and so may be merged with each other.
 
-    `channels` numbers them in the analysis; position `i` of a group is channel `i` of its first producer's slices.
+    `name` is that of the first producer, and `params` are the places in parameters that the channels stand in.
+    `mergeable` tells whether they can shrink, and `why` not. `channels` numbers them in the analysis; position `i` of a
+    group is channel `i` of its first producer's slices. Channels that the data pick from, such as experts, may go but
+    none stands for another: they are not `exact`, and at least `least` must stay. `blocks` are positions that must keep
+    as many channels as each other, and `rows_of` says how many rows the parameters of grouped layers have.
     `whole_blocks` tells channels that are whole heads or whole groups of a convolution; `overlaps` names the groups
     that hold the same slices at the other size: a plan may shrink one of them.
     """
@@ -68,12 +72,18 @@ class ChannelGroup:
     channels: IntArray
     params: tuple[GroupParam, ...]
     mergeable: bool
-    reason: str | None
+    why: Reason | None
     exact: bool
     blocks: tuple[tuple[int, ...], ...]
     rows_of: dict[str, int] = field(default_factory=dict)
     whole_blocks: bool = False
     overlaps: tuple[str, ...] = ()
+    least: int = 1
+
+    @property
+    def reason(self) -> str | None:
+        """Why its channels cannot be merged, or nothing."""
+        return None if self.why is None else str(self.why)
 
     @property
     def size(self) -> int:
@@ -180,6 +190,10 @@ class ChannelGroups(Sequence[ChannelGroup]):
     def __len__(self) -> int:
         return len(self._groups)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return preformatted(str(self))
+
     def __str__(self) -> str:
         return groups_table(self)
 
@@ -214,8 +228,31 @@ def channel_groups_of(traced: Traced, analysis: Analysis) -> ChannelGroups:
     return ChannelGroups(groups, *_shares(traced, groups), partial(_explained, traced, analysis), order)
 
 
+@dataclass(frozen=True)
+class Analysed:
+    """The analysis of a graph, and its groups."""
+
+    analysis: Analysis
+    groups: ChannelGroups
+
+    @classmethod
+    def of(cls, traced: Traced) -> Analysed:
+        """Analyse a graph."""
+        analysis = analyse(traced.graph)
+        return cls(analysis, channel_groups_of(traced, analysis))
+
+    def of_copy(self, traced: Traced) -> Analysed:
+        """The same of a copy of the graph."""
+        analysis = self.analysis.of_copy(traced.graph)
+        groups = self.groups
+        explain = partial(_explained, traced, analysis)
+        return Analysed(
+            analysis, ChannelGroups([*groups], groups.parameters, groups.shrinkable_parameters, explain, groups.order)
+        )
+
+
 def _explained(traced: Traced, analysis: Analysis, group: ChannelGroup) -> Explanation:
-    roles = {_local(traced, param.param): param.role for param in group.params}
+    roles = {traced.local(param.param): param.role for param in group.params}
     return explain(traced.graph, analysis, group, roles)
 
 
@@ -227,10 +264,11 @@ class _Draft:
     param: str
     channels: IntArray
     params: tuple[GroupParam, ...]
-    reason: str | None
+    why: Reason | None
     blocks: tuple[tuple[int, ...], ...]
     whole_blocks: bool
     labels: frozenset[int]
+    least: int | None
 
 
 class _Builder:
@@ -289,10 +327,11 @@ class _Builder:
             param=slices.param,
             channels=channels,
             params=tuple(_group_param(s, p, position, channels.size, self.traced) for s, p in parts),
-            reason=reason,
+            why=reason,
             blocks=self._blocks(channels),
             whole_blocks=self.whole_blocks,
             labels=frozenset(np.concatenate([s.labels[p] for s, p in parts]).tolist()),
+            least=self.level.solution.least.get(int(channels[0])),
         )
 
     def _makes_channels(self, parts: list[tuple[_Slices, IntArray]], channels: IntArray) -> bool:
@@ -306,17 +345,20 @@ class _Builder:
     def _is_parameter(self, name: str) -> bool:
         return isinstance(get_tensor(self.traced.module, name), nn.Parameter)
 
-    def _reason(self, channels: IntArray) -> str | None:
+    def _reason(self, channels: IntArray) -> Reason | None:
         reason = self.level.reason(channels)
         if reason is not None:
             return reason
+        least = self.level.solution.least.get(int(channels[0]), 1)
+        if channels.size <= least and least > 1:
+            return Reason(None, f"{least} of its {channels.size} channels are picked by the data")
         if channels.size == 1:
-            return "has no other channel to merge with"
+            return Reason(None, "has no other channel to merge with")
         _, counts = np.unique(self.level.block[channels], return_counts=True)
         if counts.max() == 1:
-            return "has no other channel of its block to merge with"
+            return Reason(None, "has no other channel of its block to merge with")
         if (counts != counts[0]).any():
-            return "its blocks have different numbers of channels"
+            return Reason(None, "its blocks have different numbers of channels")
         return None
 
     def _blocks(self, channels: IntArray) -> tuple[tuple[int, ...], ...]:
@@ -348,13 +390,14 @@ def _named(traced: Traced, drafts: Sequence[_Draft]) -> list[ChannelGroup]:
                 name=name,
                 channels=draft.channels,
                 params=draft.params,
-                mergeable=draft.reason is None,
-                reason=draft.reason,
-                exact=draft.reason is None,
+                mergeable=draft.why is None,
+                why=draft.why,
+                exact=draft.why is None and draft.least is None,
                 blocks=draft.blocks,
                 rows_of={p.param: rows[p.param] for p in draft.params if p.groups > 1},
                 whole_blocks=draft.whole_blocks,
                 overlaps=tuple(other for other, found in others if draft.labels & found.labels),
+                least=draft.least or 1,
             )
         )
     return groups
@@ -413,10 +456,6 @@ def _execution_order(traced: Traced) -> dict[str, int]:
     }
 
 
-def _local(traced: Traced, name: str) -> str:
-    return name.removeprefix(f"{traced.scope}.") if traced.scope else name
-
-
 def _shares(traced: Traced, groups: Sequence[ChannelGroup]) -> tuple[int, int]:
     """Parameters of the model, and those with at least one slice in a group that can shrink."""
     sizes = dict(traced.module.named_parameters())
@@ -424,7 +463,7 @@ def _shares(traced: Traced, groups: Sequence[ChannelGroup]) -> tuple[int, int]:
     for group in groups:
         for param in group.params if group.mergeable else ():
             entries = param.indices.ravel() % param.size if param.groups > 1 else param.indices.ravel()
-            name = _local(traced, param.param)
+            name = traced.local(param.param)
             if name in sizes:
                 free = touched.setdefault(name, {})
                 free.setdefault(param.dim, np.ones(sizes[name].shape[param.dim], dtype=bool))[entries] = False

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from graphzip.canonical.squeezes import ranks_open, squeezed
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.meta import meta_of
+from graphzip.graph.operators import arguments_of
 from graphzip.graph.randomness import is_random
-from graphzip.graph.squeezes import ranks_open, squeezed
-from graphzip.labels import IntArray
+from graphzip.labels import IntArray, Reason
 from graphzip.ops import MOVES, OPS
-from graphzip.ops.conv import blocked_weights
+from graphzip.ops.conv import grouped_weights
 from graphzip.ops.randomness import hold_draws
 from graphzip.ops.rules import followed, opaque
-from graphzip.ops.site import Move, Site, Space, bind, describe
+from graphzip.ops.site import Move, Site, Space, describe
 from graphzip.ops.spec import OpSpec
 
 __all__ = ["ParamAxis", "Propagation", "propagate"]
@@ -54,7 +56,8 @@ class Propagation:
     axes: dict[fx.Node, Any] = field(default_factory=dict)
     params: list[ParamAxis] = field(default_factory=list)
     moves: list[tuple[int, Move]] = field(default_factory=list)
-    blocks: list[tuple[str, IntArray]] = field(default_factory=list)
+    blocks: list[tuple[Reason, IntArray]] = field(default_factory=list)
+    normed: list[IntArray] = field(default_factory=list)
     consumed: list[IntArray] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     pointwise: list[IntArray] = field(default_factory=list)
@@ -63,39 +66,46 @@ class Propagation:
     unknown: list[fx.Node] = field(default_factory=list)
     raw: set[fx.Node] = field(default_factory=set)
 
-    def named_moves(self) -> Iterator[tuple[str, Move]]:
-        """Every data movement with the operator that made it, as a reason names it."""
+    def of_copy(self, graph: fx.Graph) -> Propagation:
+        """The same of a copy of the graph."""
+        assert self.graph is not None
+        twins = dict(zip(self.graph.nodes, graph.nodes, strict=True))
+        return replace(
+            self,
+            graph=graph,
+            axes={twins[node]: axes for node, axes in self.axes.items()},
+            unknown=[twins[node] for node in self.unknown],
+            raw={twins[node] for node in self.raw},
+        )
+
+    def named_moves(self) -> Iterator[tuple[Reason, Move]]:
+        """Every data movement with the operator that made it, as a reason begins."""
         nodes = list(self.graph.nodes) if self.graph is not None else []
         for position, move in self.moves:
-            yield describe(nodes[position]), move
+            yield _subject(nodes[position]), move
 
 
-LabelsOf = Callable[[str, int, int, int], IntArray | None]
-"""Labels of dimension `dim` (of `size`, in `groups` blocks) of a parameter: fresh ones, or those that survived."""
-
-
-def propagate(graph: fx.Graph, space: Space, labels_of: LabelsOf | None = None) -> Propagation:
-    """Run every rule in execution order. `labels_of` gives the labels of parameters; fresh ones by default."""
-
-    def fresh(param: str, dim: int, size: int, groups: int) -> IntArray | None:
-        return space.fresh(groups * size) if size > 1 else None
-
-    walk = _Walk(graph, space, labels_of or fresh)
+def propagate(
+    graph: fx.Graph, space: Space, survivors: Mapping[tuple[str, int], IntArray] | None = None
+) -> Propagation:
+    """Run every rule in execution order. `survivors` are the labels that dimensions of parameters have already."""
+    walk = _Walk(graph, space, survivors or {})
     for position, node in enumerate(graph.nodes):
         walk.visit(position, node)
     return walk.result
 
 
 class _Walk:
-    def __init__(self, graph: fx.Graph, space: Space, labels_of: LabelsOf) -> None:
+    def __init__(self, graph: fx.Graph, space: Space, survivors: Mapping[tuple[str, int], IntArray]) -> None:
         self.space = space
-        self.labels_of = labels_of
+        self.survivors = survivors
         self.result = Propagation(graph)
         self.raw = self.result.raw
-        self.groups = blocked_weights(graph)
+        self.groups = grouped_weights(graph)
         self.rank_open = ranks_open(graph)
-        self.blocked: dict[fx.Node, IntArray] = {}
+        self.grouped: dict[fx.Node, IntArray] = {}
         self.derived: set[int] = set()
+        self.numbered: dict[fx.Node, dict[int, IntArray]] = {}
 
     def visit(self, position: int, node: fx.Node) -> None:
         axes = self.result.axes
@@ -103,12 +113,14 @@ class _Walk:
             self._parameter(node)
         elif node.op == "output":
             for source in node.all_input_nodes:
-                for axis in _flat(axes.get(source, ())):
-                    self.space.pin(axis, "is an output of the model")
+                for axis in (*_flat(axes.get(source, ())), *self.numbered.get(source, {}).values()):
+                    self.space.pin(axis, Reason(node.name, "is an output of the model"))
         elif node.target is operator.getitem:
             parts, index = node.args
             found = axes.get(parts, ()) if isinstance(parts, fx.Node) else ()
             axes[node] = found[index] if isinstance(found, list) and isinstance(index, int) else ()
+            if isinstance(parts, fx.Node) and isinstance(index, int) and index in self.numbered.get(parts, {}):
+                self.numbered[node] = {0: self.numbered[parts][index]}
             if parts in self.raw:
                 self.raw.add(node)
         elif node.op == "call_function" and node.target not in _SHAPE_QUERIES and _has_labels(node):
@@ -120,27 +132,36 @@ class _Walk:
         found: list[IntArray] = []
         for dim, size in enumerate(shape):
             groups = self.groups.get(node, 1) if dim == 1 else 1
-            labels = self.labels_of(str(node.target), dim, size, groups)
+            labels = self._labels_of(str(node.target), dim, size, groups)
             if labels is None:
                 continue
             if _is_fractional(node.meta["val"]):
                 self.result.summable.append(labels)
-            if node.meta.get("constant"):
-                self.space.pin(labels, f"{node.target} is a constant in the model's code")
+            if meta_of(node).get("constant"):
+                self.space.pin(labels, Reason(None, f"{node.target} is a constant in the model's code"))
             if groups > 1:
                 labels = labels.reshape(groups, size)
-                self.blocked[node] = labels
+                self.grouped[node] = labels
             else:
                 found.append(labels.reshape([-1 if d == dim else 1 for d in range(len(shape))]))
             self.result.params.append(ParamAxis(str(node.target), dim, labels))
         self.result.axes[node] = tuple(found)
 
+    def _labels_of(self, param: str, dim: int, size: int, groups: int) -> IntArray | None:
+        """Labels of dimension `dim` (of `size`, in `groups` blocks): those that survived, or fresh ones."""
+        known = self.survivors.get((param, dim))
+        if known is not None and known.size == size * groups and (size > 1 or known.ndim == 2):
+            return known.ravel()
+        return self.space.fresh(size * groups) if size > 1 else None
+
     def _call(self, position: int, node: fx.Node) -> None:
         spec = OPS.get(node.target)
-        args = bind(node) if hasattr(node.target, "_schema") else {}
-        site = Site(node, args, self.space, self.result.axes, self.raw, self.blocked, self.derived)
+        args = arguments_of(node) if hasattr(node.target, "_schema") else {}
+        site = Site(
+            node, args, self.space, self.result.axes, self.raw, self.grouped, self.derived, numbered=self.numbered
+        )
         operands = site.tensors()
-        random = is_random(node) and not node.meta.get("follows_mode")
+        random = is_random(node) and not meta_of(node).get("follows_mode")
         if random:
             hold_draws(site)
         if spec is None and random:
@@ -149,12 +170,13 @@ class _Walk:
             self.result.unknown.append(node)
             self.result.axes[node] = opaque(site)
             for operand in operands:
-                if operand in self.blocked:
-                    site.pin(self.blocked[operand], "is not understood")
+                if operand in self.grouped:
+                    site.pin(self.grouped[operand], "is not understood")
         else:
             if node in self.rank_open:
                 self._pin_patched(site, spec)
             self.result.axes[node] = followed(site, spec.propagate(site))
+        self._hold_numbers(site, operands)
         if operands and all(operand in self.raw for operand in operands) and _only_rearranges(node, args, operands):
             self.raw.add(node)
             self.result.joined.extend(site.met)
@@ -162,7 +184,17 @@ class _Walk:
         else:
             self._roles(site, operands)
         self.result.moves.extend((position, move) for move in site.moves)
-        self.result.blocks.extend((describe(node), block) for block in site.blocks)
+        self.result.blocks.extend((_subject(node), block) for block in site.blocks)
+        self.result.normed.extend(site.normed)
+
+    def _hold_numbers(self, site: Site, operands: Sequence[fx.Node]) -> None:
+        """Labels whose places are told by numbers stay as they are where a rule does not know what becomes of these."""
+        if site.numbers:
+            self.numbered[site.node] = site.numbers
+        for operand in operands:
+            if operand not in site.followed:
+                for labels in self.numbered.get(operand, {}).values():
+                    site.pin(labels, "reads the places of channels as numbers")
 
     def _pin_patched(self, site: Site, spec: OpSpec) -> None:
         """A patch counts dimensions; behind a squeeze of the batch there is one less where the batch is one."""
@@ -182,6 +214,10 @@ class _Walk:
             if operand in self.raw:
                 for axis in site.axes(operand):
                     self.result.pointwise.append(np.setdiff1d(axis.ravel(), known) if known.size else axis.ravel())
+
+
+def _subject(node: fx.Node) -> Reason:
+    return Reason(node.name, describe(node))
 
 
 def _only_rearranges(node: fx.Node, args: Mapping[str, Any], operands: Sequence[fx.Node]) -> bool:

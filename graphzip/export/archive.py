@@ -32,17 +32,20 @@ import torch
 from torch import fx, nn
 
 from graphzip.errors import ArchiveError, GraphZipError
-from graphzip.export.document import Described, Document, State, TaskEntry
+from graphzip.export.archive_schema import Described, Document, State, TaskEntry
 from graphzip.export.graph_json import check_state_name, dtype_named, graph_from_json, graph_to_json, identifier
 from graphzip.export.tree_json import GraphFormatError, spec_from_json, spec_to_json
 from graphzip.files import as_path, check_target, is_file, staged
-from graphzip.graph.conditions import parse, sizes_of, tie_sizes
+from graphzip.graph.dual_mode import Forms, splits
+from graphzip.graph.guards import parse, sizes_of, tie_sizes
 from graphzip.graph.inputs import InputSpec, fake_input
+from graphzip.graph.meta import meta_of
 from graphzip.graph.state import attach, get_tensor
 from graphzip.graph.tasks import Task, check_task_names
 from graphzip.graph.torch_private import FakeTensorMode, ShapeEnv, pytree
-from graphzip.graph.trace import Traced
-from graphzip.graph.two_forms import Forms, splits
+from graphzip.graph.traced import Traced
+from graphzip.graph.unmarked_kernels import mark_unmarked
+from graphzip.limits import MOST_EXAMPLE_NUMBERS
 from graphzip.version import __version__
 
 __all__ = ["FORMAT", "VERSION", "Archive", "load_archive", "save_archive", "sealed"]
@@ -54,9 +57,6 @@ VERSION = 2
 
 _EXAMPLE = "example.."
 """Prefix of the example inputs among the tensors; no parameter has a name with two dots in a row."""
-
-_LARGEST_EXAMPLE = 2**28
-"""Numbers in an example input that a file may ask for."""
 
 _MOST_VALUES = 2_000_000
 """Values in a document, each of which takes memory that the file itself hardly has."""
@@ -93,7 +93,7 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
     try:
         document: dict[str, Any] = {
             "graph": graph_to_json(traced.graph),
-            "numbers": [node.name for node in traced.graph.nodes if "numbers" in node.meta],
+            "numbers": [node.name for node in traced.graph.nodes if "numbers" in meta_of(node)],
             "state": _state_to_json(traced.module, tensors),
             "class_name": type(traced.module).__name__,
             "inputs": [[spec.name, spec.shape, _dtype_name(spec.dtype)] for spec in traced.inputs],
@@ -334,6 +334,7 @@ def _archive(document: Document, tensors: Mapping[str, torch.Tensor]) -> Archive
         forms=_forms(document, module.graph),
     )
     _restore_metadata(traced, set(document.numbers))
+    mark_unmarked(traced)
     return Archive(traced, document.report, described)
 
 
@@ -401,7 +402,7 @@ def _restore_metadata(traced: Traced, numbers: set[str]) -> None:
         if node.name in numbers:
             if node.op != "get_attr":
                 raise GraphFormatError(f"node {node.name!r} is no constant")
-            node.meta["numbers"] = get_tensor(traced.module, str(node.target)).numpy()
+            meta_of(node)["numbers"] = get_tensor(traced.module, str(node.target)).numpy()
 
 
 def _fits(leaf: Any, spec: InputSpec) -> bool:
@@ -451,7 +452,7 @@ def _example(
     for number, leaf in enumerate(document.example.leaves):
         if leaf.random is not None:
             dtype = dtype_named(leaf.random.dtype)
-            if math.prod(leaf.random.shape) > _LARGEST_EXAMPLE or not dtype.is_floating_point:
+            if math.prod(leaf.random.shape) > MOST_EXAMPLE_NUMBERS or not dtype.is_floating_point:
                 raise GraphFormatError(
                     f"an example input is {leaf.random.dtype}{leaf.random.shape}, which it cannot be"
                 )

@@ -26,10 +26,9 @@ def with_four_dimensions(program: ExportedProgram) -> None:
     """
     found = [node for node in program.graph.nodes if node.target is aten.scaled_dot_product_attention.default]
     for node in found:
-        build = Builder(program.graph, node)
-        with program.graph.inserting_before(node):
-            moves = _moves(build, node)
-            made = None if moves is None else _moved(build, node, *moves)
+        build = Builder.before(node)
+        moves = _moves(build, node)
+        made = None if moves is None else _moved(build, node, *moves)
         if made is not None:
             node.replace_all_uses_with(made)
             program.graph_signature.replace_all_uses(node.name, made.name)

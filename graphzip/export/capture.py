@@ -17,9 +17,10 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from graphzip.errors import ExportError
-from graphzip.export.example import Example, Size, Sizes, tensor_leaves
-from graphzip.graph.conditions import asked_of_sizes
+from graphzip.export.example import Example, OpenSizes, Size, tensor_leaves
+from graphzip.graph.guards import asked_of_sizes
 from graphzip.graph.torch_private import pytree
+from graphzip.tracing.results import Way, leaves_with_ways
 
 __all__ = ["Captured", "capture", "first_line", "renamed"]
 
@@ -41,7 +42,7 @@ class Captured:
     example: Example
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    sizes: Sizes
+    sizes: OpenSizes
     symbols: Mapping[str, str]
     conditions: tuple[tuple[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
@@ -157,7 +158,7 @@ def _input_values(program: ExportedProgram) -> list[tuple[str, torch.Tensor]]:
     return [(node.name, node.meta["val"]) for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
-def _sizes(program: ExportedProgram) -> Sizes:
+def _sizes(program: ExportedProgram) -> OpenSizes:
     leaves: list[tuple[Size, ...]] = []
     known: dict[sympy.Symbol, int] = {}
     for _, value in _input_values(program):
@@ -168,7 +169,7 @@ def _sizes(program: ExportedProgram) -> Sizes:
             if fixed is None:
                 known.update(_hints(size))
         leaves.append(tuple(sizes))
-    return Sizes(tuple(leaves), known)
+    return OpenSizes(tuple(leaves), known)
 
 
 def _replaced(program: ExportedProgram, expression: Any) -> Any:
@@ -190,7 +191,7 @@ def _hints(size: torch.SymInt) -> dict[sympy.Symbol, int]:
 
 
 def _symbol_names(
-    sizes: Sizes, inputs: Sequence[str], batches: Sequence[str], limited: Collection[str]
+    sizes: OpenSizes, inputs: Sequence[str], batches: Sequence[str], limited: Collection[str]
 ) -> dict[str, str]:
     """`batch` for the first free batch, `y_batch` for that of another input, `x_2` for another free size.
 
@@ -227,7 +228,7 @@ def _apart(names: Iterable[str]) -> list[str]:
 
 def _output_names(skeleton: nn.Module, example: Example, *, by_task: bool) -> list[str]:
     """Run once and name the tensors that come out; of a joint model the key of the task comes first."""
-    leaves = _leaves_with_keys(_run(skeleton, example))
+    leaves = leaves_with_ways(_run(skeleton, example))
     tensors = [(keys, leaf) for keys, leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise ExportError(
@@ -253,36 +254,7 @@ def _run(skeleton: nn.Module, example: Example) -> Any:
         ) from error
 
 
-_Keys = tuple[int | str, ...]
-
-
-def _leaves_with_keys(tree: Any, keys: _Keys = ()) -> list[tuple[_Keys, Any]]:
-    """Every leaf and the way to it: positions, and names where a part has one."""
-    kind = pytree._get_node_type(tree)
-    if kind not in pytree.SUPPORTED_NODES or pytree.tree_structure(tree).is_leaf():
-        return [(keys, tree)]
-    node = pytree.SUPPORTED_NODES[kind]
-    if node.flatten_with_keys_fn is not None:
-        parts = [(_plain(key), child) for key, child in node.flatten_with_keys_fn(tree)[0]]
-    else:
-        children, _ = node.flatten_fn(tree)
-        parts = [(_field(tree, child, number), child) for number, child in enumerate(children)]
-    return [found for key, child in parts for found in _leaves_with_keys(child, (*keys, key))]
-
-
-def _plain(key: Any) -> int | str:
-    if isinstance(key, pytree.SequenceKey):
-        return int(key.idx)
-    return str(getattr(key, "key", getattr(key, "name", key)))
-
-
-def _field(tree: Any, child: Any, number: int) -> int | str:
-    """The key or attribute under which a container has this part, or its number."""
-    named = tree.items() if isinstance(tree, Mapping) else getattr(tree, "__dict__", {}).items()
-    return next((str(name) for name, value in named if value is child), number)
-
-
-def _output_name(keys: _Keys) -> str:
+def _output_name(keys: Way) -> str:
     """`output`, `output_1` by position, or the key in a dict, nested ones joined by underscores."""
     parts = [str(key) for key in keys]
     if not keys or isinstance(keys[0], int):
@@ -299,7 +271,7 @@ def _joint_inputs(skeleton: nn.Module, example: Example) -> list[tuple[str, str]
         child: Any = skeleton.get_submodule(name)
         several = isinstance(given, tuple) and len(inspect.signature(child.forward).parameters) > 1
         arguments = inspect.signature(child.forward).bind(*(given if several else (given,))).arguments
-        for keys, leaf in _leaves_with_keys(dict(arguments)):
+        for keys, leaf in leaves_with_ways(dict(arguments)):
             if isinstance(leaf, torch.Tensor):
                 found.append((name, _output_name(keys)))
     return found

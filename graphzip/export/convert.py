@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from graphzip.errors import ExportError
 from graphzip.export.attention import with_four_dimensions
 from graphzip.export.capture import Captured, first_line, renamed
-from graphzip.export.packages import require
+from graphzip.export.optional_packages import require
 from graphzip.files import companion
+from graphzip.numeric.grouped_mm import grouped_mm
 
 __all__ = ["convert", "external_files", "save", "weight_bytes"]
 
@@ -63,9 +64,33 @@ def _convert(program: ExportedProgram, opset: int | None, shared: Collection[str
 
 
 def _converted(program: ExportedProgram, opset: int | None) -> Any:
-    converted = torch.onnx.export(program, (), opset_version=opset, verbose=False, dynamo=True, optimize=False)
+    own = {grouped_mm: _each_matrix_alone}
+    converted = torch.onnx.export(
+        program,
+        (),
+        opset_version=opset,
+        verbose=False,
+        dynamo=True,
+        optimize=False,
+        custom_translation_table=own,  # type: ignore[arg-type]
+    )
     assert converted is not None
     return converted.model
+
+
+def _each_matrix_alone(input: Any, weight: Any, offs: Any) -> Any:
+    """`grouped_mm`: the rows of each matrix times it, one after the other, and zeros for rows behind the last."""
+    op: Any = require("onnxscript").opset18
+    along = op.Constant(value_ints=[0])
+    ends = op.Concat(along, op.Cast(offs, to=7), op.Shape(input, start=0, end=1), axis=0)
+    made = []
+    for number in range(weight.shape[0] + 1):
+        start, end, behind = (op.Constant(value_ints=[number + step]) for step in range(3))
+        rows = op.Slice(input, op.Slice(ends, start, end, along), op.Slice(ends, end, behind, along), along)
+        matrix = op.Gather(weight, op.Constant(value_int=min(number, weight.shape[0] - 1)), axis=0)
+        product = op.MatMul(rows, matrix)
+        made.append(product if number < weight.shape[0] else op.Sub(product, product))
+    return op.Concat(*made, axis=0)
 
 
 def _optimize(model: Any, shared: Collection[str]) -> None:

@@ -11,14 +11,14 @@ import torch
 
 from graphzip.graph.sizes import value_at
 from graphzip.graph.torch_private import pytree
-from graphzip.graph.trace import Traced
+from graphzip.graph.traced import Traced
 
 __all__ = [
     "Case",
     "Example",
     "Free",
+    "OpenSizes",
     "Size",
-    "Sizes",
     "Wish",
     "free_sizes",
     "make_case",
@@ -53,7 +53,28 @@ def free_sizes(traced: Traced) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Example:
+class Case:
+    """One call of the module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        return tensor_leaves((self.args, self.kwargs))
+
+    @property
+    def batch(self) -> int | None:
+        """Size of the first dimension of the first tensor that has one."""
+        return next((int(leaf.shape[0]) for leaf in self.leaves if leaf.dim()), None)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(leaf.shape) for leaf in self.leaves)
+
+
+@dataclass(frozen=True)
+class Example(Case):
     """The inputs to export with: detached copies of what the user gave.
 
     For every tensor in order, `free` holds the dimensions that may have another size, and `batched` tells whether its
@@ -61,10 +82,8 @@ class Example:
     into the graph; `given` is the example before that. A free batch was `asked` for, though it may be none of `free`.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    free: tuple[tuple[int, ...], ...]
-    batched: tuple[bool, ...]
+    free: tuple[tuple[int, ...], ...] = ()
+    batched: tuple[bool, ...] = ()
     given: Example | None = None
     asked: bool = True
 
@@ -95,15 +114,6 @@ class Example:
         shapes = [(2, *leaf.shape[1:]) if one else leaf.shape for one, leaf in zip(single, leaves, strict=True)]
         return replace(example.resized(shapes), given=example)
 
-    @property
-    def leaves(self) -> list[torch.Tensor]:
-        return tensor_leaves((self.args, self.kwargs))
-
-    @property
-    def batch(self) -> int | None:
-        """Size of the first dimension of the first tensor that has one."""
-        return next((int(leaf.shape[0]) for leaf in self.leaves if leaf.dim()), None)
-
     def fixed(self) -> Example:
         """What the user gave, with no size free."""
         example = self.given or self
@@ -128,7 +138,7 @@ def _resized(leaf: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class OpenSizes:
     """The shapes that a captured program takes: for every tensor among the inputs its sizes.
 
     `known` has the size that every symbol had in the example.
@@ -163,27 +173,6 @@ def _has(size: Size, symbol: sympy.Symbol) -> bool:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call of the module."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def leaves(self) -> list[torch.Tensor]:
-        return tensor_leaves((self.args, self.kwargs))
-
-    @property
-    def batch(self) -> int | None:
-        """Size of the first dimension of the first tensor that has one."""
-        return next((int(leaf.shape[0]) for leaf in self.leaves if leaf.dim()), None)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(leaf.shape) for leaf in self.leaves)
-
-
-@dataclass(frozen=True)
 class Wish:
     """A case that is wanted: with the first of the `choices` of sizes that the module takes.
 
@@ -194,7 +183,7 @@ class Wish:
     choices: tuple[Mapping[sympy.Symbol, int], ...] = ({},)
 
 
-def wishes(sizes: Sizes) -> list[Wish]:
+def wishes(sizes: OpenSizes) -> list[Wish]:
     """The example itself and other values of its sizes; another batch and a batch of one; other free sizes."""
     found = [Wish("example"), Wish("values")]
     batches, others = sizes.batches, sizes.others
@@ -213,7 +202,7 @@ def wishes(sizes: Sizes) -> list[Wish]:
 
 
 def make_case(
-    example: Example, sizes: Sizes, chosen: Mapping[sympy.Symbol, int], *, varied: bool = True
+    example: Example, sizes: OpenSizes, chosen: Mapping[sympy.Symbol, int], *, varied: bool = True
 ) -> Case | None:
     """A call with the `chosen` sizes; `None` where these do not fit together.
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from graphzip.arguments import check_module, check_name
+from graphzip.boundary import public
 from graphzip.errors import ArchiveError, GraphZipError
 from graphzip.files import staged
 from graphzip.graph.factored import SliceConv
-from graphzip.guard import public
 
 __all__ = ["save_generator"]
 

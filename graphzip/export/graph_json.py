@@ -14,15 +14,18 @@ import keyword
 import math
 import operator
 from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphzip.export.document import GraphEntry
+from graphzip.export.archive_schema import GraphEntry
 from graphzip.export.operators import FUNCTION_NAMES, FUNCTIONS, aten_operators
 from graphzip.export.tree_json import GraphFormatError, spec_from_json, spec_to_json
-from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.inputs import CallCode, concrete_shape
+from graphzip.graph.meta import Factored, meta_of
+from graphzip.graph.operators import argument_of
 from graphzip.graph.torch_private import OpOverload, PyTreeCodeGen, PyTreeInfo
 
 __all__ = ["check_state_name", "dtype_named", "graph_from_json", "graph_to_json", "identifier"]
@@ -73,12 +76,15 @@ def graph_from_json(data: GraphEntry, state: Container[str] | None = None) -> fx
             raise GraphFormatError(f"node {node.name!r} reads {node.target!r}, which is no parameter or buffer")
         _check_power(node)
         node.meta.update(owner=entry.owner, source=entry.source)
+        if entry.factored is not None:
+            mark = entry.factored
+            meta_of(node)["factored"] = Factored(mark.layer, mark.drop, tuple(mark.size))
         if entry.shape is not None:
             node.meta["val"] = torch.empty(entry.shape, device="meta")
         made[node.name] = node
     if [entry.op for entry in data.nodes].count("output") != 1 or data.nodes[-1].op != "output":
         raise GraphFormatError("the graph does not end in its output")
-    graph.set_codegen(PyTreeCodeGen(_signature_from_json(data)))
+    graph.set_codegen(CallCode(_signature_from_json(data)))
     graph.lint()
     return graph
 
@@ -111,6 +117,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
             "owner": node.meta.get("owner", ""),
             "source": node.meta.get("source", ""),
             "shape": _shape_that_counts(node),
+            "factored": asdict(mark) if (mark := meta_of(node).get("factored")) is not None else None,
         }
     except GraphFormatError as error:
         source = node.meta.get("source")
@@ -119,9 +126,10 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
 
 
 def _shape_that_counts(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a result whose number of dimensions decides what module the operator becomes."""
-    known = node.target is torch.ops.aten.feature_dropout.default and "val" in node.meta
-    return concrete_shape(node.meta["val"]) if known else ()
+    """The shape of a result that decides what module an operator becomes: of some dropouts, and of built kernels."""
+    is_kernel = any("factored" in meta_of(user) and argument_of(user, "weight") is node for user in node.users)
+    counts = is_kernel or node.target is torch.ops.aten.feature_dropout.default
+    return concrete_shape(node.meta["val"]) if counts and "val" in node.meta else ()
 
 
 def _target_to_json(node: fx.Node) -> str:
@@ -129,7 +137,7 @@ def _target_to_json(node: fx.Node) -> str:
         return str(node.target)
     target = node.target
     if isinstance(target, OpOverload):
-        if target.namespace != "aten":
+        if target.namespace != "aten" and str(target) not in aten_operators():
             raise GraphFormatError(f"operator {target} is not one of PyTorch's own (aten), so a file cannot name it")
         _aten(str(target))
         return str(target)

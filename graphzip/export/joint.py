@@ -19,7 +19,7 @@ from graphzip.errors import ExportError, VerificationError
 from graphzip.export.convert import external_files
 from graphzip.export.example import Example, Free, tensor_leaves
 from graphzip.export.onnx import Built, build, check_onnx, export_mode, export_onnx
-from graphzip.export.packages import require
+from graphzip.export.optional_packages import require
 from graphzip.export.report import ExportReport
 from graphzip.export.verify import read_model
 from graphzip.files import check_target

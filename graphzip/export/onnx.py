@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphzip.alone import ALONE
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured, capture
 from graphzip.export.convert import convert, external_files, save, weight_bytes
 from graphzip.export.example import Example, Free, tensor_leaves
-from graphzip.export.packages import require
+from graphzip.export.optional_packages import require
 from graphzip.export.refusals import refuse
 from graphzip.export.report import ExportReport
 from graphzip.export.verify import Verification, read_model, verify_file
 from graphzip.files import check_target, staged
+from graphzip.global_lock import ALONE
 from graphzip.graph.copies import share_copy
 
 __all__ = ["Built", "ExportReport", "build", "check_onnx", "export_mode", "export_onnx"]

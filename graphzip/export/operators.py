@@ -82,7 +82,7 @@ __xor__ _unsafe_index_put _unsafe_masked_index _weight_norm _weight_norm_interfa
 
 @functools.cache
 def aten_operators() -> dict[str, OpOverload]:
-    """Every ATen operator that a file may name, by its full name (`aten.relu.default`)."""
+    """Every operator that a file may name, by its full name (`aten.relu.default`): of ATen, and graphzip's own."""
     packets = [getattr(torch.ops.aten, name, None) for name in _ALSO.split()]
     also = [getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()]
     known = [target for target in OPS if isinstance(target, OpOverload)]
@@ -90,4 +90,4 @@ def aten_operators() -> dict[str, OpOverload]:
 
 
 def _is_function(target: OpOverload) -> bool:
-    return target.namespace == "aten" and not target._schema.is_mutable
+    return target.namespace in {"aten", "graphzip"} and not target._schema.is_mutable

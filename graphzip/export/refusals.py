@@ -14,8 +14,8 @@ import sympy  # type: ignore[import-untyped]
 
 from graphzip.errors import TraceError
 from graphzip.export.capture import Captured
-from graphzip.export.packages import require
-from graphzip.graph.conditions import Term, parse, shown
+from graphzip.export.optional_packages import require
+from graphzip.graph.guards import Term, parse, shown
 
 __all__ = ["refuse"]
 

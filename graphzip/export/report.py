@@ -14,9 +14,9 @@ __all__ = ["ExportReport"]
 class ExportReport:
     """What was written and how it was checked.
 
-    `bytes` counts every file; with `external_data` the weights lie in a file `<name>.<8 digits>.data` beside the model,
-    under another name at each export. `inputs` has the shape of every input in the file, with names for free sizes;
-    `dynamic_batch` tells whether a first size is free.
+    `opset` is that of the file. `bytes` counts every file; with `external_data` the weights lie in a file
+    `<name>.<number>.data` beside the model, under another name at each export. `inputs` has the shape of every input in
+    the file, with names for free sizes; `dynamic_batch` tells whether a first size is free.
 
     `verified` is true where the check could have failed: stored weights were compared with the module's, the graph with
     what the module gives, and every output on its own scale. What stands against that is in `unchecked`, a sentence
@@ -26,7 +26,9 @@ class ExportReport:
 
     `max_abs_diff` and its `tolerance` are those of the output that came closest to its tolerance, over the calls whose
     input shapes are in `shapes` and whose batches in `batches`; `None` and empty where no output was compared. Where
-    every task has a file of its own, `tasks` has the report of each and `path` is their directory.
+    every task has a file of its own, `tasks` has the report of each and `path` is their directory. A file that was
+    `quantized` (`"int8"`, `"fp16"`) was verified in float first; `max_abs_diff` is then of the quantized one on the
+    calibration data, and `tolerance` what is allowed there.
     """
 
     path: Path
@@ -42,9 +44,11 @@ class ExportReport:
     shapes: tuple[Mapping[str, tuple[int, ...]], ...] = ()
     unchecked: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    quantized: str | None = None
 
     @property
     def verified(self) -> bool:
+        """Whether an output was compared and nothing stands against the check."""
         return self.max_abs_diff is not None and not self.unchecked
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +77,8 @@ class ExportReport:
     def _checked(self) -> str:
         if self.max_abs_diff is None:
             return "not verified"
+        if self.quantized is not None:
+            return f"{self.quantized}, off by at most {self.max_abs_diff:.2g} (allowed {self.tolerance:.2g})"
         sizes = ", ".join(str(size) for size in self.batches)
         where = f" at batch {sizes}" if sizes else ""
         how = "verified" if self.verified else "compared, though not with certainty,"

@@ -1,11 +1,15 @@
-"""Run a module, and an ONNX file in onnxruntime on the CPU, on the same calls."""
+"""Run a module, and an ONNX file in onnxruntime on the CPU, on the same calls.
+
+onnxruntime has no bfloat16 on the CPU, but every number of bfloat16 is one of float32. So a file and a module in
+bfloat16 may be compared in float32, which shows more than bfloat16 could: its rounding is not in the way.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,24 @@ from torch import fx, nn
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured
 from graphzip.export.example import Case, Wish, make_case, tensor_leaves, wishes
+from graphzip.export.optional_packages import require
 from graphzip.export.outputs import CHANGE, Reference
-from graphzip.export.packages import require
 from graphzip.graph.torch_private import pytree
 
-__all__ = ["Refusal", "Run", "Runs", "references", "run_all", "run_session", "session_of", "short"]
+__all__ = [
+    "Refusal",
+    "Run",
+    "Runs",
+    "has_bfloat16",
+    "in_dtype",
+    "references",
+    "run_all",
+    "run_session",
+    "session_of",
+    "short",
+    "with_float32_example",
+    "with_float32_model",
+]
 
 aten = torch.ops.aten
 
@@ -166,22 +183,26 @@ def _widen(leaf: Any) -> Any:
 
 
 def _in_float64(module: nn.Module) -> nn.Module | None:
-    """A copy in float64, where dtypes that a traced graph spells out are float64 too."""
     try:
-        double = copy.deepcopy(module).double()
+        return in_dtype(module, torch.float64)
     except Exception:
         return None
-    for part in double.modules():
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another floating dtype, also where a traced graph spells out the one that it had."""
+    twin = copy.deepcopy(module).to(dtype)
+
+    def changed(value: Any) -> Any:
+        return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    for part in twin.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
-                node.args = fx.node.map_aggregate(node.args, _widen_dtype)
-                node.kwargs = fx.node.map_aggregate(node.kwargs, _widen_dtype)
+                node.args = fx.node.map_aggregate(node.args, changed)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, changed)
             part.recompile()
-    return double
-
-
-def _widen_dtype(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+    return twin
 
 
 def _rounding(tensor: torch.Tensor) -> float:
@@ -254,11 +275,6 @@ def session_of(source: Path | bytes) -> Any:
 def run_session(session: Any, run: Run, call: str) -> list[torch.Tensor]:
     """Raises `VerificationError` where the file does not take the inputs that the module takes."""
     leaves = run.case.leaves
-    if any(leaf.dtype == torch.bfloat16 for leaf in leaves):
-        raise ExportError(
-            "bfloat16 inputs cannot be fed to onnxruntime on the CPU, so the model cannot be verified; convert the "
-            "module to float32 first, or pass verify=False"
-        )
     inputs = session.get_inputs()
     feed = {node.name: leaf.cpu().contiguous().numpy() for node, leaf in zip(inputs, leaves, strict=True)}
     try:
@@ -273,3 +289,50 @@ def short(error: BaseException, path: Path | None = None) -> str:
     text = str(error).replace(f"Load model from {path} failed:", "")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------- bfloat16
+
+
+def has_bfloat16(model: Any) -> bool:
+    """Whether an ONNX model computes in bfloat16."""
+    wanted = require("onnx_ir").DataType.BFLOAT16
+    return any(
+        value.dtype == wanted
+        for graph in model.graphs()
+        for value in (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs))
+    )
+
+
+def with_float32_model(model: Any) -> None:
+    """Let an ONNX model compute in float32 what it computes in bfloat16, in place."""
+    ir = require("onnx_ir")
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for graph in model.graphs():
+        for value in (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)):
+            if value.dtype == narrow:
+                value.dtype = wide
+            if value.const_value is not None and value.const_value.dtype == narrow:
+                value.const_value = _wide(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == narrow:
+                    node.attributes[name] = ir.AttrTensor(name, _wide(attribute.value))
+                elif name in ("to", "dtype") and attribute.value == int(narrow):
+                    node.attributes[name] = ir.AttrInt64(name, int(wide))
+
+
+def _wide(tensor: Any) -> Any:
+    ir = require("onnx_ir")
+    return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+
+
+def with_float32_example(captured: Captured) -> Captured:
+    """The same program with an example in float32, for a module of that dtype."""
+    example = captured.example
+
+    def wide(leaf: Any) -> Any:
+        return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bfloat16 else leaf
+
+    args, kwargs = pytree.tree_map(wide, (example.args, example.kwargs))
+    return replace(captured, example=replace(example, args=args, kwargs=kwargs))

@@ -58,7 +58,8 @@ def _to_json(spec: pytree.TreeSpec) -> dict[str, Any]:
 def _registered_name(kind: Any) -> str:
     known = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
     name = getattr(known, "serialized_type_name", None)
-    if not isinstance(name, str) or pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name) is not kind:
+    nameless = name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND
+    if not isinstance(name, str) or nameless or pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name) is not kind:
         raise GraphFormatError(
             f"the model takes or returns a type that cannot be named in a file ({kind.__name__}); take and return "
             "tuples, lists and dicts, or register the type with a serialized_type_name"

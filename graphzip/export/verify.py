@@ -1,8 +1,8 @@
 """Is an ONNX file the module? Three questions, asked of the file on disk.
 
-Its graph: is it the graph that the module gives, operator by operator, constant by constant (`graphs`)? Its weights:
-are they the module's, whatever the converter did to them (`weights`)? Its outputs: in onnxruntime, at several sizes,
-are they the module's, and could they have shown that they are not (`outputs`)?
+Its graph: is it the graph that the module gives, operator by operator, constant by constant (`onnx_equality`)? Its
+weights: are they the module's, whatever the converter did to them (`weights`)? Its outputs: in onnxruntime, at several
+sizes, are they the module's, and could they have shown that they are not (`outputs`)?
 """
 
 from __future__ import annotations
@@ -13,16 +13,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured
-from graphzip.export.graphs import difference, interface
+from graphzip.export.derandomize import described_draws, is_deterministic, still_model, still_program
+from graphzip.export.onnx_equality import difference, interface
+from graphzip.export.optional_packages import require
 from graphzip.export.outputs import Judged, judge
-from graphzip.export.packages import require
-from graphzip.export.runs import Refusal, Run, Runs, references, run_all, run_session, session_of, short
-from graphzip.export.settled import settled
-from graphzip.export.still import described_draws, is_deterministic, still_model, still_program
+from graphzip.export.rescaled_twin import settled
+from graphzip.export.runs import (
+    Refusal,
+    Run,
+    Runs,
+    has_bfloat16,
+    in_dtype,
+    references,
+    run_all,
+    run_session,
+    session_of,
+    short,
+    with_float32_example,
+    with_float32_model,
+)
 from graphzip.export.weights import Found, trace_weights
 
 __all__ = ["Verification", "read_model", "verify_file"]
@@ -90,6 +104,9 @@ def verify_file(
             raise VerificationError(f"{path.name} is not the graph of the module: {differs}")
         found.unchecked.append(f"the graph is not the one that this version of the exporter writes ({differs})")
     found.unchecked += _weight_sentences(weights)
+    if has_bfloat16(there):
+        _compare_in_float32(there, module, captured, found)
+        return found
     try:
         session = session_of(path)
     except Exception as error:
@@ -150,6 +167,24 @@ def _compare_outputs(
     _take_calls(runs.made, captured, found)
     for refusal in runs.refused:
         _take_refusal(refusal, captured, found, refused=_refuses(session, refusal))
+
+
+def _compare_in_float32(there: Any, module: nn.Module, captured: Captured, found: Verification) -> None:
+    """Compare the outputs of a model in bfloat16 as if both were in float32."""
+    if draws := described_draws(captured.program):
+        found.unchecked.append(f"the outputs were not compared: they are random, in bfloat16 ({', '.join(draws)})")
+        return
+    with_float32_model(there)
+    try:
+        session = session_of(_bytes_of(there))
+    except Exception as error:
+        found.unchecked.append(f"the outputs were not compared: onnxruntime cannot load the model: {short(error)}")
+        return
+    _compare_outputs(session, there, in_dtype(module, torch.float32), with_float32_example(captured), found, None)
+    found.notes.append(
+        "onnxruntime has no bfloat16 on the CPU: graph and weights were compared as they are, and outputs with all of "
+        "bfloat16 read as float32"
+    )
 
 
 def _judged(session: Any, module: nn.Module, captured: Captured, runs: Runs) -> list[Judged]:

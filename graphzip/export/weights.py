@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphzip.export.graphs import constants
+from graphzip.export.onnx_equality import constants
 from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED, arguments_of
 from graphzip.graph.randomness import is_random
 

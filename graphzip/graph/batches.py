@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from graphzip.boundary import user_data
 from graphzip.errors import ExampleInputError, GraphZipError, InputShapeError
 from graphzip.graph.inputs import InputSpec, check_input
-from graphzip.graph.torch_private import pytree
-from graphzip.guard import user_data
 
-__all__ = ["batch_arguments", "check_batches", "each_batch", "run_batch"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["check_batches", "each_batch", "leading", "run_batch", "samples_in"]
 
 
 def each_batch(calibration: Iterable[Any]) -> Iterator[Any]:
@@ -29,6 +25,23 @@ def each_batch(calibration: Iterable[Any]) -> Iterator[Any]:
         raise ExampleInputError(
             "calibration yields no batch; pass at least one, in a list or a DataLoader, which can be gone through again"
         )
+
+
+def samples_in(batch: Sequence[Any]) -> int:
+    """How many samples a batch has, by the first of its tensors with a dimension."""
+    return next((len(leaf) for leaf in batch if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
+
+
+def leading(batches: Iterable[tuple[Any, ...]], samples: int) -> list[tuple[Any, ...]]:
+    """The first batches, as many as have so many samples together, or all of them."""
+    found: list[tuple[Any, ...]] = []
+    count = 0
+    for batch in batches:
+        if count >= samples:
+            break
+        found.append(batch)
+        count += samples_in(batch)
+    return found
 
 
 def check_batches(inputs: Sequence[InputSpec], batches: Sequence[tuple[Any, ...]]) -> None:
@@ -53,31 +66,21 @@ def check_batches(inputs: Sequence[InputSpec], batches: Sequence[tuple[Any, ...]
                 )
 
 
-def run_batch(model: nn.Module, args: tuple[Any, ...], what: str = "calibration") -> Any:
+def run_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, what: str = "calibration"
+) -> Any:
     """The output for one batch of the data that `what` names.
 
     Raises `ExampleInputError` for a batch that the model does not accept.
     """
     try:
-        return model(*args)
+        return model(*args, **(kwargs or {}))
     except GraphZipError:
         raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(arg.shape)) if isinstance(arg, torch.Tensor) else repr(arg) for arg in args)
+        values = (*args, *(kwargs or {}).values())
+        shapes = ", ".join(str(tuple(arg.shape)) if isinstance(arg, torch.Tensor) else repr(arg) for arg in values)
         raise ExampleInputError(
             f"{what}: {type(model).__name__} fails on a batch ({shapes}): {error}; make it yield batches that "
             "model(*batch) accepts"
         ) from error
-
-
-def batch_arguments(batch: Any, inputs: int) -> tuple[Any, ...]:
-    """The positional inputs of one calibration batch; what a loader yields beyond them (labels) is left out."""
-    if isinstance(batch, Mapping):
-        raise ExampleInputError("calibration yields a mapping; make it yield a tensor or a tuple of positional inputs")
-    args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    if len(args) > inputs:
-        logger.info("calibration batches have %d entries, the model takes %d: the rest is left out", len(args), inputs)
-    first = next((leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)), None)
-    if first is not None and first.dim() and first.shape[0] == 0:
-        raise ExampleInputError(f"calibration: a batch of {tuple(first.shape)} has no sample; leave it out")
-    return args[:inputs]

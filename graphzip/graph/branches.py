@@ -19,16 +19,15 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 
-from graphzip.alone import ALONE
+from graphzip.global_lock import ALONE
+from graphzip.graph.source import OWN_HOME, TORCH_HOME
 from graphzip.graph.torch_private import SymNode
 
 __all__ = ["Branch", "Watch", "watched"]
 
-_TORCH_HOME = f"{Path(torch.__file__).parent}/"
-_OWN_HOME = str(Path(__file__).parents[1])
-_BETWEEN = (_TORCH_HOME, "<", str(Path(__file__).with_name("unseen.py")))
+_BETWEEN = (TORCH_HOME, "<", f"{OWN_HOME}tracing/untraced_calls.py")
 """Files of frames that may stand between the line of a model and what it asks of a size."""
-_MODEL_CODE = tuple(f"{_TORCH_HOME}{part}" for part in ("nn/", "functional.py", "_tensor.py", "distributions/"))
+_MODEL_CODE = tuple(f"{TORCH_HOME}{part}" for part in ("nn/", "functional.py", "_tensor.py", "distributions/"))
 """What of torch computes a model's values; the rest computes the sizes of tensors, and operators do that anew."""
 
 
@@ -103,7 +102,7 @@ def _asked_by(frame: FrameType | None) -> str:
     if frame is None:
         return ""
     file = frame.f_code.co_filename
-    if file.startswith(_TORCH_HOME) and not file.startswith(_MODEL_CODE):
+    if file.startswith(TORCH_HOME) and not file.startswith(_MODEL_CODE):
         return ""
     return _innermost(frame) or _line(frame)
 
@@ -112,7 +111,7 @@ def _innermost(frame: FrameType | None) -> str:
     """The innermost line that is not torch's own; empty where there is none."""
     while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
-    own = frame is None or frame.f_code.co_filename.startswith(_OWN_HOME)
+    own = frame is None or frame.f_code.co_filename.startswith(OWN_HOME)
     return "" if own or frame is None else _line(frame)
 
 

@@ -13,9 +13,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from graphzip.graph.state import joined
 from graphzip.graph.torch_private import TorchDispatchMode
 
 __all__ = [
+    "aliased_copy",
     "borrow",
     "computed",
     "deep_copy",
@@ -60,7 +62,7 @@ def computed(models: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
 def recomputed(model: nn.Module) -> list[str]:
     """Names of the tensors that the old `weight_norm`, `spectral_norm` and `prune` compute before every call."""
     return [
-        f"{name}.{leaf}" if name else leaf
+        joined(name, leaf)
         for name, module in model.named_modules()
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod)
@@ -79,6 +81,20 @@ def deep_copy(models: Models, shared: Iterable[Any] = ()) -> Models:
 def share_copy(model: nn.Module) -> nn.Module:
     """A deep copy of the module structure that shares every parameter and buffer with `model`."""
     return deep_copy(model, [*model.parameters(), *model.buffers()])
+
+
+def aliased_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are other tensors in the same memory."""
+    held = [each for each in (*model.parameters(), *model.buffers()) if type(each) in (torch.Tensor, nn.Parameter)]
+    return copy.deepcopy(model, {**computed([model]), **{id(each): _aliased(each) for each in held}})
+
+
+def _aliased(tensor: torch.Tensor) -> torch.Tensor:
+    same = tensor.detach()
+    if isinstance(tensor, nn.Parameter):
+        same = nn.Parameter(same, tensor.requires_grad)
+    same.__dict__.update(tensor.__dict__)
+    return same
 
 
 def borrow(model: Models) -> Models:

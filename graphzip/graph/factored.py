@@ -21,11 +21,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from graphzip.graph.meta import Factored, meta_of, owner_name
+from graphzip.graph.operators import CONVOLUTIONS, argument_of
 from graphzip.graph.proxies import as_layer, is_proxy
 
-__all__ = ["FACTORED", "AtomConv", "FactoredConv", "SliceConv", "factored_conv", "slice_grid"]
+__all__ = [
+    "FACTORED",
+    "AtomConv",
+    "FactoredConv",
+    "SliceConv",
+    "factored_conv",
+    "kernel_nodes",
+    "mark_calls",
+    "slice_grid",
+]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -85,7 +96,17 @@ class FactoredConv(nn.Module):
                 self._kept = (state, self.kernel())
         return self._kept[1]
 
-    def kernel(self) -> torch.Tensor:
+    def kernel(self, *, training: bool | None = None) -> torch.Tensor:
+        """The kernel as the tensors are now; atoms drop out in training, or as `training` says."""
+        tensors = [getattr(self, name) for name in self.operands]
+        return self.build(*tensors, training=self.training if training is None else training)
+
+    def build(self, one: torch.Tensor, other: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """The kernel of these operands: what is run here, and traced where a graph has the kernel as factors."""
+        raise NotImplementedError
+
+    def mark(self, name: str) -> Factored:
+        """What a graph says of the calls of this layer, which has that name."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Any:
@@ -115,27 +136,75 @@ class AtomConv(FactoredConv):
         self.register_parameter("atoms", atoms)
         self.register_parameter("coefficients", coefficients)
 
-    def kernel(self) -> torch.Tensor:
-        return self.kernel_of(drop=self.training and self.drop > 0.0)
+    @classmethod
+    def around(cls, like: Conv, atoms: Any, coefficients: Any, mark: Factored) -> AtomConv:
+        """The layer with these operands; its output is shuffled by the graph."""
+        return cls(like, atoms, coefficients, groups=like.groups, drop=mark.drop, shuffled=False)
 
-    def kernel_of(self, *, drop: bool) -> torch.Tensor:
-        """The kernel as the tensors are now, with or without atom-drop."""
-        count, columns = self.atoms.shape[0], self.in_channels // self.groups
-        used = self.coefficients[..., : self.out_channels // count, :columns, :].flatten(-3, -2)
-        atoms = self.atoms.flatten(2)
-        if drop:
-            atoms = torch.feature_dropout(atoms, self.drop, True)
-        return torch.matmul(used, atoms).reshape(self.out_channels, columns, *self.kernel_size)
+    def mark(self, name: str) -> Factored:
+        return Factored(name, drop=self.drop)
+
+    def build(self, one: torch.Tensor, other: torch.Tensor, *, training: bool) -> torch.Tensor:
+        columns = self.in_channels // self.groups
+        product = torch.matmul(self.used(other).flatten(-3, -2), self.flat(one, training=training))
+        return product.reshape(self.out_channels, columns, *self.kernel_size)
+
+    def used(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """The corner of the coefficients that the layer uses, `(s, s', m)` or `(g, s, s', m)`."""
+        rows, columns = self.out_channels // self.atoms.shape[0], self.in_channels // self.groups
+        return coefficients[..., :rows, :columns, :]
+
+    def flat(self, atoms: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """The atoms laid out flat, `(g, m, L)`; some drop out in training."""
+        atoms = atoms.flatten(2)
+        return torch.feature_dropout(atoms, self.drop, training) if self.drop else atoms
+
+    # --- the atoms first: `(A D) * x = A (D * x)` (ACDC, section 3.1) ---
+
+    @property
+    def repeats(self) -> int:
+        """How many groups of filters, with atoms of their own, read the same channels."""
+        return max(self.atoms.shape[0] // self.groups, 1)
+
+    def spread_atoms(self, atoms: torch.Tensor) -> torch.Tensor:
+        """The kernel of a depthwise convolution by the atoms, `(inputs * repeats * m, 1, *kernel size)`."""
+        flat = self.flat(atoms, training=False)
+        wide = torch.unflatten(flat, 0, (-1, 1, self.repeats))
+        wide = wide.expand(-1, self.in_channels * self.repeats // self.atoms.shape[0], -1, -1, -1)
+        return wide.reshape(self.in_channels * self.repeats * self.atoms.shape[1], 1, *self.kernel_size)
+
+    def mixing(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """The kernel of the 1x1 convolution that mixes what comes of the atoms."""
+        count, atoms = self.atoms.shape[:2]
+        mixing = self.used(coefficients).flatten(-2, -1)
+        if count > 1 and mixing.dim() == 2:
+            mixing = mixing.unsqueeze(0).expand(count, -1, -1)
+        columns = self.in_channels // self.groups * atoms
+        return mixing.reshape(self.out_channels, columns, *[1] * len(self.kernel_size))
+
+    def by_filters(self, z: torch.Tensor) -> torch.Tensor:
+        """What comes of the atoms in the order in which groups of filters read it."""
+        channel, columns = -1 - len(self.kernel_size), self.in_channels // self.groups
+        parted = torch.unflatten(z, channel, (self.groups, columns, self.repeats, self.atoms.shape[1]))
+        return parted.transpose(channel - 2, channel - 1).flatten(channel - 3, channel)
+
+    # --- what comes out ---
+
+    @property
+    def shuffles(self) -> bool:
+        return self.shuffled and self.atoms.shape[0] > 1
+
+    def shuffle(self, y: torch.Tensor) -> torch.Tensor:
+        """Filter `i` of group `j` makes channel `i g + j`."""
+        channel = -1 - len(self.kernel_size)
+        parted = torch.unflatten(y, channel, (self.atoms.shape[0], -1))
+        return parted.transpose(channel - 1, channel).flatten(channel - 1, channel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if is_proxy(x):
             return as_layer(self, x)  # type: ignore[no-any-return]
         y: torch.Tensor = self._conv_forward(x, self.weight, self.bias)
-        count, channel = self.atoms.shape[0], -1 - len(self.kernel_size)
-        if count == 1 or not self.shuffled:
-            return y
-        parted = torch.unflatten(y, channel, (count, -1))
-        return parted.transpose(channel - 1, channel).flatten(channel - 1, channel)
+        return self.shuffle(y) if self.shuffles else y
 
 
 class SliceConv(FactoredConv):
@@ -154,10 +223,19 @@ class SliceConv(FactoredConv):
         else:
             self.register_buffer("generator", generator)
 
-    def kernel(self) -> torch.Tensor:
+    @classmethod
+    def around(cls, like: Conv, codes: Any, generator: Any, mark: Factored) -> SliceConv:
+        """The layer with these operands."""
+        return cls(like, codes, generator, size=mark.size)
+
+    def mark(self, name: str) -> Factored:
+        return Factored(name, size=self.size)
+
+    def build(self, one: torch.Tensor, other: torch.Tensor, *, training: bool) -> torch.Tensor:
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         grid, rank = slice_grid(shape, self.size), len(shape)
-        slices = torch.matmul(self.codes, self.generator.to(self.codes.dtype).t())
+        generator = other.type_as(one) if other.dtype != one.dtype else other
+        slices = torch.matmul(one, generator.t())
         order = [dim for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for dim in pair]
         tiled = slices.reshape(*grid, *self.size).permute(order)
         kernel = tiled.reshape([count * step for count, step in zip(grid, self.size, strict=True)])
@@ -206,3 +284,20 @@ FACTORED: dict[str, type[FactoredConv]] = {
 def factored_conv(family: str, dims: int) -> type[Any]:
     """The class of a family (`"Atom"` or `"Slice"`) for kernels of this many dimensions."""
     return FACTORED[f"{family}Conv{dims}d"]
+
+
+def mark_calls(graph: fx.Graph, model: nn.Module) -> None:
+    """Mark the convolutions that are calls of factored layers of the model that a graph was traced from."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactoredConv)}
+    for node in graph.nodes if layers else ():
+        if node.target in CONVOLUTIONS and owner_name(node) in layers:
+            meta_of(node)["factored"] = layers[owner_name(node)].mark(owner_name(node))
+
+
+def kernel_nodes(call: fx.Node) -> list[fx.Node]:
+    """The operators that compute the kernel of a convolution and what they read, the last one first."""
+    found: list[fx.Node] = [argument_of(call, "weight")]
+    for each in found:
+        found += [operand for operand in each.all_input_nodes if operand not in found]
+    wanted = set(found)
+    return [each for each in reversed(list(call.graph.nodes)) if each in wanted]

@@ -12,9 +12,10 @@ from torch import fx
 
 from graphzip.errors import InputShapeError
 from graphzip.graph.proxies import as_call, is_proxy
-from graphzip.graph.torch_private import DimDynamic, FakeTensorMode, StatelessSymbolicContext, pytree
+from graphzip.graph.torch_private import DimDynamic, FakeTensorMode, PyTreeCodeGen, StatelessSymbolicContext, pytree
 
 __all__ = [
+    "CallCode",
     "InputSpec",
     "check_constant",
     "check_input",
@@ -38,6 +39,24 @@ class InputSpec:
     name: str
     shape: tuple[int | None, ...]
     dtype: torch.dtype | None
+
+
+class CallCode(PyTreeCodeGen):
+    """Writes the `forward` of a graph, which takes by name alone what the model it is from was given by name.
+
+    What was given by name may stand behind arguments that were not given, so it has no position that counts.
+    """
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
+        """The first lines of the function."""
+        text: str = super().gen_fn_def(free_vars, maybe_return_annotation, expanded_def=expanded_def)
+        info = self.pytree_info
+        given = info.in_spec.children()
+        by_name = info.orig_args[given[0].num_children :] if len(given) == 2 and given[1].type is dict else []
+        if not by_name or expanded_def:
+            return text
+        first = ", ".join(by_name) + ")"
+        return text.replace(first, f"*, {first}", 1)
 
 
 def has_batch_of_one(inputs: Any) -> bool:

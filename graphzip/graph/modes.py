@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from graphzip.graph.copies import in_mode, switches_by_itself
 from graphzip.graph.source import owner_of, source_of
-from graphzip.graph.state import Aliases
+from graphzip.graph.state import Aliases, joined
 from graphzip.graph.torch_private import BatchNorm, DropoutNd, NormBase, SpectralParametrization
 
 __all__ = [
@@ -175,7 +175,7 @@ def unread(model: nn.Module, graphs: Iterable[fx.Graph], aliases: Aliases) -> di
     found: dict[str, str] = {}
     told: set[str] = set()
     for name, module in model.named_modules():
-        own = {f"{name}.{key}" if name else key for key, _ in module.named_parameters()}
+        own = {joined(name, key) for key, _ in module.named_parameters()}
         own = {aliases.get(key, key) for key in own}
         if own - told and used.isdisjoint(own):
             found[name] = (

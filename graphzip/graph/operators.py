@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["CONVOLUTIONS", "COPIES", "TRANSPOSED", "arguments_of"]
+__all__ = ["CONVOLUTIONS", "COPIES", "TRANSPOSED", "argument_of", "arguments_of", "set_argument"]
 
 aten = torch.ops.aten
 
@@ -25,9 +25,24 @@ COPIES = (aten.contiguous.default, aten.clone.default)
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an ATen call by name, defaults filled in."""
+    """The arguments of an ATen call by name, defaults filled in; `None` where one is missing and has none."""
     schema = node.target._schema  # type: ignore[union-attr]
     bound = {argument.name: argument.default_value for argument in schema.arguments}
     bound.update({argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)})
     bound.update(node.kwargs)
     return bound
+
+
+def argument_of(node: fx.Node, name: str) -> Any:
+    """One of them."""
+    return arguments_of(node)[name]
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Give argument `name` of an ATen call another value."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    place = [argument.name for argument in schema.arguments].index(name)
+    if place < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["annotate", "describe", "first_line", "owner_of", "source_of"]
+from graphzip.graph.meta import meta_of
 
-_TORCH_HOME = f"{Path(torch.__file__).parent}/"
+__all__ = ["OWN_HOME", "TORCH_HOME", "annotate", "describe", "first_line", "owner_of", "source_of"]
+
+TORCH_HOME = f"{Path(torch.__file__).parent}/"
+OWN_HOME = f"{Path(__file__).parents[1]}/"
+"""What the files of torch and of graphzip begin with: lines of others are the user's."""
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 """Where `torch.export` lost the module that ran an operator."""
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
@@ -20,7 +24,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S
 def annotate(node: fx.Node) -> None:
     """Keep of a node's metadata its value (`val`), `owner` and `source`, and whether it ran under `no_grad`."""
     known = {"val": node.meta.get("val"), "owner": owner_of(node), "source": source_of(node)}
-    if node.meta.get("no_grad"):
+    if meta_of(node).get("no_grad"):
         known["no_grad"] = True
     node.meta.clear()
     node.meta.update(known)
@@ -55,4 +59,4 @@ def source_of(node: fx.Node) -> str:
 
 
 def _is_torch(file: str) -> bool:
-    return file.startswith((_TORCH_HOME, "torch/", "<"))
+    return file.startswith((TORCH_HOME, "torch/", "<"))

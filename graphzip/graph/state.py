@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from graphzip.graph.frozen import Frozen, freeze, thaw
-from graphzip.graph.torch_private import pytree
+from graphzip.graph.pickling import Frozen, freeze, thaw
+from graphzip.graph.torch_private import LazyGraphModule, pytree
 
 __all__ = [
     "Aliases",
@@ -21,20 +22,55 @@ __all__ = [
     "find_aliases",
     "get_tensor",
     "graph_module",
+    "inside",
     "is_persistent",
+    "joined",
+    "like",
+    "made_owner",
     "named_state",
+    "own_tensors",
+    "owner_of",
     "rebuild_state",
     "share_tree",
+    "with_code",
 ]
 
 Aliases = dict[str, str]
 """Name of a tied parameter or buffer -> the first name of the same tensor."""
 
 
+def joined(prefix: str, name: str) -> str:
+    """The name of what is called `name` inside of `prefix`; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def inside(name: str, prefix: str) -> str:
+    """The way back of `joined`: a name as it is inside of `prefix`, empty for what is called that itself."""
+    return "" if prefix and name == prefix else name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`value` in the dtype of `old`, a parameter where that is one."""
+    value = value.to(old.dtype)
+    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
 def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every name of every parameter and buffer, tied ones under each of their names, parameters first."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    modules: list[tuple[str, nn.Module]] = []
+    _walk(module, "", modules)
+    for prefix, inner in modules:
+        yield from ((prefix + leaf, value) for leaf, value in inner._parameters.items() if value is not None)
+    for prefix, inner in modules:
+        yield from ((prefix + leaf, value) for leaf, value in inner._buffers.items() if value is not None)
+
+
+def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]]) -> None:
+    """All modules, with what the names of their tensors begin with; `named_modules` walks each level once more."""
+    found.append((prefix, module))
+    for name, inner in module._modules.items():
+        if inner is not None:
+            _walk(inner, f"{prefix}{name}.", found)
 
 
 def find_aliases(module: nn.Module) -> Aliases:
@@ -56,21 +92,44 @@ def _identity(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
+def owner_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds what has this full name, and its name there; `get_submodule` asks several times as long.
+
+    Raises `AttributeError` where there is no such module.
+    """
+    *path, leaf = name.split(".")
+    for part in path:
+        found = root._modules.get(part)
+        if found is None:
+            raise AttributeError(f"{name!r}: there is no module {part!r}")
+        root = found
+    return root, leaf
+
+
+def made_owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The same, with plain containers made on the way where there are none."""
+    *path, leaf = name.split(".")
+    for part in path:
+        found = root._modules.get(part)
+        if found is None:
+            found = nn.Module()
+            root.add_module(part, found)
+        root = found
+    return root, leaf
+
+
 def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
-    owner, _, leaf = name.rpartition(".")
-    value = getattr(module.get_submodule(owner), leaf)
+    owner, leaf = owner_of(module, name)
+    value = owner._parameters.get(leaf)
+    if value is None:
+        value = getattr(owner, leaf)
     assert isinstance(value, torch.Tensor)
     return value
 
 
 def attach(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bool = True) -> None:
     """Register a parameter or buffer under a dotted name, making plain containers on the way."""
-    *path, leaf = name.split(".")
-    owner = root
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
+    owner, leaf = made_owner(root, name)
     if isinstance(value, nn.Parameter):
         owner.register_parameter(leaf, value)
     else:
@@ -79,15 +138,27 @@ def attach(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bool 
 
 def is_persistent(root: nn.Module, name: str) -> bool:
     """Whether a buffer is part of the state dict (a parameter always is)."""
-    owner, _, leaf = name.rpartition(".")
-    return leaf not in root.get_submodule(owner)._non_persistent_buffers_set
+    owner, leaf = owner_of(root, name)
+    return leaf not in owner._non_persistent_buffers_set
 
 
-class Rewritten(fx.GraphModule):
+class Rewritten(LazyGraphModule):
     """A graph module that is pickled and copied as it is: with its graph, and all its state in the same order.
+
+    Its code is made when its `forward` is first asked for, for most are neither run nor looked at. `with_code`
+    makes it at once.
 
     (That of `torch.fx` is written as source and traced anew, and a copy of it has its state in the order of its use.)
     """
+
+    @classmethod
+    def recompile(cls) -> None:  # type: ignore[override]
+        """Let the code be made anew."""
+        cls.forward = _MAKES_CODE
+
+    @classmethod
+    def _needs_recompile(cls) -> bool:
+        return cls.forward is _MAKES_CODE
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (type(self).__name__,), (self._own(), freeze(self.graph, only_calls=True))
@@ -114,6 +185,17 @@ class Rewritten(fx.GraphModule):
         return {name: value for name, value in self.__dict__.items() if name not in _OF_THE_GRAPH}
 
 
+def with_code(module: fx.GraphModule) -> fx.GraphModule:
+    """The module, whose code is made now where it was not."""
+    if isinstance(module, Rewritten):
+        module.real_recompile()
+    return module
+
+
+_MAKES_CODE: Any = property(lambda module: with_code(module).forward)
+"""Stands for the `forward` of a graph module, and asked for it puts the real one in its place."""
+
+
 def _empty(name: str) -> Rewritten:
     return Rewritten(nn.Module(), fx.Graph(), class_name=name)
 
@@ -127,8 +209,9 @@ _OF_THE_GRAPH = {
 
 def fake_memo(module: fx.GraphModule) -> dict[int, Any]:
     """For a deep copy of the graph: the fake results of its nodes are not copied."""
-    values = pytree.tree_leaves([node.meta.get("val") for node in module.graph.nodes])
-    return {id(value): value for value in values}
+    values = [node.meta.get("val") for node in module.graph.nodes]
+    several = pytree.tree_leaves([value for value in values if not isinstance(value, torch.Tensor)])
+    return {id(value): value for value in (*values, *several)}
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, name: str, *, compiled: bool = True) -> fx.GraphModule:
@@ -148,6 +231,20 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str, *, compiled: bool 
         module._graph = graph
         graph.owning_module = module
     return module
+
+
+@contextmanager
+def own_tensors(root: nn.Module) -> Iterator[None]:
+    """Let a module hold copies of its tensors for a while, which may be written to; then it has its own again."""
+    held = [(name, value, is_persistent(root, name)) for name, value in named_state(root)]
+    copies = {id(value): like(value.detach().clone(), value) for _, value, _ in held}
+    try:
+        for name, value, persistent in held:
+            attach(root, name, copies[id(value)], persistent=persistent)
+        yield
+    finally:
+        for name, value, persistent in held:
+            attach(root, name, value, persistent=persistent)
 
 
 def share_tree(root: nn.Module) -> nn.Module:
@@ -194,7 +291,7 @@ def rebuild_state(source: nn.Module, unlifted: fx.GraphModule, aliases: Aliases)
             tensor = module._parameters.get(leaf, module._buffers.get(leaf))
             if tensor is None:
                 continue
-            name = f"{prefix}.{leaf}" if prefix else leaf
+            name = joined(prefix, leaf)
             shared = get_tensor(root, aliases[name]) if name in aliases and _holds(root, aliases[name]) else tensor
             attach(root, name, shared, persistent=leaf not in module._non_persistent_buffers_set)
     for node in unlifted.graph.nodes:

@@ -26,6 +26,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.dynamic_shapes import _combine_args as combine_args
 from torch.export.dynamic_shapes import _tree_map_with_path as tree_map_with_path
 
+# A graph module whose code is made when it is first run. Else: fx.GraphModule, whose code is made at once.
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+
+# Traces a function of tensors into operators as torch.export leaves them. Else: torch.export of a small module.
+from torch.fx.experimental.proxy_tensor import make_fx
+
 # Sizes that are free, the conditions on them, and the environment that they live in. Else: torch.export.Dim's ranges.
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -55,6 +61,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "InstanceNorm",
+    "LazyGraphModule",
     "NormBase",
     "OpOverload",
     "PyTreeCodeGen",
@@ -70,6 +77,7 @@ __all__ = [
     "foreach_add_",
     "foreach_copy_",
     "has_kernel",
+    "make_fx",
     "pytree",
     "tree_map_with_path",
 ]
@@ -91,7 +99,6 @@ ATTRIBUTES: Final = {
     "_cdata": "of a storage: its address, which tells tensors that share memory",
     "_codegen": "of a graph: how its inputs and outputs are nested",
     "_conj": "aten::_conj, the view that is a conjugate",
-    "_erased": "of a node: whether it was taken out of its graph",
     "_expr": "of a SymNode: its size as an expression",
     "_forward_pre_hooks": "of a module: what runs before it, such as weight_norm of old",
     "_get_node_type": "of pytree: what kind of container a value is",

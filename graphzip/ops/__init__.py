@@ -16,21 +16,41 @@ from graphzip.ops import (
     movement,
     norm,
     picking,
+    pixel_and_unfold,
     pointwise,
-    positions,
     recurrent,
+    reductions,
     views,
-    windows,
 )
 from graphzip.ops.spec import OpSpec, table_of
 
 __all__ = ["MOVES", "OPS", "OpSpec"]
 
-_FAMILIES = (pointwise, views, movement, picking, copies, fills, windows, conv, linear, recurrent, norm, positions)
+_FAMILIES = (
+    pointwise,
+    views,
+    movement,
+    picking,
+    copies,
+    fills,
+    pixel_and_unfold,
+    conv,
+    linear,
+    recurrent,
+    norm,
+    reductions,
+)
 
 OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in _FAMILIES)
 
-_MOVING = (*views.SPECS, *movement.SPECS, picking.INDEX, *copies.REPEATS, *windows.SHUFFLES, pointwise.IDENTITY)
+_MOVING = (
+    *views.SPECS,
+    *movement.SPECS,
+    picking.INDEX,
+    *copies.REPEATS,
+    *pixel_and_unfold.SHUFFLES,
+    pointwise.IDENTITY,
+)
 
 MOVES: frozenset[Any] = frozenset(target for spec in _MOVING for target in spec.targets)
 """Operators that only rearrange: their result is still a parameter where their operands are."""

@@ -1,7 +1,7 @@
 """Convolutions: the input's channels are the weight's inputs, the output's channels its outputs.
 
 With groups, row `(g, o)` of a weight sees the input channels `(g, i)` only, so dimension 1 of the weight has other
-labels in every group: `blocked_weights` finds those weights, and `Site.blocked` holds their labels as `(g, i)`.
+labels in every group: `grouped_weights` finds those weights, and `Site.grouped` holds their labels as `(g, i)`.
 The outputs of a grouped transposed convolution are one channel `o` in all groups.
 """
 
@@ -14,26 +14,26 @@ import torch
 from torch import fx
 
 from graphzip.graph.inputs import hint
-from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED
+from graphzip.graph.operators import CONVOLUTIONS, TRANSPOSED, arguments_of
 from graphzip.graph.sizes import is_open, same_size
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import merge, mixing, split_axes, uncut, weight_labels
-from graphzip.ops.site import Site, bind
+from graphzip.ops.rules import meet, mixing, split_axes, uncut, weight_labels
+from graphzip.ops.site import Site
 from graphzip.ops.spec import OpSpec, Patch, Result
 
-__all__ = ["SPECS", "blocked_weights"]
+__all__ = ["SPECS", "grouped_weights"]
 
 aten = torch.ops.aten
 
 _PLAIN = (*CONVOLUTIONS, aten.convolution.default)
 
 
-def blocked_weights(graph: fx.Graph) -> dict[fx.Node, int]:
+def grouped_weights(graph: fx.Graph) -> dict[fx.Node, int]:
     """Parameters that are the weight of a grouped convolution and of nothing else, with the number of groups."""
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.target in _PLAIN:
-            args = bind(node)
+            args = arguments_of(node)
             weight, groups = args["weight"], args["groups"]
             if (
                 isinstance(groups, int)
@@ -48,7 +48,7 @@ def blocked_weights(graph: fx.Graph) -> dict[fx.Node, int]:
 def _is_weight_of(user: fx.Node, weight: fx.Node, groups: int) -> bool:
     if user.target not in _PLAIN:
         return False
-    args = bind(user)
+    args = arguments_of(user)
     return (
         not args.get("transposed")
         and args["weight"] is weight
@@ -89,7 +89,7 @@ def convolution(site: Site) -> Result:
         shape = site.shape()
         wide = tuple(axis.reshape(made.shape) for axis in site.axes(bias))
         size = (1,) * channel + (shape[channel],) + (1,) * (rank - channel - 1)
-        return (*others, *merge(site, [((made,), size), (wide, size)]))
+        return (*others, *meet(site, [((made,), size), (wide, size)]))
     return (*others, made)
 
 
@@ -97,7 +97,7 @@ def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
     """Labels of the incoming and of the outgoing channels, each `(groups, channels of a group)`."""
     groups, shape = site.size(site.args["groups"]), site.shape(weight)
     rows = weight_labels(site, weight, 0).reshape(groups, -1)
-    columns = site.blocked.get(weight)
+    columns = site.grouped.get(weight)
     if columns is None and shape[1] == 1:
         columns = site.fresh((groups, 1))
     elif columns is None:
@@ -107,7 +107,7 @@ def _ends(site: Site, weight: fx.Node) -> tuple[IntArray, IntArray]:
             site.pin(axis, "slides over it")
     incoming, outgoing = (rows, columns) if _is_transposed(site) else (columns, rows)
     depthwise = groups > 1 and incoming.shape[1] == outgoing.shape[1] == 1
-    if groups > 1 and incoming is columns and incoming.shape[1] == 1 and weight not in site.blocked:
+    if groups > 1 and incoming is columns and incoming.shape[1] == 1 and weight not in site.grouped:
         channel = site.tie(rows, [1])  # one input per group: all its outputs are the channel of that input
         return channel, np.broadcast_to(channel, outgoing.shape)
     if site.is_raw(weight) and not depthwise:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphzip.graph.fills import FILLS
+from graphzip.canonical.fills import FILLS
 from graphzip.ops.rules import shape_along
 from graphzip.ops.site import Site
 from graphzip.ops.spec import OpSpec, Result

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import align, merge, residual
+from graphzip.numeric.grouped_mm import grouped_mm
+from graphzip.ops.rules import after_sum, align, meet, mixing
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 
@@ -48,7 +49,7 @@ def contraction(site: Site, terms: Sequence[Term], out: str) -> Axes:
         sizes = dict(zip(names, site.extent(value), strict=True))
         operands.append((axes, tuple(sizes.get(letter, 1) for letter in letters)))
     held = frozenset(letters.index(names[dim]) for value, names in terms for dim in site.open(value))
-    met = residual(site, merge(site, operands), summed, held)
+    met = after_sum(site, meet(site, operands), summed, held)
     kept = tuple(slice(None) if place not in summed else 0 for place in range(len(letters)))
     result = tuple(axis[kept] for axis in met)
     return tuple(axis for axis in result if support(axis))
@@ -93,7 +94,7 @@ def _plus(site: Site, made: Axes, bias: Any) -> Axes:
     rank = len(site.shape())
     given = site.extent(bias)
     spread = tuple(align(axis, rank) for axis in site.axes(bias))
-    return merge(site, [(made, site.extent()), (spread, (1,) * (rank - len(given)) + given)])
+    return meet(site, [(made, site.extent()), (spread, (1,) * (rank - len(given)) + given)])
 
 
 def patch_linear(patch: Patch) -> None:
@@ -159,6 +160,28 @@ def matmul_macs(site: Site) -> int:
         value for name, value in _factors(site.args) if not (name == "self" and ({"mat1", "batch1"} & set(site.args)))
     ]
     return math.prod(site.shape()) * site.shape(sides[0])[-1]
+
+
+def sorted_rows(site: Site) -> Result:
+    """`input (S, I), weight (E, I, O), offs (E,) -> (S, O)`: the data decide which of the E matrices a row gets."""
+    made = contraction(site, [(site.args["input"], "az"), (site.args["weight"], "ezy")], "eay")
+    ends, matrices = site.axes(site.args["offs"]), [axis for axis in made if support(axis) == (0,)]
+    if ends and matrices:  # both are what is left of experts that a router picks
+        site.unify(ends[0], matrices[0].ravel())
+        made = tuple(axis for axis in made if axis is not matrices[0])
+    else:
+        for axis in ends:
+            site.pin(axis, "counts rows by it")
+    return tuple(axis[0] for axis in mixing(site, made, [0], "chooses one of them by the data"))
+
+
+def sorted_rows_macs(site: Site) -> int:
+    return math.prod(site.shape(site.args["input"])) * site.shape()[-1]
+
+
+def patch_sorted_rows(patch: Patch) -> None:
+    if not patch.consumes(patch.args["weight"], 1):
+        scale_activation(patch, "input", [1])
 
 
 def _einsum_terms(site: Site) -> tuple[list[Term], str] | None:
@@ -270,7 +293,7 @@ def attention(site: Site) -> Result:
     if mask is not None:
         given = site.extent(mask)
         spread = tuple(align(axis, rank) for axis in site.axes(mask))
-        scores = merge(site, [(scores, full), (spread, (1,) * (rank - len(given)) + given)])
+        scores = meet(site, [(scores, full), (spread, (1,) * (rank - len(given)) + given)])
     for axis in scores:
         if set(support(axis)) & {rank - 2, rank - 1}:
             site.pin(axis, "attends along it")
@@ -303,7 +326,7 @@ def _between(
         for found, n, size in ((axes, names, sizes[0]), (other[0], other_names, sizes[1]))
     ]
     summed = [place for place, letter in enumerate(letters) if letter not in out]
-    met = residual(site, merge(site, operands), summed, frozenset(map(letters.index, held.intersection(letters))))
+    met = after_sum(site, meet(site, operands), summed, frozenset(map(letters.index, held.intersection(letters))))
     kept = tuple(slice(None) if place not in summed else 0 for place in range(len(letters)))
     return tuple(axis[kept] for axis in met if support(axis[kept]))
 
@@ -340,6 +363,7 @@ SPECS = (
         macs=matmul_macs,
         patch=patch_matmul,
     ),
+    OpSpec((grouped_mm,), sorted_rows, macs=sorted_rows_macs, patch=patch_sorted_rows),
     OpSpec((aten.einsum.default,), einsum, macs=einsum_macs, patch=patch_einsum),
     OpSpec((aten.embedding.default,), embedding),
     OpSpec((aten.embedding_bag.padding_idx,), embedding_bag),

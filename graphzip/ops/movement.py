@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from graphzip.errors import RewriteError
+from graphzip.graph.meta import meta_of
 from graphzip.graph.sizes import same_size
 from graphzip.labels import IntArray, ranks, support
-from graphzip.ops.rules import broadcast_dims, merge, mixing, moved, same, shape_along, split_axes, uncut
+from graphzip.ops.rules import broadcast_dims, meet, mixing, moved, same, shape_along, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 
@@ -27,6 +28,7 @@ aten = torch.ops.aten
 def permute(site: Site) -> Result:
     rank = len(site.shape())
     order = [dim % rank for dim in site.args["dims"]]
+    site.carry(site.args["self"])
     return moved(site, site.axes(site.args["self"]), lambda array: array.transpose(order))
 
 
@@ -34,6 +36,7 @@ def transpose(site: Site) -> Result:
     rank = len(site.shape())
     if rank < 2:
         return same(site)
+    site.carry(site.args["self"])
     given = [site.args[name] % rank for name in ("dim0", "dim1", "axis0", "axis1") if name in site.args]
     first, second = given or (rank - 2, rank - 1)
     return moved(site, site.axes(site.args["self"]), lambda array: np.swapaxes(array, first, second))
@@ -46,11 +49,13 @@ def movedim(site: Site) -> Result:
 
 def unsqueeze(site: Site) -> Result:
     dim = site.dim(site.args["dim"])
+    site.carry(site.args["self"])
     return moved(site, site.axes(site.args["self"]), lambda array: np.expand_dims(array, dim))
 
 
 def select(site: Site) -> Result:
     source = site.args["self"]
+    site.carry(source)
     dim = site.dim(site.args["dim"], len(site.shape(source)))
     index = site.size(site.args["index"])
 
@@ -71,6 +76,7 @@ def _unique_position(site: Site, axes: Axes, dim: int) -> Axes:
 
 def slice_(site: Site) -> Result:
     source = site.args["self"]
+    site.carry(source)
     shape = site.shape(source)
     dim = site.dim(site.args["dim"], len(shape))
     if same_size(source.meta["val"].shape[dim], site.node.meta["val"].shape[dim]) and site.args.get("step", 1) == 1:
@@ -135,16 +141,16 @@ def scatter(site: Site) -> Result:
     part, size = _part(site, dim)
     whole = "index" not in site.args and same_size(base.meta["val"].shape[dim], site.args["src"].meta["val"].shape[dim])
     if whole:
-        return merge(site, [(site.axes(base), extent), (part, size)])
+        return meet(site, [(site.axes(base), extent), (part, size)])
     along = [split_axes(axes, [dim])[0] for axes in (site.axes(base), part)]
     if not any(along):
-        return merge(site, [(site.axes(base), _without(extent, dim)), (part, _without(size, dim))])
+        return meet(site, [(site.axes(base), _without(extent, dim)), (part, _without(size, dim))])
     if not _writes_channels(site, base, dim) or not all(along) or any(support(found[0]) != (dim,) for found in along):
         for axis in site.axes(base) + part:
             site.pin(axis, "writes into some of the channels")
         return ()
     start, end, _ = _slice_bounds(site, shape[dim])
-    across = merge(
+    across = meet(
         site,
         [
             (tuple(split_axes(axes, [dim])[1]), _without(sizes, dim))
@@ -214,7 +220,7 @@ def diagonal_scatter(site: Site) -> Result:
     written = mixing(site, site.axes(part), [len(site.shape(part)) - 1], "is written into a diagonal")
     spread = moved(site, written, lambda array: np.expand_dims(np.squeeze(array, axis=-1), sorted(dims)))
     sizes = tuple(1 if dim in dims else size for dim, size in enumerate(site.extent(base)))
-    return merge(site, [(axes, sizes), (spread, sizes)])
+    return meet(site, [(axes, sizes), (spread, sizes)])
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -263,7 +269,7 @@ def cat(site: Site) -> Result:
     dim = site.dim(site.args["dim"], len(shape))
     values = [value for value in site.args["tensors"] if len(site.shape(value)) == len(shape)]
     along = [split_axes(site.axes(value), [dim])[0] for value in values]
-    across = merge(
+    across = meet(
         site, [(tuple(split_axes(site.axes(value), [dim])[1]), _without(site.extent(value), dim)) for value in values]
     )
     if not any(along):
@@ -299,7 +305,7 @@ def stack(site: Site) -> Result:
     ]
     counts = [len(site.axes(value)) for value in values]
     ends = np.cumsum([0, *counts])
-    return merge(
+    return meet(
         site,
         [(tuple(along[ends[k] : ends[k + 1]]), _with(site.extent(value), dim, 1)) for k, value in enumerate(values)],
     )
@@ -376,8 +382,8 @@ def numbers_of(value: Any) -> IntArray | None:
     """The numbers of an integer constant of the model."""
     if getattr(value, "op", "") != "get_attr":
         return None
-    if "numbers" in value.meta:
-        return np.asarray(value.meta["numbers"], dtype=np.int64)
+    if "numbers" in meta_of(value):
+        return np.asarray(meta_of(value)["numbers"], dtype=np.int64)
     found: Any = value.graph.owning_module
     for part in value.target.split("."):
         found = getattr(found, part)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphzip.labels import IntArray, support
-from graphzip.ops.rules import align, alike, merge, split_axes, uncut
+from graphzip.ops.rules import align, alike, meet, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, FloatArray, OpSpec, Patch, Result
 
@@ -36,7 +36,7 @@ def per_channel(site: Site, axes: Axes, parameters: Sequence[Any], channel: int)
     for value in parameters:
         if value is not None:
             operands.append((tuple(lift(axis) for axis in site.axes(value)), size))
-    return merge(site, operands)
+    return meet(site, operands)
 
 
 def _channels_only(site: Site, axes: Axes) -> Axes:
@@ -55,33 +55,57 @@ def batch_norm(site: Site) -> Result:
 
 
 def group_norm(site: Site) -> Result:
-    """Statistics run over the channels of a group (Wu and He, 2018): every group keeps the same number of channels."""
+    """Statistics run over the channels of a group (Wu and He, 2018): what is merged stays inside it."""
     groups, width = site.args["num_groups"], site.shape()[1] // site.args["num_groups"]
     axes = uncut(site, _channels_only(site, site.axes(site.args["input"])), [1])
     if groups > 1 and width > 1:
         for axis in axes:
             rows = axis.reshape(groups, width)
-            site.block(rows)
+            site.norm(rows)
             site.contain(site.fresh((groups, 1)), rows)
     return per_channel(site, axes, [site.args["weight"], site.args["bias"]], 1)
 
 
 def patch_group_norm(patch: Patch) -> None:
-    groups = patch.args["num_groups"]
-    width = patch.before(patch.node, 1) // groups
-    left = int(np.unique(patch.kept(patch.node, 1) // width).size)
+    groups, kept = patch.args["num_groups"], patch.kept(patch.node, 1)
+    of_group = kept // (patch.before(patch.node, 1) // groups)
+    _, group, sizes = np.unique(of_group, return_inverse=True, return_counts=True)
     rank = len(patch.node.meta["val"].shape)
     counts = _uneven(patch, patch.multiplicity(patch.args["input"], list(range(1, rank)), blocks=groups))
-    patch.set("num_groups", left)
-    if counts is None:
+    patch.set("num_groups", sizes.size)
+    if counts is None and not np.ptp(sizes):
         return
-    sizes = [left, patch.size(patch.node, 1) // left]
-    x = patch.call(aten.unflatten.int, patch.operand("input"), 1, sizes)
-    weights = patch.values(counts.reshape(1, *sizes, *(1,) * (rank - 2)) * sizes[1] / width, patch.args["input"])
-    centred, variance = weighted_moments(patch, x, weights, list(range(2, rank + 1)))
+    stands_for = np.ones(kept.size) if counts is None else np.broadcast_to(counts.ravel(), kept.shape)
+    shares = stands_for / np.bincount(group, stands_for)[group]
+    y = _of_groups(patch, _laid_out(group, sizes), shares)
+    patch.become(_affine(patch, y, ["weight", "bias"], (-1, *(1,) * (rank - 2))))
+
+
+def _laid_out(group: IntArray, sizes: IntArray) -> IntArray:
+    """The channels of every group in a row of its own, which is filled up with -1."""
+    laid = np.full((sizes.size, int(sizes.max())), -1)
+    laid[group, np.arange(group.size) - (np.cumsum(sizes) - sizes)[group]] = np.arange(group.size)
+    return laid
+
+
+def _of_groups(patch: Patch, laid: IntArray, shares: FloatArray) -> fx.Node:
+    """The input normalised over groups of channels; `shares` are those of the channels in the mean of their group.
+
+    Groups are made as wide as the widest by channels of no weight.
+    """
+    x, uneven, rank = patch.operand("input"), (laid < 0).any(), len(patch.node.meta["val"].shape)
+    if uneven:
+        filled = np.where(laid < 0, laid[:, :1], laid).ravel()
+        x = patch.call(aten.index_select.default, x, 1, patch.constant(filled))
+    x = patch.call(aten.unflatten.int, x, 1, list(laid.shape))
+    weights = np.where(laid < 0, 0.0, shares[laid]) * laid.shape[1]
+    made = patch.values(weights.reshape(1, *laid.shape, *(1,) * (rank - 2)), patch.args["input"])
+    centred, variance = weighted_moments(patch, x, made, list(range(2, rank + 1)))
     y = patch.call(aten.mul.Tensor, centred, _inverse_root(patch, variance, patch.args["eps"]))
     y = patch.call(aten.flatten.using_ints, y, 1, 2)
-    patch.become(_affine(patch, y, ["weight", "bias"], (-1, *(1,) * (rank - 2))))
+    if not uneven:
+        return y
+    return patch.call(aten.index_select.default, y, 1, patch.constant(np.flatnonzero(laid.ravel() >= 0)))
 
 
 def weighted_moments(
@@ -89,7 +113,7 @@ def weighted_moments(
 ) -> tuple[fx.Node, fx.Node]:
     """`x - mean` and the variance over `dims`, with `weights` whose average over all that was there is one.
 
-    `weights` says how many of the original values each one that is left stands for, times the share that is left.
+    `weights` says how many of the original values each one that is left stands for, times the fraction that is left.
     """
     mean = patch.call(aten.mean.dim, patch.call(aten.mul.Tensor, x, weights), dims, True)
     centred = patch.call(aten.sub.Tensor, x, mean)
@@ -121,7 +145,7 @@ def layer_norm(site: Site) -> Result:
         if value is not None:
             given = site.extent(value)
             operands.append((tuple(align(a, rank) for a in site.axes(value)), (1,) * (rank - len(given)) + given))
-    return merge(site, operands)
+    return meet(site, operands)
 
 
 def _normalized(patch: Patch) -> tuple[list[int], FloatArray | None]:
@@ -129,7 +153,7 @@ def _normalized(patch: Patch) -> tuple[list[int], FloatArray | None]:
     rank = len(patch.node.meta["val"].shape)
     dims = list(range(rank - len(patch.args["normalized_shape"]), rank))
     counts = _uneven(patch, patch.multiplicity(patch.args["input"], dims))
-    return dims, None if counts is None else counts * float(patch.share(patch.args["input"], dims))
+    return dims, None if counts is None else counts * float(patch.fraction(patch.args["input"], dims))
 
 
 def _set_shape(patch: Patch, dims: list[int]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from graphzip.labels import support
-from graphzip.ops.rules import align, merge, mixing, moved
+from graphzip.ops.rules import align, at_numbers, meet, mixing, moved
 from graphzip.ops.site import Site
-from graphzip.ops.spec import Axes, OpSpec, Result
+from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 
 __all__ = ["INDEX", "SPECS"]
 
@@ -81,11 +81,17 @@ def _pinned(site: Site, axes: Axes, why: str) -> Axes:
 def index(site: Site) -> Result:
     """Dimensions that are indexed are picked from, the others pass."""
     source, indices = site.args["self"], site.args["indices"]
+    site.carry(source)
+    given = [value for value in indices if value is not None]
+    numbered = site.labels_numbered(given[0]) if len(given) == 1 else None
     _pin_indices(site, indices)
     picked = _Picked(site, source, indices)
     if not picked.known:
         return _pinned(site, site.axes(source), "picks positions by no dimension")
-    axes = mixing(site, site.axes(source), picked.taken, "picks positions by an index")
+    if numbered is not None:
+        axes = at_numbers(site, source, picked.taken[0], numbered)
+    else:
+        axes = mixing(site, site.axes(source), picked.taken, "picks positions by an index")
     return moved(site, axes, lambda array: array.reshape(picked.result(array.shape)))
 
 
@@ -107,7 +113,7 @@ def index_put(site: Site) -> Result:
         picked.places,
         "is written to some positions",
     )
-    met = merge(
+    met = meet(
         site,
         [
             (moved(site, base, lambda array: array.reshape(picked.result(array.shape))), shape),
@@ -132,7 +138,7 @@ def _where(site: Site, source: Any, mask: Any) -> Result:
     shape, given = site.shape(source), site.shape(mask)
     behind = (1,) * (len(shape) - len(given))
     axes = tuple(axis.reshape(axis.shape + behind) for axis in site.axes(mask))
-    return merge(site, [(site.axes(source), shape), (axes, given + behind)])
+    return meet(site, [(site.axes(source), shape), (axes, given + behind)])
 
 
 def write_rows(site: Site) -> Result:
@@ -145,7 +151,7 @@ def write_rows(site: Site) -> Result:
             shape = align_shape(site.shape(value), len(site.shape()))
             axes = mixing(site, site.axes(value), [dim], "writes positions by an index")
             operands.append((axes, tuple(1 if place == dim else size for place, size in enumerate(shape))))
-    return merge(site, operands)
+    return meet(site, operands)
 
 
 def scatter(site: Site) -> Result:
@@ -160,7 +166,7 @@ def scatter(site: Site) -> Result:
             operands.append((mixing(site, site.axes(value), [dim], why), sizes))
     if any(sizes != operands[0][1] for _, sizes in operands):
         return _pinned(site, tuple(axis for axes, _ in operands for axis in axes), "writes some of the positions")
-    return merge(site, operands)
+    return meet(site, operands)
 
 
 def masked_scatter(site: Site) -> Result:
@@ -178,7 +184,7 @@ def masked_scatter(site: Site) -> Result:
         if support(axis) != (last,):
             site.pin(axis, "decides which values are taken")
     spread = tuple(axis for axis in site.axes(mask) if support(axis) == (last,))
-    return merge(site, [(axes, size), (behind, size), (spread, size if spread else (1,) * (last + 1))])
+    return meet(site, [(axes, size), (behind, size), (spread, size if spread else (1,) * (last + 1))])
 
 
 def _is_spread(mask: Any) -> bool:
@@ -217,8 +223,41 @@ def buckets(site: Site) -> Result:
 
 
 def one_hot(site: Site) -> Result:
-    """Every number becomes a row of zeros with a one."""
-    return moved(site, site.axes(site.args["self"]), lambda array: array[..., None])
+    """Every number becomes a row of zeros with a one, in the place of the channel that it is the number of."""
+    source, count = site.args["self"], site.shape()[-1]
+    axes = moved(site, site.axes(source), lambda array: array[..., None])
+    numbered = site.labels_numbered(source)
+    if numbered is None:
+        return axes
+    if numbered.size != count or axes:
+        site.pin(numbered, "has another number of places")
+        return axes
+    return (numbered.reshape((1,) * (len(site.shape()) - 1) + (-1,)),)
+
+
+def patch_one_hot(patch: Patch) -> None:
+    last = len(patch.node.meta["val"].shape) - 1
+    if patch.shrinks(patch.node, last):
+        patch.set("num_classes", patch.size(patch.node, last))
+
+
+def histogram(site: Site) -> Result:
+    """How often each number occurs; where these are numbers of channels, a count for every channel."""
+    source, args = site.args["self"], site.args
+    count = site.shape()[0]
+    numbered = site.labels_numbered(source)
+    if numbered is None or site.axes(source):
+        return by_values(site)
+    if (numbered.size, 0, count - 1) != (count, args["min"], args["max"]):
+        site.pin(numbered, "counts other numbers")
+        return ()
+    return (numbered,)
+
+
+def patch_histogram(patch: Patch) -> None:
+    if patch.shrinks(patch.node, 0):
+        patch.set("bins", patch.size(patch.node, 0))
+        patch.set("max", patch.size(patch.node, 0) - 1)
 
 
 def _overloads(*names: str) -> tuple[Any, ...]:
@@ -249,11 +288,12 @@ SPECS = (
     OpSpec((aten.masked_scatter.default,), masked_scatter),
     OpSpec((aten.repeat_interleave.self_Tensor,), repeat_rows),
     OpSpec(_overloads("bucketize.Tensor"), buckets),
-    OpSpec(_overloads("one_hot"), one_hot),
+    OpSpec(_overloads("one_hot"), one_hot, patch=patch_one_hot),
+    OpSpec(_overloads("histc"), histogram, patch=patch_histogram),
     OpSpec(
         _overloads(
             *("nonzero", "nonzero_numpy", "nonzero_static", "masked_select", "take"),
-            *("_unique2", "unique_dim", "unique_consecutive", "bincount", "histc"),
+            *("_unique2", "unique_dim", "unique_consecutive", "bincount"),
             *("repeat_interleave.Tensor", "count_nonzero", "searchsorted.Tensor"),
         ),
         by_values,

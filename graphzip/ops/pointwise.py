@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from graphzip.graph.operators import COPIES
 from graphzip.labels import IntArray
-from graphzip.ops.rules import merge, moved, pointwise, same, uncut
+from graphzip.ops.rules import meet, moved, pointwise, same, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import OpSpec, Result
 
@@ -33,12 +34,16 @@ _IDENTITY = (
     aten.lift_fresh_copy.default,
 )
 
+_CASTS = {*COPIES, aten.detach.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
+_EXACT = {torch.int32, torch.int64, torch.float32, torch.float64}
+"""What holds the number of any channel."""
+
 _UNARY = """
 abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh deg2rad elu
 erf erfc erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan
 leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg positive pow
 rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt
-square tan tanh tanhshrink threshold trunc special_expit
+square tan tanh tanhshrink threshold trunc special_entr special_expit special_log_ndtr special_ndtr
 """
 
 _BINARY = """
@@ -83,13 +88,22 @@ def glu(site: Site) -> Result:
             return array[part] if array.shape[dim] > 1 else array
 
         operands.append((moved(site, axes, cut), site.extent()))
-    return merge(site, operands)
+    return meet(site, operands)
 
 
 _unary = _overloads(_UNARY + _BINARY, tensors=1)
 _binary = tuple(target for target in _overloads(_BINARY, tensors=2) if target not in set(_unary))
 
-IDENTITY = OpSpec(_IDENTITY, same)
+
+def identity(site: Site) -> Result:
+    """The same values; numbers of channels also where they are whole numbers in another dtype."""
+    source = site.tensors()[0]
+    if site.node.target in _CASTS and site.node.meta["val"].dtype in _EXACT:
+        site.carry(source)
+    return same(site)
+
+
+IDENTITY = OpSpec(_IDENTITY, identity)
 
 SPECS = (
     IDENTITY,

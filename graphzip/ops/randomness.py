@@ -24,8 +24,8 @@ def hold_draws(site: Site) -> None:
             inside = [dim for dim in support(axis) if dim in shared]
             if len(inside) < len(support(axis)):
                 site.pin(_blocks(site, axis, inside), _WHY)
-        if operand in site.blocked:
-            site.pin(site.blocked[operand], _WHY)
+        if operand in site.grouped:
+            site.pin(site.grouped[operand], _WHY)
 
 
 def _blocks(site: Site, axis: IntArray, inside: list[int]) -> IntArray:

@@ -14,16 +14,17 @@ from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, Result
 
 __all__ = [
+    "after_sum",
     "align",
     "alike",
+    "at_numbers",
     "broadcast_dims",
     "followed",
-    "merge",
+    "meet",
     "mixing",
     "moved",
     "opaque",
     "pointwise",
-    "residual",
     "same",
     "shape_along",
     "split_axes",
@@ -60,10 +61,10 @@ def pointwise(site: Site) -> Result:
         for value in site.tensors()
         if len(site.shape(value)) <= rank
     ]
-    return merge(site, operands)
+    return meet(site, operands)
 
 
-def merge(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
+def meet(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
     """Meet the axes of operands of equal rank; each operand is its axes and its shape.
 
     Axes over the same dimensions are unified. An axis over fewer dimensions than another is unified with it when it
@@ -83,11 +84,11 @@ def merge(site: Site, operands: Sequence[tuple[Axes, tuple[int, ...]]]) -> Axes:
             cluster += overlapping
             dims |= {dim for axis in overlapping for dim in support(axis)}
             grew = bool(overlapping)
-        result += _meet(site, cluster, dims, operands)
+        result += _met_over(site, cluster, dims, operands)
     return tuple(result)
 
 
-def _meet(
+def _met_over(
     site: Site, cluster: list[IntArray], dims: set[int], operands: Sequence[tuple[Axes, tuple[int, ...]]]
 ) -> list[IntArray]:
     bare = {
@@ -148,7 +149,7 @@ def _join(site: Site, axis: IntArray, widest: IntArray, *, shared: bool) -> None
     if inner not in along:
         site.contain(axis, widest)
     elif shared and len(along) < len(support(widest)):
-        site.share(axis, widest)
+        site.tie_blocks(axis, widest)
     else:
         site.unify(axis, widest)
 
@@ -199,7 +200,7 @@ def _alone(site: Site, axis: IntArray, held: frozenset[int]) -> IntArray:
     return site.tie(axis, along) if along and len(along) < len(support(axis)) else axis
 
 
-def residual(site: Site, axes: Axes, dims: Sequence[int], held: frozenset[int]) -> Axes:
+def after_sum(site: Site, axes: Axes, dims: Sequence[int], held: frozenset[int]) -> Axes:
     """What is left of axes once channels along `dims` have been summed over, all of them alike.
 
     An axis that extends along other dimensions as well leaves labels of its own there, which contain the channels.
@@ -254,6 +255,24 @@ def _followed(site: Site, axes: Axes, value: Any) -> Axes:
         else:
             site.pin(axis, "lays it along a size that the inputs decide")
     return tuple(kept)
+
+
+def at_numbers(site: Site, value: Any, dim: int, numbered: IntArray, index: Axes = ()) -> Axes:
+    """What is left of an operand that is read along `dim` at numbers that are places of the labels `numbered`.
+
+    `index` are axes of the numbers themselves, of which nothing is known.
+    """
+    rest = []
+    for axis in site.axes(value):
+        if support(axis) == (dim,) and axis.size == numbered.size:
+            site.unify(axis.ravel(), numbered)
+        else:
+            rest.append(axis)
+    if len(rest) == len(site.axes(value)):
+        site.pin(numbered, "reads positions that are fixed by them")
+    for axis in index:
+        site.pin(axis, "is used as an index")
+    return mixing(site, tuple(rest), [dim], "picks positions by an index")
 
 
 def weight_labels(site: Site, weight: Any, dim: int) -> IntArray:

@@ -13,10 +13,10 @@ from torch import fx
 from graphzip.graph.inputs import concrete_shape, hint
 from graphzip.graph.sizes import is_open, open_dims
 from graphzip.graph.source import describe
-from graphzip.labels import IntArray, collapse
+from graphzip.labels import IntArray, Reason, collapse
 from graphzip.ops.spec import Axes
 
-__all__ = ["Move", "Site", "Space", "bind", "describe"]
+__all__ = ["Move", "Site", "Space", "describe"]
 
 
 class Space(Protocol):
@@ -24,8 +24,9 @@ class Space(Protocol):
 
     def fresh(self, count: int) -> IntArray: ...
     def unify(self, left: IntArray, right: IntArray) -> None: ...
-    def share(self, one: IntArray, every: IntArray) -> None: ...
-    def pin(self, labels: IntArray, reason: str) -> None: ...
+    def tie_blocks(self, one: IntArray, every: IntArray) -> None: ...
+    def pin(self, labels: IntArray, reason: Reason) -> None: ...
+    def pick(self, labels: IntArray, count: int) -> None: ...
     def contain(self, outer: IntArray, inner: IntArray) -> None: ...
 
 
@@ -34,8 +35,9 @@ class _NoSpace:
         return np.zeros(count, dtype=np.int64)
 
     def unify(self, left: IntArray, right: IntArray) -> None: ...
-    def share(self, one: IntArray, every: IntArray) -> None: ...
-    def pin(self, labels: IntArray, reason: str) -> None: ...
+    def tie_blocks(self, one: IntArray, every: IntArray) -> None: ...
+    def pin(self, labels: IntArray, reason: Reason) -> None: ...
+    def pick(self, labels: IntArray, count: int) -> None: ...
     def contain(self, outer: IntArray, inner: IntArray) -> None: ...
 
 
@@ -55,7 +57,8 @@ class Move:
 class Site:
     """One call in the graph.
 
-    What a rule says about labels is collected here as well: which of them `met`, and which stand for `holes`.
+    What a rule says about labels is collected here as well: which of them `met`, and which stand for `holes`. Whole
+    numbers in a tensor may be places in a row of labels (`numbered`), as those of experts that were picked are.
     """
 
     node: fx.Node
@@ -63,14 +66,18 @@ class Site:
     space: Space
     known: Mapping[fx.Node, Any]
     raw_nodes: frozenset[fx.Node] | set[fx.Node]
-    blocked: Mapping[fx.Node, IntArray]
+    grouped: Mapping[fx.Node, IntArray]
     derived: set[int] = field(default_factory=set)
     moves: list[Move] = field(default_factory=list)
     consumed: list[IntArray] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     blocks: list[IntArray] = field(default_factory=list)
+    normed: list[IntArray] = field(default_factory=list)
     met: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     holes: list[IntArray] = field(default_factory=list)
+    numbered: Mapping[fx.Node, dict[int, IntArray]] = field(default_factory=dict)
+    followed: set[Any] = field(default_factory=set)
+    numbers: dict[int, IntArray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, node: fx.Node, args: Mapping[str, Any]) -> Site:
@@ -122,15 +129,15 @@ class Site:
         return value % max(rank, 1)
 
     def pin(self, axis: IntArray, why: str) -> None:
-        self.space.pin(axis, f"{describe(self.node)} {why}")
+        self.space.pin(axis, Reason(self.node.name, f"{describe(self.node)} {why}"))
 
     def unify(self, left: IntArray, right: IntArray) -> None:
         self.met.append((left, right))
         self.space.unify(left, right)
 
-    def share(self, one: IntArray, every: IntArray) -> None:
+    def tie_blocks(self, one: IntArray, every: IntArray) -> None:
         self.met.append((one, every))
-        self.space.share(one, every)
+        self.space.tie_blocks(one, every)
 
     def contain(self, outer: IntArray, inner: IntArray) -> None:
         self.met.append((outer, inner))
@@ -160,6 +167,25 @@ class Site:
         """Rows of a 2-D array of labels: each row must keep the same number of channels."""
         self.blocks.append(labels)
 
+    def norm(self, labels: IntArray) -> None:
+        """Rows of a 2-D array of labels with statistics of their own: no cluster reaches over two of them."""
+        self.normed.append(labels)
+
+    def pick(self, axis: IntArray, count: int) -> None:
+        """The data pick `count` of these labels, all of which are treated alike."""
+        self.space.pick(axis, count)
+
+    def labels_numbered(self, value: Any) -> IntArray | None:
+        """The labels that the numbers in an operand are places of; a rule that asks says what becomes of them."""
+        self.followed.add(value)
+        return self.numbered.get(value, {}).get(0)
+
+    def carry(self, value: Any, output: int = 0) -> None:
+        """The numbers of an operand are those of an output, wherever each one stands in it."""
+        labels = self.labels_numbered(value)
+        if labels is not None:
+            self.numbers[output] = labels
+
     def tie(self, axis: IntArray, dims: Sequence[int]) -> IntArray:
         """Make the labels along `dims` the same, and give the axis without them."""
         first = axis
@@ -187,17 +213,3 @@ class Site:
             origin = origin[cut]
         self.moves.append(Move(tuple(sources), origin, small))
         return small
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    bound: dict[str, Any] = {}
-    for position, argument in enumerate(schema.arguments):
-        if position < len(node.args) and not argument.kwarg_only:
-            bound[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return bound

@@ -39,8 +39,8 @@ class Patch(Protocol):
     def before(self, value: Any, dim: int) -> int:
         """Its size before the rewrite."""
 
-    def share(self, value: Any, dims: Sequence[int]) -> Fraction:
-        """The share of the positions along `dims` that is left; the inputs may decide how many there are."""
+    def fraction(self, value: Any, dims: Sequence[int]) -> Fraction:
+        """The fraction of the positions along `dims` that is left; the inputs may decide how many there are."""
 
     def count(self, value: Any, dims: Sequence[int]) -> Any:
         """How many positions there were along `dims`: a number, or a node where the inputs decide it."""

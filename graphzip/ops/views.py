@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from graphzip.canonical.squeezes import squeezed_dims
 from graphzip.graph.sizes import content, stand_ins
-from graphzip.graph.squeezes import squeezed_dims
 from graphzip.labels import IntArray, lies_outside, support
 from graphzip.ops.rules import broadcast_dims, moved
 from graphzip.ops.site import Site
@@ -65,6 +65,7 @@ def reshape_axis(axis: IntArray, before: Sequence[int], after: Sequence[int], ru
 
 def view(site: Site) -> Result:
     source = site.tensors()[0]
+    site.carry(source)
     numbers = stand_ins(source.meta["val"].shape, site.node.meta["val"].shape)
     runs = _runs(*numbers)
     axes = _separable(site, _apart(site, site.axes(source), runs, *numbers), runs)
@@ -138,18 +139,17 @@ def _nested(left: tuple[int, list[int]], right: tuple[int, list[int]]) -> bool:
 
 
 def _separable(site: Site, axes: Axes, runs: Runs) -> Axes:
-    """Of two axes that a view would lay into each other one stays, if that is the only one that a parameter makes.
+    """Of two axes that a view would lay into each other the first stays that a parameter makes.
 
-    Of a parameter itself the first stays: in front of the kernel's positions stand its channels.
+    In front of positions stand channels, in activations as in kernels.
     """
     gone: list[IntArray] = []
     for left, right in runs:
         met = [axis for axis in axes if set(support(axis)) & set(left)] if right else []
         if len(met) > 1:
             made = [axis for axis in met if not site.is_derived(axis)]
-            if len(made) > 1 and site.is_raw(site.tensors()[0]):
-                made = [min(made, key=lambda axis: support(axis))]
-            gone += [axis for axis in met if len(made) != 1 or axis is not made[0]]
+            stays = min(made, key=support, default=None)
+            gone += [axis for axis in met if axis is not stays]
     for axis in gone:
         site.pin(axis, "merges two labelled dimensions")
     return tuple(axis for axis in axes if not any(axis is other for other in gone))
@@ -157,6 +157,7 @@ def _separable(site: Site, axes: Axes, runs: Runs) -> Axes:
 
 def squeeze(site: Site) -> Result:
     source, after = site.args["self"], site.shape()
+    site.carry(source)
     before, runs = site.shape(source), _runs(*stand_ins(source.meta["val"].shape, site.node.meta["val"].shape))
     return moved(site, site.axes(source), lambda array: reshape_axis(array, before, after, runs))
 
@@ -186,9 +187,9 @@ def _resized(patch: Patch, sizes: list[Any], first: int) -> list[Any]:
         elif -1 not in made:
             made[place] = -1
         else:
-            share = patch.share(patch.node, [dim])
-            times = patch.call(operator.mul, patch.copied(old), share.numerator)
-            made[place] = patch.call(operator.floordiv, times, share.denominator)
+            fraction = patch.fraction(patch.node, [dim])
+            times = patch.call(operator.mul, patch.copied(old), fraction.numerator)
+            made[place] = patch.call(operator.floordiv, times, fraction.denominator)
     return made
 
 

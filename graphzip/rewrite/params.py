@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from graphzip.analysis.channels import CONSUMER
 from graphzip.analysis.propagate import ParamAxis
 from graphzip.errors import RewriteError
+from graphzip.graph.state import like
 from graphzip.labels import IntArray
 from graphzip.rewrite.layout import Layout
 
-__all__ = ["check_roles", "like", "shrink_parameters", "spread_parameters"]
+__all__ = ["check_roles", "shrink_parameters", "spread_parameters"]
 
 
 def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -27,7 +27,7 @@ def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> di
     for axis in _shrinking(layout):
         current = made.get(axis.param, tensors[axis.param].detach())
         made[axis.param] = _shrink(layout, axis, current)
-    return {name: like(value, tensors[name]) for name, value in made.items()}
+    return {name: like(value.contiguous(), tensors[name]) for name, value in made.items()}
 
 
 def spread_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -58,12 +58,6 @@ def check_roles(layout: Layout, axis: ParamAxis, changed: NDArray[np.bool_]) -> 
             f"{axis.param}: slices along dimension {axis.dim} would change, but the analysis found no use of them; "
             "this is a mistake in graphzip: please report it, and exclude the group"
         )
-
-
-def like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """`value` in the dtype of `old`, a parameter where that is one."""
-    value = value.to(old.dtype).contiguous()
-    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
 def _shrink(layout: Layout, axis: ParamAxis, value: torch.Tensor) -> torch.Tensor:

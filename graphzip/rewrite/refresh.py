@@ -18,8 +18,8 @@ from torch import fx
 from graphzip.errors import RewriteError
 from graphzip.graph.sizes import is_open, value_at
 from graphzip.graph.state import get_tensor
-from graphzip.graph.torch_private import FakeTensor, enable_python_dispatcher, pytree
-from graphzip.graph.trace import Traced
+from graphzip.graph.torch_private import FakeTensor, FakeTensorMode, enable_python_dispatcher, pytree
+from graphzip.graph.traced import Traced
 from graphzip.ops import OPS
 from graphzip.ops.norm import batch_norm
 from graphzip.ops.rules import same
@@ -45,7 +45,7 @@ def refresh(traced: Traced, *, rewritten: bool = False) -> None:
         node.meta["val"].fake_mode for node in traced.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)
     )
     before = {node: node.meta.get("val") for node in traced.graph.nodes}
-    run = _Run(before, mode.shape_env)
+    run = _Run(before, mode.shape_env, _known(traced, mode, rewritten=rewritten))
     values: dict[fx.Node, Any] = {}
     settled = _nothing_decided(mode.shape_env) if rewritten else nullcontext()
     with mode, enable_python_dispatcher(), torch.no_grad(), settled:
@@ -61,6 +61,16 @@ def refresh(traced: Traced, *, rewritten: bool = False) -> None:
                 if rewritten:
                     _check_sizes(node, before[node], values[node])
             node.meta["val"] = values.get(node)
+
+
+def _known(traced: Traced, mode: FakeTensorMode, *, rewritten: bool) -> dict[Any, Any]:
+    """What operators gave before on fake values of this mode; what may decide a size tells nothing of what may not."""
+    held, known = traced.shapes.get(rewritten, (None, {}))
+    if held is not mode:
+        known = {}
+        traced.shapes[rewritten] = mode, known
+    found: dict[Any, Any] = known
+    return found
 
 
 @contextmanager
@@ -123,10 +133,10 @@ def _like(node: fx.Node, before: dict[fx.Node, Any]) -> fx.Node | None:
 class _Run:
     """Runs operators on fake values; repeated layers, which differ in nothing that it depends on, share theirs."""
 
-    def __init__(self, before: dict[fx.Node, Any], environment: Any) -> None:
+    def __init__(self, before: dict[fx.Node, Any], environment: Any, known: dict[Any, Any]) -> None:
         self.before = before
         self.environment = environment
-        self.known: dict[Any, Any] = {}
+        self.known = known
         self.symbols = set().union(*(symbol.free_symbols for value in before.values() for symbol in _sizes_of(value)))
 
     def like_known(self, tensor: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

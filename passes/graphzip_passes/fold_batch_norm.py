@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from graphzip.graph.trace import Traced
-from graphzip.plan import FoldBatchNorm
+from graphzip.graph.traced import Traced
+from graphzip.plan.passes import FoldBatchNorm
+from graphzip.report.outcome import Outcome
 from graphzip.rewrite.fold import fold_batch_norm
-from graphzip_passes.base import FreeTraining
+from graphzip_passes.base import PassContext, register_pass
 
-__all__ = ["FoldBatchNormPass"]
+__all__ = ["fold"]
 
 
-class FoldBatchNormPass(FreeTraining):
-    """`FoldBatchNorm` bound to a model; it has nothing to train."""
-
-    stages = ("fold_batch_norm",)
-
-    def __init__(self, options: FoldBatchNorm, traced: Traced, *, seed: int, where: str) -> None:
-        self.folded: list[str] = []
-
-    def convert(self, traced: Traced) -> Traced:
-        result, self.folded = fold_batch_norm(traced)
-        return result
-
-    def summary(self) -> dict[str, Any]:
-        return {"folded": self.folded}
+@register_pass(FoldBatchNorm, only_reads=True)
+def fold(traced: Traced, options: FoldBatchNorm, context: PassContext) -> Outcome:
+    """Carry `FoldBatchNorm` out; there is nothing to decide and nothing to train."""
+    result, folded = fold_batch_norm(traced)
+    return Outcome(result, changed=bool(folded), proven=True, details={"folded": folded})

@@ -87,7 +87,7 @@ def _nudged(inputs: Sequence[Tensor], size: float, seed: int) -> tuple[Tensor, .
     return tuple(
         x * (1 + size * torch.randn(x.shape, generator=g, dtype=x.dtype)) if x.is_floating_point() else x
         for x in inputs
-    )  # fmt: skip
+    )
 
 
 def control(model: nn.Module, inputs: Sequence[Tensor], expected: Any) -> float:

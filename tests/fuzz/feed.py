@@ -15,15 +15,61 @@ from torch import nn
 
 import graphzip as gz
 from fuzz.compare import Problem
-from graphzip.models import find_model, load_calibration, make_inputs, parse_shape
-from graphzip.weights import load_weights
+from graphzip.commands.models import find_model, load_calibration, make_inputs, parse_shape
+from graphzip.commands.weights import load_weights
+from graphzip.plan.passes import PASS_OPTIONS
 
 __all__ = ["feed"]
 
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 0.5, 1.5, -0.5, float("nan"), float("inf"), 1e400, 10**30, "", "x", "*", "auto", "[", "a\nb", "\x00", [], {}, (), [1], [[0]], [[0, 0]],
-    [[]], {"*": 0.5}, {"conv": 2}, {"": 1}, {1: 2}, [None], ["x", "y"], {"x": {}}, {"*": None}, {"*": "x"}, [[1, 3, 8, 8]], [[0]], [["a"]], b"x", 1j, object(), 3.0, "0.5", "kmeans", {"a": [[0, 1], [2]]},
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    0.5,
+    1.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    1e400,
+    10**30,
+    "",
+    "x",
+    "*",
+    "auto",
+    "[",
+    "a\nb",
+    "\x00",
+    [],
+    {},
+    (),
+    [1],
+    [[0]],
+    [[0, 0]],
+    [[]],
+    {"*": 0.5},
+    {"conv": 2},
+    {"": 1},
+    {1: 2},
+    [None],
+    ["x", "y"],
+    {"x": {}},
+    {"*": None},
+    {"*": "x"},
+    [[1, 3, 8, 8]],
+    [[0]],
+    [["a"]],
+    b"x",
+    1j,
+    object(),
+    3.0,
+    "0.5",
+    "kmeans",
+    {"a": [[0, 1], [2]]},
+)
 
 
 def feed(seed: int) -> None:
@@ -46,16 +92,7 @@ def _net() -> nn.Module:
 
 
 def _options(rng: random.Random) -> dict[str, Any]:
-    kinds: Any = [
-        gz.ClusterMerge,
-        gz.PruneChannels,
-        gz.AtomFactorize,
-        gz.SliceGenerate,
-        gz.FoldBatchNorm,
-        gz.Zip,
-        gz.CrossDomainShare,
-    ]
-    kind = rng.choice(kinds)
+    kind = rng.choice([*PASS_OPTIONS.values()])
     known = [*kind.model_fields, "keepp", ""]
     return {kind.kind: {name: rng.choice(ODD) for name in rng.sample(known, min(len(known), rng.randrange(1, 4)))}}
 
@@ -79,18 +116,7 @@ def _plan_dict(rng: random.Random) -> None:
 
 def _constructor(rng: random.Random) -> None:
     ((name, given),) = _options(rng).items()
-    kind: Any = {
-        k.kind: k
-        for k in (
-            gz.ClusterMerge,
-            gz.PruneChannels,
-            gz.AtomFactorize,
-            gz.SliceGenerate,
-            gz.FoldBatchNorm,
-            gz.Zip,
-            gz.CrossDomainShare,
-        )
-    }[name]
+    kind = PASS_OPTIONS[name]
     given = {key or "x": value for key, value in given.items()}
     gz.Plan([kind(**given)] if rng.random() < 0.8 else rng.choice(ODD))
 
@@ -194,10 +220,22 @@ def _saved(rng: random.Random) -> None:
 def _calibration_file(rng: random.Random) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.npz"
-        arrays: Any = rng.choice((
-            {"x": np.zeros((8, 6), np.float32)}, {}, {"x": np.zeros((8, 6)), "y": np.zeros(3)}, {"x": np.float32(1)}, {"x": np.array(["a"])}, {"x": np.zeros((0, 6))}, {"x": np.zeros((4, 6), np.uint16)},
-            {"x": np.array([None, 1], dtype=object)}, {"x": np.zeros((8, 5), np.float32)}, {"x": np.full((8, 6), np.nan, np.float32)}, {"x": np.zeros((8, 6), np.complex64)}, {"x": np.zeros((8, 6), dtype="M8[s]")},
-        ))  # fmt: skip
+        arrays: Any = rng.choice(
+            (
+                {"x": np.zeros((8, 6), np.float32)},
+                {},
+                {"x": np.zeros((8, 6)), "y": np.zeros(3)},
+                {"x": np.float32(1)},
+                {"x": np.array(["a"])},
+                {"x": np.zeros((0, 6))},
+                {"x": np.zeros((4, 6), np.uint16)},
+                {"x": np.array([None, 1], dtype=object)},
+                {"x": np.zeros((8, 5), np.float32)},
+                {"x": np.full((8, 6), np.nan, np.float32)},
+                {"x": np.zeros((8, 6), np.complex64)},
+                {"x": np.zeros((8, 6), dtype="M8[s]")},
+            )
+        )
         np.savez(path, **arrays)
         if rng.random() < 0.4:
             path.write_bytes(_mutated(rng, path.read_bytes()))
@@ -206,11 +244,39 @@ def _calibration_file(rng: random.Random) -> None:
 
 
 def _calibration(rng: random.Random) -> None:
-    given: Any = rng.choice((
-        [], [torch.randn(4, 5)], [torch.randn(4, 6), torch.randn(4, 5)], torch.randn(4, 6), iter([torch.randn(4, 6)]), [{"x": 1}], [None], ["abc"], [(torch.randn(4, 6), 3)], 5, "x", {"a": 1}, [torch.zeros(0, 6)],
-        [torch.full((4, 6), float("nan"))], [torch.zeros(4, 6)], [torch.randn(1, 6)], [torch.randn(4, 6).double()], [torch.randint(3, (4, 6))], [[]], [()], [torch.randn(6)], [np.zeros((4, 6), np.float32)], lambda: 3,
-        [torch.full((4, 6), 1e30)], [torch.full((4, 6), float("inf"))], (torch.randn(4, 6) for _ in range(2)), {torch.zeros(1)}, [torch.randn(4, 6).to_sparse()], [torch.randn(4, 6, requires_grad=True)],
-    ))  # fmt: skip
+    given: Any = rng.choice(
+        (
+            [],
+            [torch.randn(4, 5)],
+            [torch.randn(4, 6), torch.randn(4, 5)],
+            torch.randn(4, 6),
+            iter([torch.randn(4, 6)]),
+            [{"x": 1}],
+            [None],
+            ["abc"],
+            [(torch.randn(4, 6), 3)],
+            5,
+            "x",
+            {"a": 1},
+            [torch.zeros(0, 6)],
+            [torch.full((4, 6), float("nan"))],
+            [torch.zeros(4, 6)],
+            [torch.randn(1, 6)],
+            [torch.randn(4, 6).double()],
+            [torch.randint(3, (4, 6))],
+            [[]],
+            [()],
+            [torch.randn(6)],
+            [np.zeros((4, 6), np.float32)],
+            lambda: 3,
+            [torch.full((4, 6), 1e30)],
+            [torch.full((4, 6), float("inf"))],
+            (torch.randn(4, 6) for _ in range(2)),
+            {torch.zeros(1)},
+            [torch.randn(4, 6).to_sparse()],
+            [torch.randn(4, 6, requires_grad=True)],
+        )
+    )
     passes: Any = rng.choice(
         (
             [gz.ClusterMerge(compensate="data")],
@@ -229,9 +295,33 @@ def _calibration(rng: random.Random) -> None:
 
 def _inputs(rng: random.Random) -> None:
     x = torch.randn(4, 6)
-    given: Any = rng.choice((
-        x, (x, x), (), [x], {"input": x}, None, (None,), ("x",), (x.double(),), (x[:, :5],), (torch.zeros(0, 6),), (x[:1],), (torch.randint(3, (4, 6)),), (x[0],), (x.half(),), (x.to_sparse(),), (x.to("meta"),), (3,), (x.numpy(),), (x, 3), ((x,),), ([x],), 5,
-    ))  # fmt: skip
+    given: Any = rng.choice(
+        (
+            x,
+            (x, x),
+            (),
+            [x],
+            {"input": x},
+            None,
+            (None,),
+            ("x",),
+            (x.double(),),
+            (x[:, :5],),
+            (torch.zeros(0, 6),),
+            (x[:1],),
+            (torch.randint(3, (4, 6)),),
+            (x[0],),
+            (x.half(),),
+            (x.to_sparse(),),
+            (x.to("meta"),),
+            (3,),
+            (x.numpy(),),
+            (x, 3),
+            ((x,),),
+            ([x],),
+            5,
+        )
+    )
     shapes: Any = rng.choice(
         (
             None,
@@ -248,11 +338,35 @@ def _inputs(rng: random.Random) -> None:
             ({"a": 1},),
         )
     )
-    call: Any = rng.choice((
-        lambda: gz.channel_groups(_net(), given, dynamic_shapes=shapes), lambda: gz.compile(_net(), gz.Plan([]), given, dynamic_shapes=shapes), lambda: gz.cost(_net(), given), lambda: gz.widen(_net(), given, rng.choice((2, 1.5, 0, "x", None, {"*": 2}, {"x": 2}, {"0": 9}, -1, float("nan")))),
-        lambda: gz.prepare(_net(), gz.Plan([gz.ClusterMerge()]), given), lambda: gz.compile(rng.choice(({}, {"a": _net()}, {"a": _net(), "b": _net()}, None, 3, {"a": 1, "b": 2}, {"a b": _net(), "c": _net()})), gz.Plan([gz.Zip()]), rng.choice((given, {"a": (x,), "b": (x,)}, {"a": (x,)}))),
-        lambda: gz.compile(_net(), gz.Plan([]), (x,), scope=rng.choice(("0", "x", "", "0.1", 3, "1"))), lambda: gz.compile(_net(), rng.choice((None, 3, [], gz.ClusterMerge(), "x")), (x,)), lambda: gz.compile(_net(), gz.Plan([]), (x,)).module(rng.choice((x[:, :5], x[0], x.long(), 3, None))),
-    ))  # fmt: skip
+    call: Any = rng.choice(
+        (
+            lambda: gz.channel_groups(_net(), given, dynamic_shapes=shapes),
+            lambda: gz.compile(_net(), gz.Plan([]), given, dynamic_shapes=shapes),
+            lambda: gz.cost(_net(), given),
+            lambda: gz.widen(
+                _net(), given, rng.choice((2, 1.5, 0, "x", None, {"*": 2}, {"x": 2}, {"0": 9}, -1, float("nan")))
+            ),
+            lambda: gz.prepare(_net(), gz.Plan([gz.ClusterMerge()]), given),
+            lambda: gz.compile(
+                rng.choice(
+                    (
+                        {},
+                        {"a": _net()},
+                        {"a": _net(), "b": _net()},
+                        None,
+                        3,
+                        {"a": 1, "b": 2},
+                        {"a b": _net(), "c": _net()},
+                    )
+                ),
+                gz.Plan([gz.Zip()]),
+                rng.choice((given, {"a": (x,), "b": (x,)}, {"a": (x,)})),
+            ),
+            lambda: gz.compile(_net(), gz.Plan([]), (x,), scope=rng.choice(("0", "x", "", "0.1", 3, "1"))),
+            lambda: gz.compile(_net(), rng.choice((None, 3, [], gz.ClusterMerge(), "x")), (x,)),
+            lambda: gz.compile(_net(), gz.Plan([]), (x,)).module(rng.choice((x[:, :5], x[0], x.long(), 3, None))),
+        )
+    )
     call()
 
 
@@ -339,13 +453,35 @@ def _results(rng: random.Random) -> None:
     """Reports and names of a finished model."""
     compiled = gz.compile(_net(), gz.Plan([gz.ClusterMerge()]), (torch.randn(4, 6),))
     str(compiled.report), json.dumps(compiled.report.to_dict())
-    rng.choice((
-        lambda: compiled.task("x"), lambda: compiled.save("/nowhere/at/all.gz"), lambda: compiled.export("/nowhere/at/all.onnx"), lambda: gz.load("/nowhere"), lambda: gz.load(__file__), lambda: compiled.save(""), lambda: compiled.export(""),
-        lambda: gz.channel_groups(_net(), (torch.randn(4, 6),))["nope"], lambda: gz.register_clustering("even")(len), lambda: gz.Plan([]).save("/nowhere/x.yaml"), lambda: compiled.export("/tmp", per_task=True), lambda: gz.load(Path("/tmp")), lambda: compiled.module(torch.randn(4, 7)),
-    ))()  # fmt: skip
+    rng.choice(
+        (
+            lambda: compiled.task("x"),
+            lambda: compiled.save("/nowhere/at/all.gz"),
+            lambda: compiled.export("/nowhere/at/all.onnx"),
+            lambda: gz.load("/nowhere"),
+            lambda: gz.load(__file__),
+            lambda: compiled.save(""),
+            lambda: compiled.export(""),
+            lambda: gz.channel_groups(_net(), (torch.randn(4, 6),))["nope"],
+            lambda: gz.register_clustering("even")(len),
+            lambda: gz.Plan([]).save("/nowhere/x.yaml"),
+            lambda: compiled.export("/tmp", per_task=True),
+            lambda: gz.load(Path("/tmp")),
+            lambda: compiled.module(torch.randn(4, 7)),
+        )
+    )()
 
 
 _FEEDS: dict[str, Callable[[random.Random], None]] = {
-    "plan": _plan_dict, "constructor": _constructor, "plan file": _plan_file, "weights": _weights, "saved": _saved, "calibration file": _calibration_file, "calibration": _calibration, "inputs": _inputs, "spec": _spec,
-    "shape": _shapes, "results": _results,
-}  # fmt: skip
+    "plan": _plan_dict,
+    "constructor": _constructor,
+    "plan file": _plan_file,
+    "weights": _weights,
+    "saved": _saved,
+    "calibration file": _calibration_file,
+    "calibration": _calibration,
+    "inputs": _inputs,
+    "spec": _spec,
+    "shape": _shapes,
+    "results": _results,
+}

@@ -131,9 +131,11 @@ class Gen:
         found = [
             each
             for each in self.values
-            if each.shape == value.shape and each.layout == value.layout and each.name != value.name
+            if each.shape == value.shape
+            and each.layout == value.layout
+            and each.name != value.name
             and each.tensor.is_floating_point()
-        ]  # fmt: skip
+        ]
         return self.rng.choice(found) if found and not self.chance(itself) else value
 
     def name(self, letter: str = "y") -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuzz import rules_blocks, rules_layers, rules_math, rules_moves, rules_writes
+from fuzz import rules_blocks, rules_layers, rules_math, rules_mixing, rules_moves, rules_writes
 from fuzz.gen import RULES, Gen, Skip, Value
 from fuzz.program import Program
 
 __all__ = ["make_program"]
 
-FAMILIES = (rules_blocks, rules_layers, rules_math, rules_moves, rules_writes)
+FAMILIES = (rules_blocks, rules_layers, rules_math, rules_mixing, rules_moves, rules_writes)
 
 _SHAPES: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = (
     ("BC", ((8,), (4,), (6,), (5,))),
@@ -19,7 +19,7 @@ _SHAPES: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = (
     ("BCL", ((3, 9), (4, 4), (2, 8))),
     ("BL", ((5,), (4,))),
     ("BCDHW", ((2, 3, 4, 4),)),
-)  # fmt: skip
+)
 
 
 def make_program(

@@ -10,7 +10,7 @@ import torch
 import graphzip as gz
 from fuzz.compare import NotApplicable, Problem, apart, run
 from fuzz.context import Context
-from fuzz.jobs import consistent, data, job
+from fuzz.jobs import consistent, data, drops, job
 from fuzz.onnx_check import exports
 
 __all__: list[str] = []
@@ -52,11 +52,51 @@ def factor(c: Context) -> None:
     consistent(c, compiled, gz.Plan(passes))
 
 
+@job(1.5)
+def minimize(c: Context) -> None:
+    """Slices that are zero, equal or in proportion, planted anywhere: what is taken out moves no output."""
+    model = copy.deepcopy(c.model)
+    groups = c.groups(model)
+    c.stage = "plant"
+    for group in groups:
+        if group.mergeable and c.rng.random() < 0.7:
+            _make_redundant(c, model, group)
+    c.stage = "compile"
+    compiled = c.compile(model, gz.Plan([gz.Minimize(chains=c.rng.random() < 0.5)]))
+    found = compiled.report.passes[0]["minimize"]["channels"]
+    c.merged = sum(sum(kinds.values()) for kinds in found.values())
+    if not compiled.report.lossless:
+        raise Problem("note", "taking out what is redundant is not exact by the report")
+    c.stage = "minimized"
+    c.same(model, compiled, "minimized, ")
+
+
+def _make_redundant(c: Context, model: torch.nn.Module, group: gz.ChannelGroup) -> None:
+    """Set slices of one channel: what reads it or makes it to zero, or what makes it to another's times a number."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    one, other = (c.rng.randrange(group.size) for _ in range(2))
+    whole = ("producer", "pointwise")
+    kinds = [(("consumer",), 0.0), (("producer",), 0.0), (whole, 0.0), (whole, 1.0), (("producer",), 1.0), (whole, 0.3)]
+    roles, factor = c.rng.choice(kinds)
+    with torch.no_grad():
+        for mine, its in zip(group.slices(one), group.slices(other), strict=True):
+            tensor = state.get(mine.param)
+            if tensor is None or mine.role not in roles or not tensor.is_floating_point():
+                continue
+            if "running_var" in mine.param:
+                continue
+            rows = slice(None) if mine.rows is None else slice(*mine.rows)
+            source = tensor.select(its.dim, its.index)[rows if tensor.dim() > 1 else ...].clone()
+            target = tensor.select(mine.dim, mine.index)[rows if tensor.dim() > 1 else ...]
+            if source.shape == target.shape:
+                target.copy_(factor * source)
+
+
 @job(0.8)
 def widen(c: Context) -> None:
     """A wider model computes the same, and can be squeezed back without a loss."""
     groups = c.groups(c.model)
-    if not any(group.mergeable and not group.whole_blocks for group in groups):
+    if not any(group.exact and not group.whole_blocks for group in groups):
         raise NotApplicable("nothing can grow")
     c.stage = "widen"
     factor: Any = c.rng.choice((2.0, 2.0, 1.5, {"*": 2.0}))
@@ -76,7 +116,7 @@ def widen(c: Context) -> None:
     plan = gz.Plan([gz.ClusterMerge(keep=widths)])
     compiled = gz.compile(wide, plan, c.inputs, seed=c.seed, **c.options)
     c.stage = "squeezed"
-    if isinstance(factor, float) and factor == 2.0 and compiled.report.exact:
+    if isinstance(factor, float) and factor == 2.0 and not drops(compiled):
         consistent(c, compiled)
 
 

@@ -30,7 +30,7 @@ def attention(g: Gen) -> None:
             "chunk": f"{q}, {k}, {v} = ({v}.unflatten(-1, (-1, {width})).transpose(1, 2) for {v} in {w}({x}).chunk(3, -1))",
             "inner": f"{q}, {k}, {v} = {w}({x}).view({b}, {n}, {heads}, {3 * width}).transpose(1, 2).chunk(3, -1)",
             "slices": f"{q} = {w}({x}).view({b}, {n}, 3, {heads}, {width})\n{q}, {k}, {v} = ({q}[:, :, i].transpose(1, 2) for i in range(3))",
-        }[kind]  # fmt: skip
+        }[kind]
     text += _touched(g, q, k, width)
     out = g.layer(f"nn.Linear({inner}, {x.c})", shared=False)
     text += f"\n{y} = {_attended(g, q, k, v, n, n)}"
@@ -68,13 +68,18 @@ def _attended(g: Gen, q: str, k: str, v: str, n: str, m: str) -> str:
     causal = f"torch.ones({n}, {m}, dtype=torch.bool).tril()"
     table = f"torch.zeros({n}, {m}, dtype={q}.dtype).masked_fill(~{causal}, -1e4)"
     return g.one(
-        f"F.scaled_dot_product_attention({q}, {k}, {v})", f"F.scaled_dot_product_attention({q}, {k}, {v}, is_causal=True)",
-        f"F.scaled_dot_product_attention({q}, {k}, {v}, attn_mask={causal})", f"F.scaled_dot_product_attention({q}, {k}, {v}, scale=0.3)",
-        f"({q} @ {k}.transpose(-2, -1) / 2).softmax(-1) @ {v}", f"torch.softmax(torch.matmul({q}, {k}.mT) * {q}.shape[-1] ** -0.5, dim=-1).matmul({v})",
+        f"F.scaled_dot_product_attention({q}, {k}, {v})",
+        f"F.scaled_dot_product_attention({q}, {k}, {v}, is_causal=True)",
+        f"F.scaled_dot_product_attention({q}, {k}, {v}, attn_mask={causal})",
+        f"F.scaled_dot_product_attention({q}, {k}, {v}, scale=0.3)",
+        f"({q} @ {k}.transpose(-2, -1) / 2).softmax(-1) @ {v}",
+        f"torch.softmax(torch.matmul({q}, {k}.mT) * {q}.shape[-1] ** -0.5, dim=-1).matmul({v})",
         f"torch.einsum('bhlm,bhmd->bhld', torch.einsum('bhld,bhmd->bhlm', {q}, {k}).softmax(-1), {v})",
-        f"F.scaled_dot_product_attention({q}, {k}, {v}, attn_mask={table})", f"{q}.softmax(-1) @ ({k}.softmax(-2).transpose(-1, -2) @ {v})",
-        f"torch.where({causal}, {q} @ {k}.mT, torch.full((), -1e4, dtype={q}.dtype)).softmax(-1) @ {v}", f"({q} @ {k}.mT).sigmoid() @ {v}",
-    )  # fmt: skip
+        f"F.scaled_dot_product_attention({q}, {k}, {v}, attn_mask={table})",
+        f"{q}.softmax(-1) @ ({k}.softmax(-2).transpose(-1, -2) @ {v})",
+        f"torch.where({causal}, {q} @ {k}.mT, torch.full((), -1e4, dtype={q}.dtype)).softmax(-1) @ {v}",
+        f"({q} @ {k}.mT).sigmoid() @ {v}",
+    )
 
 
 @rule(1.6)
@@ -226,12 +231,18 @@ def masked(g: Gen) -> None:
     m = str(given[0]) if given and g.chance(0.7) else f"({x}.mean(-1) > 0)"
     g.put(
         g.one(
-            f"{x} * {m}.unsqueeze(-1)", f"{x}.masked_fill(~{m}[:, :, None], 0.0)", f"torch.where({m}[..., None], {x}, {x} * 0.1)", f"{x} * {m}.to({x}.dtype)[..., None]",
-            f"({x} * {m}[..., None]).sum(1, keepdim=True) / {m}.sum(1).clamp(min=1)[:, None, None] + {x}", f"{x}.masked_fill({m}.logical_not().unsqueeze(2), -1.0)",
-            f"{x} + {m}.cumsum(1).unsqueeze(-1)", f"{x}.softmax(1).masked_fill(~{m}.unsqueeze(-1), 0)",
+            f"{x} * {m}.unsqueeze(-1)",
+            f"{x}.masked_fill(~{m}[:, :, None], 0.0)",
+            f"torch.where({m}[..., None], {x}, {x} * 0.1)",
+            f"{x} * {m}.to({x}.dtype)[..., None]",
+            f"({x} * {m}[..., None]).sum(1, keepdim=True) / {m}.sum(1).clamp(min=1)[:, None, None] + {x}",
+            f"{x}.masked_fill({m}.logical_not().unsqueeze(2), -1.0)",
+            f"{x} + {m}.cumsum(1).unsqueeze(-1)",
+            f"{x}.softmax(1).masked_fill(~{m}.unsqueeze(-1), 0)",
         ),
-        [x, *given[:1]], "BLC",
-    )  # fmt: skip
+        [x, *given[:1]],
+        "BLC",
+    )
 
 
 @rule(0.1)
@@ -240,11 +251,15 @@ def sized_by_data(g: Gen) -> None:
     x = g.take("BC")
     g.put(
         g.one(
-            f"{x}[{x}[:, 0] > -100]", f"{x} + {x}[{x}.abs().sum(1) > 0.001].mean(0)", f"{x}.masked_select({x} > -100).view(-1, {x.c})", f"{x}.index_select(0, ({x}[:, 0] > -100).nonzero().squeeze(1))",
+            f"{x}[{x}[:, 0] > -100]",
+            f"{x} + {x}[{x}.abs().sum(1) > 0.001].mean(0)",
+            f"{x}.masked_select({x} > -100).view(-1, {x.c})",
+            f"{x}.index_select(0, ({x}[:, 0] > -100).nonzero().squeeze(1))",
             f"torch.zeros_like({x}).index_add_(0, ({x}[:, 0] > -100).nonzero().flatten(), {x}[({x}[:, 0] > -100)])",
         ),
-        [x], "BC",
-    )  # fmt: skip
+        [x],
+        "BC",
+    )
 
 
 @rule(0.6)
@@ -285,12 +300,19 @@ def batch_branch(g: Gen) -> None:
     x, y = g.take(where=lambda v: v.layout[0] == "B"), g.name()
     g.put_block(
         g.one(
-            f"{y} = {x}\nif {x}.shape[0] > 1:\n    {y} = {y} * 2", f"{y} = {x} * 2 if {x}.shape[0] != 1 else {x}", f"{y} = {x}.tanh() if {x}.size(0) == 1 else {x}",
-            f"{y} = {x}\nif len({x}) < 100:\n    {y} = {y} + 1", f"assert {x}.shape[0] > 0\n{y} = {x}.abs()", f"{y} = {x} / max({x}.shape[0], 2)", f"{y} = {x} * (2 if {x}.shape[0] >= 2 else 3)",
-            f"{y} = {x}.squeeze(0) if {x}.shape[0] == 1 and False else {x} * 0.5", f"{y} = {x} * min(len({x}), 3)",
+            f"{y} = {x}\nif {x}.shape[0] > 1:\n    {y} = {y} * 2",
+            f"{y} = {x} * 2 if {x}.shape[0] != 1 else {x}",
+            f"{y} = {x}.tanh() if {x}.size(0) == 1 else {x}",
+            f"{y} = {x}\nif len({x}) < 100:\n    {y} = {y} + 1",
+            f"assert {x}.shape[0] > 0\n{y} = {x}.abs()",
+            f"{y} = {x} / max({x}.shape[0], 2)",
+            f"{y} = {x} * (2 if {x}.shape[0] >= 2 else 3)",
+            f"{y} = {x}.squeeze(0) if {x}.shape[0] == 1 and False else {x} * 0.5",
+            f"{y} = {x} * min(len({x}), 3)",
         ),
-        [x], {y: x.layout},
-    )  # fmt: skip
+        [x],
+        {y: x.layout},
+    )
 
 
 @rule(0.08)
@@ -319,12 +341,20 @@ def python_loops(g: Gen) -> None:
     b = g.layer(f"nn.Sequential(nn.Linear({x.c}, {x.c}), nn.ReLU(), nn.Linear({x.c}, {x.c}), nn.ReLU())", "m")
     g.put_block(
         g.one(
-            f"{y} = {x}\nfor layer in {a}:\n    {y} = {y} + layer({y}).relu()", f"{y} = sum(layer({x}) for layer in {a})", f"{y} = torch.cat([layer({x}) for layer in {a}], -1)",
-            f"{y} = {b}[2:]({b}[:2]({x}))", f"{y} = {b}({b}({x}))", f"{y} = {b}[0]({x}) * {b}[2]({x})", f"{y} = torch.stack([layer({x}) for layer in {a}]).mean(0)", f"{y} = {a}[0]({x})\nfor _ in range(2):\n    {y} = {a}[1]({y}).tanh() + {y}",
-            f"{y} = torch.stack([layer({x}) for layer in {a}], 1).amax(1)", f"{y} = torch.einsum('e...c,e->...c', torch.stack([layer({x}) for layer in {a}]), torch.softmax({g.param(3)}[:len({a})], 0))",
+            f"{y} = {x}\nfor layer in {a}:\n    {y} = {y} + layer({y}).relu()",
+            f"{y} = sum(layer({x}) for layer in {a})",
+            f"{y} = torch.cat([layer({x}) for layer in {a}], -1)",
+            f"{y} = {b}[2:]({b}[:2]({x}))",
+            f"{y} = {b}({b}({x}))",
+            f"{y} = {b}[0]({x}) * {b}[2]({x})",
+            f"{y} = torch.stack([layer({x}) for layer in {a}]).mean(0)",
+            f"{y} = {a}[0]({x})\nfor _ in range(2):\n    {y} = {a}[1]({y}).tanh() + {y}",
+            f"{y} = torch.stack([layer({x}) for layer in {a}], 1).amax(1)",
+            f"{y} = torch.einsum('e...c,e->...c', torch.stack([layer({x}) for layer in {a}]), torch.softmax({g.param(3)}[:len({a})], 0))",
         ),
-        [x], {y: x.layout},
-    )  # fmt: skip
+        [x],
+        {y: x.layout},
+    )
 
 
 @rule(0.6)
@@ -346,5 +376,6 @@ def experts(g: Gen) -> None:
     g.put_block(
         f"{p} = {r}({x}).softmax(-1)\n{v}, {i} = {p}.topk(2)\n{v} {g.one('/', '/')}= {v}.sum(-1, keepdim=True)\n"
         f"{p} = torch.zeros_like({p}).scatter({x.rank - 1}, {i}, {v})\n{y} = torch.einsum('bn,nbc->bc', {p}, torch.stack([each({x}) for each in {e}]))",
-        [x], {y: x.layout},
-    )  # fmt: skip
+        [x],
+        {y: x.layout},
+    )

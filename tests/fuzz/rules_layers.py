@@ -30,11 +30,16 @@ def linear_functional(g: Gen) -> None:
     x, out = _rows(g), g.width()
     w, b = g.param(out, x.c), g.param(out)
     texts = [
-        f"F.linear({x}, {w}, {b})", f"F.linear({x}, {w})", f"{x} @ {w}.t() + {b}", f"torch.matmul({x}, {w}.mT)",
-        f"F.linear({x}, {w} / (1 + {w}.abs().sum()), {b})", f"F.linear({x}, F.normalize({w}, dim=1))",
-        f"F.linear({x}, {w} * {b}[:, None])", f"F.linear({x}, {w}.tanh(), {b})",
+        f"F.linear({x}, {w}, {b})",
+        f"F.linear({x}, {w})",
+        f"{x} @ {w}.t() + {b}",
+        f"torch.matmul({x}, {w}.mT)",
+        f"F.linear({x}, {w} / (1 + {w}.abs().sum()), {b})",
+        f"F.linear({x}, F.normalize({w}, dim=1))",
+        f"F.linear({x}, {w} * {b}[:, None])",
+        f"F.linear({x}, {w}.tanh(), {b})",
         f"F.linear({x}, {w} - {w}.mean(1, keepdim=True))",
-    ]  # fmt: skip
+    ]
     if x.layout == "BC":
         texts += [f"torch.addmm({b}, {x}, {w}.t())", f"torch.mm({x}, {w}.t())", f"F.linear({x}, weight={w}, bias={b})"]
         texts += [f"torch.einsum('bi,oi->bo', {x}, {w})"]
@@ -52,10 +57,12 @@ def linear_joined(g: Gen) -> None:
         u, v = g.param(one, x.c), g.param(two, x.c)
         b, c = g.param(one), g.param(two)
         text = g.one(
-            f"F.linear({x}, torch.cat([{u}, {v}]), torch.cat([{b}, {c}]))", f"F.linear({x}, torch.cat([{u}, {v}], 0))",
-            f"F.linear({x}, torch.cat(({u}, 2 * {v}), dim=-2))", f"F.linear({x}, torch.vstack([{u}, {v}]))",
+            f"F.linear({x}, torch.cat([{u}, {v}]), torch.cat([{b}, {c}]))",
+            f"F.linear({x}, torch.cat([{u}, {v}], 0))",
+            f"F.linear({x}, torch.cat(({u}, 2 * {v}), dim=-2))",
+            f"F.linear({x}, torch.vstack([{u}, {v}]))",
             f"{x} @ torch.cat([{u}.t(), {v}.t()], -1)",
-        )  # fmt: skip
+        )
         g.put(text, [x], x.layout)
     elif x.c >= 4 and g.chance(0.5):
         at = g.rng.randrange(1, x.c)
@@ -65,9 +72,12 @@ def linear_joined(g: Gen) -> None:
     else:
         u, v = g.param(one, x.c), g.param(one, x.c)
         texts = [
-            f"F.linear({x}, torch.stack([{u}, {v}]).sum(0))", f"F.linear({x}, torch.stack([{u}, {v}], 1).flatten(0, 1))",
-            f"F.linear({x}, torch.stack([{u}, {v}])[1])", f"F.linear({x}, {u} + {v})", f"F.linear({x}, {u} * {v})",
-        ]  # fmt: skip
+            f"F.linear({x}, torch.stack([{u}, {v}]).sum(0))",
+            f"F.linear({x}, torch.stack([{u}, {v}], 1).flatten(0, 1))",
+            f"F.linear({x}, torch.stack([{u}, {v}])[1])",
+            f"F.linear({x}, {u} + {v})",
+            f"F.linear({x}, {u} * {v})",
+        ]
         g.put(g.one(*texts), [x], x.layout)
 
 
@@ -82,8 +92,9 @@ def linear_cut(g: Gen) -> None:
     g.put_block(
         f"{names[0]}, {names[1]} = {text}\n{names[2]}, {names[3]} = "
         f"F.linear({x}, {names[0]}, {b}[:{one}]), F.linear({x}, {names[1]})",
-        [x], {names[2]: x.layout, names[3]: x.layout},
-    )  # fmt: skip
+        [x],
+        {names[2]: x.layout, names[3]: x.layout},
+    )
 
 
 @rule(1)
@@ -92,9 +103,10 @@ def tied(g: Gen) -> None:
     x, inner = _rows(g), g.width()
     w = g.param(inner, x.c)
     text = g.one(
-        f"F.linear(F.linear({x}, {w}).relu(), {w}.t())", f"torch.relu({x} @ {w}.T) @ {w}",
+        f"F.linear(F.linear({x}, {w}).relu(), {w}.t())",
+        f"torch.relu({x} @ {w}.T) @ {w}",
         f"F.linear(F.linear({x}, {w}).tanh() * F.linear({x}, {w}), {w}.mT)",
-    )  # fmt: skip
+    )
     g.put(text, [x], x.layout)
 
 
@@ -176,11 +188,15 @@ def conv_functional(g: Gen) -> None:
     w, b = g.param(out, x.c, *k, scale=0.3), g.param(out)
     spread = f"{b}.view(-1, 1{ones})"
     texts = [
-        f"{call}({x}, {w}, {b}, padding=1)", f"{call}({x}, {w}, padding=1)", f"{call}({x}, {w}.flip(-1), {b})",
-        f"{call}({x}, {w} * {spread}, padding=1)", f"{call}({x}, weight={w}, bias=None, padding=1)",
+        f"{call}({x}, {w}, {b}, padding=1)",
+        f"{call}({x}, {w}, padding=1)",
+        f"{call}({x}, {w}.flip(-1), {b})",
+        f"{call}({x}, {w} * {spread}, padding=1)",
+        f"{call}({x}, weight={w}, bias=None, padding=1)",
         f"{call}({x}, ({w} - {w}.mean({tuple(range(1, rank + 2))}, keepdim=True)) / ({w}.std() + 1), {b}, padding=1)",
-        f"{call}({x}, {w} / ({w}.norm() + 1), {b}, 1, 1)", f"{call}({x}, torch.tanh({w}), {b}, padding=1)",
-    ]  # fmt: skip
+        f"{call}({x}, {w} / ({w}.norm() + 1), {b}, 1, 1)",
+        f"{call}({x}, torch.tanh({w}), {b}, padding=1)",
+    ]
     if g.chance(0.4):
         u = g.param(out, x.c, *k, scale=0.3)
         texts = [f"{call}({x}, torch.cat([{w}, {u}]), padding=1)", f"{call}({x}, {w} + {u}, {b}, padding=1)"]
@@ -218,16 +234,18 @@ def conv_of_data(g: Gen) -> None:
             f"{k} = ({w}[None] * {m}({x}.mean((2, 3))).view({b}, 1, {x.c}, 1, 1)).reshape(-1, {x.c}, 3, 3)\n"
             f"{y} = F.conv2d({x}.reshape(1, -1, *{x}.shape[2:]), {k}, padding=1, groups={b})"
             f".view({b}, -1, *{x}.shape[2:])",
-            [x], {y: "BCHW"},
-        )  # fmt: skip
+            [x],
+            {y: "BCHW"},
+        )
     else:
         w, m = g.param(3, out, x.c, 1, 1), g.layer(f"nn.Linear({x.c}, 3)")
         k = g.name("k")
         g.put_block(
             f"{k} = torch.softmax({m}({x}.mean((2, 3))).mean(0), 0)\n"
             f"{y} = F.conv2d({x}, ({k}.view(-1, 1, 1, 1, 1) * {w}).sum(0))",
-            [x], {y: "BCHW"},
-        )  # fmt: skip
+            [x],
+            {y: "BCHW"},
+        )
 
 
 # --- norms -------------------------------------------------------------------------------------------------------
@@ -271,9 +289,11 @@ def norm_of_rows(g: Gen) -> None:
     elif kind == "functional":
         w, b = g.param(x.c), g.param(x.c)
         text = g.one(
-            f"F.layer_norm({x}, ({x.c},), {w}, {b})", f"F.layer_norm({x}, {x}.shape[-1:], {w})",
-            f"F.rms_norm({x}, [{x.c}], {w})", f"F.layer_norm({x}, ({x}.shape[-1],))",
-        )  # fmt: skip
+            f"F.layer_norm({x}, ({x.c},), {w}, {b})",
+            f"F.layer_norm({x}, {x}.shape[-1:], {w})",
+            f"F.rms_norm({x}, [{x.c}], {w})",
+            f"F.layer_norm({x}, ({x}.shape[-1],))",
+        )
     elif kind == "group" and x.layout == "BC":
         text = g.layer(f"nn.GroupNorm({g.divisor(x.c)}, {x.c})") + f"({x})"
     elif x.layout in ("BLC", "BHWC"):
@@ -297,15 +317,18 @@ def norm_over_odd_axes(g: Gen) -> None:
         f"({x} - {mean}) / ({x}.std({over}, keepdim=True, unbiased=False) + 0.1)",
         f"({x} - {mean}) * torch.rsqrt({x}.var({over}, keepdim=True, correction=0) + 0.1)",
         f"{x} * torch.rsqrt({x}.pow(2).mean({over}, keepdim=True) + 0.1)",
-        f"{x} / ({x}.norm(dim={over}, keepdim=True) + 0.5)", f"{x} / (0.5 + torch.linalg.vector_norm({x}, dim={over}, keepdim=True))",
-        f"{x} / ({x}.abs().amax({over}, keepdim=True) + 0.5)", f"{x} / ({x}.abs().sum({over}, keepdim=True) + 0.5)",
+        f"{x} / ({x}.norm(dim={over}, keepdim=True) + 0.5)",
+        f"{x} / (0.5 + torch.linalg.vector_norm({x}, dim={over}, keepdim=True))",
+        f"{x} / ({x}.abs().amax({over}, keepdim=True) + 0.5)",
+        f"{x} / ({x}.abs().sum({over}, keepdim=True) + 0.5)",
         f"{x} - torch.logsumexp({x}, {over}, keepdim=True)",
-    ]  # fmt: skip
+    ]
     if 0 not in dims or len(dims) > 1:
         texts += [
-            f"{x} / ({x}.std({over}, keepdim=True) + 0.5)", f"{x} - torch.var_mean({x}, {over}, keepdim=True)[1]",
+            f"{x} / ({x}.std({over}, keepdim=True) + 0.5)",
+            f"{x} - torch.var_mean({x}, {over}, keepdim=True)[1]",
             f"{x} / (torch.std_mean({x}, dim={over}, keepdim=True)[0] + 0.5)",
-        ]  # fmt: skip
+        ]
     if len(dims) == 1:
         texts += [f"F.normalize({x}, dim={over})", f"F.normalize({x}, p=1.0, dim={over})"]
     if len(dims) == x.rank:

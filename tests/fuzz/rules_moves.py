@@ -5,9 +5,14 @@ from __future__ import annotations
 from fuzz.gen import Gen, Skip, Value, rule
 
 _LAYOUTS = {
-    "BCHW": ("BHWC", "BLC", "BCL", "BC"), "BHWC": ("BCHW", "BLC"), "BCL": ("BLC", "BC"), "BLC": ("BCL", "BC", "BNLC"),
-    "BC": ("BLC", "BCL"), "BNLC": ("BLC",), "BCDHW": ("BCHW", "BCL"),
-}  # fmt: skip
+    "BCHW": ("BHWC", "BLC", "BCL", "BC"),
+    "BHWC": ("BCHW", "BLC"),
+    "BCL": ("BLC", "BC"),
+    "BLC": ("BCL", "BC", "BNLC"),
+    "BC": ("BLC", "BCL"),
+    "BNLC": ("BLC",),
+    "BCDHW": ("BCHW", "BCL"),
+}
 
 
 @rule(3)
@@ -40,39 +45,111 @@ def _bchw_to_bc(g: Gen, x: Value) -> list[str]:
 def _blc_to_heads(g: Gen, x: Value) -> list[str]:
     n = g.divisor(x.c)
     return [
-        f"{x}.view({x}.shape[0], -1, {n}, {x.c // n}).transpose(1, 2)", f"{x}.unflatten(-1, ({n}, -1)).transpose(1, 2)",
-        f"{x}.reshape(*{x}.shape[:2], {n}, {x.c // n}).permute(0, 2, 1, 3)", f"torch.stack({x}.chunk({n}, -1), 1)",
-        f"{x}.reshape(*{x}.shape[:2], -1, {n}).permute(0, 3, 1, 2)", f"torch.stack({x}.split({x.c // n}, dim=2), dim=1)",
-    ]  # fmt: skip
+        f"{x}.view({x}.shape[0], -1, {n}, {x.c // n}).transpose(1, 2)",
+        f"{x}.unflatten(-1, ({n}, -1)).transpose(1, 2)",
+        f"{x}.reshape(*{x}.shape[:2], {n}, {x.c // n}).permute(0, 2, 1, 3)",
+        f"torch.stack({x}.chunk({n}, -1), 1)",
+        f"{x}.reshape(*{x}.shape[:2], -1, {n}).permute(0, 3, 1, 2)",
+        f"torch.stack({x}.split({x.c // n}, dim=2), dim=1)",
+    ]
 
 
 def _bc_to_blc(g: Gen, x: Value) -> list[str]:
     n = g.divisor(x.c)
     return [
-        f"{x}.view({x}.shape[0], {n}, -1)", f"{x}.unflatten(1, ({n}, {x.c // n}))", f"{x}.reshape(-1, {x.c // n}, {n}).transpose(1, 2)",
-        f"{x}[:, None]", f"{x}.unsqueeze(1).expand(-1, 3, -1)", f"torch.stack({x}.chunk({n}, 1), 1)", f"{x}.unsqueeze(1).repeat(1, 2, 1)",
-        f"torch.stack([{x}, 2 * {x}], dim=1)", f"{x}.view(-1, {n}, {x.c // n})",
-    ]  # fmt: skip
+        f"{x}.view({x}.shape[0], {n}, -1)",
+        f"{x}.unflatten(1, ({n}, {x.c // n}))",
+        f"{x}.reshape(-1, {x.c // n}, {n}).transpose(1, 2)",
+        f"{x}[:, None]",
+        f"{x}.unsqueeze(1).expand(-1, 3, -1)",
+        f"torch.stack({x}.chunk({n}, 1), 1)",
+        f"{x}.unsqueeze(1).repeat(1, 2, 1)",
+        f"torch.stack([{x}, 2 * {x}], dim=1)",
+        f"{x}.view(-1, {n}, {x.c // n})",
+    ]
 
 
 _TEXTS = {
-    ("BCHW", "BHWC"): lambda g, x: [f"{x}.permute(0, 2, 3, 1)", f"{x}.movedim(1, -1)", f"{x}.transpose(1, 2).transpose(2, 3)"],
-    ("BCHW", "BLC"): lambda g, x: [f"{x}.flatten(2).transpose(1, 2)", f"{x}.permute(0, 2, 3, 1).flatten(1, 2)", f"{x}.flatten(2).mT", f"{x}.reshape({x}.shape[0], {x.c}, -1).permute(0, 2, 1)"],
-    ("BCHW", "BCL"): lambda g, x: [f"{x}.flatten(2)", f"{x}.mean(3)", f"{x}.flatten(start_dim=-2)", f"{x}.amax(-1)", f"{x}[..., 0]", f"{x}.view({x}.shape[0], {x.c}, -1)" if x.tensor.is_contiguous() else f"{x}.sum(2)"],
+    ("BCHW", "BHWC"): lambda g, x: [
+        f"{x}.permute(0, 2, 3, 1)",
+        f"{x}.movedim(1, -1)",
+        f"{x}.transpose(1, 2).transpose(2, 3)",
+    ],
+    ("BCHW", "BLC"): lambda g, x: [
+        f"{x}.flatten(2).transpose(1, 2)",
+        f"{x}.permute(0, 2, 3, 1).flatten(1, 2)",
+        f"{x}.flatten(2).mT",
+        f"{x}.reshape({x}.shape[0], {x.c}, -1).permute(0, 2, 1)",
+    ],
+    ("BCHW", "BCL"): lambda g, x: [
+        f"{x}.flatten(2)",
+        f"{x}.mean(3)",
+        f"{x}.flatten(start_dim=-2)",
+        f"{x}.amax(-1)",
+        f"{x}[..., 0]",
+        f"{x}.view({x}.shape[0], {x.c}, -1)" if x.tensor.is_contiguous() else f"{x}.sum(2)",
+    ],
     ("BCHW", "BC"): _bchw_to_bc,
-    ("BHWC", "BCHW"): lambda g, x: [f"{x}.permute(0, 3, 1, 2)", f"torch.movedim({x}, 3, 1)", f"{x}.permute(0, -1, 1, 2).contiguous()"],
+    ("BHWC", "BCHW"): lambda g, x: [
+        f"{x}.permute(0, 3, 1, 2)",
+        f"torch.movedim({x}, 3, 1)",
+        f"{x}.permute(0, -1, 1, 2).contiguous()",
+    ],
     ("BHWC", "BLC"): lambda g, x: [f"{x}.flatten(1, 2)", f"{x}.mean(1)", f"{x}.reshape({x}.shape[0], -1, {x.c})"],
-    ("BCL", "BLC"): lambda g, x: [f"{x}.transpose(1, 2)", f"{x}.permute(0, 2, 1)", f"{x}.mT", f"{x}.swapaxes(-1, -2)", f"torch.transpose({x}, 2, 1)"],
-    ("BCL", "BC"): lambda g, x: [f"{x}.flatten(1)", f"{x}.mean(-1)", f"{x}.reshape(-1, {x.c * x.size('L')})", f"{x}[:, :, -1]", f"{x}.mean(dim=2, keepdim=True).squeeze(2)", f"{x}.amax(2)"],
-    ("BLC", "BCL"): lambda g, x: [f"{x}.transpose(1, 2)", f"{x}.permute(0, 2, 1)", f"{x}.movedim(-1, 1)", f"torch.swapdims({x}, 1, 2)"],
-    ("BLC", "BC"): lambda g, x: [f"{x}.mean(1)", f"{x}[:, 0]", f"{x}.flatten(1)", f"{x}[:, -1]", f"{x}.amax(1)", f"{x}.sum(-2)", f"{x}.select(1, 0)", f"{x}.reshape({x}.shape[0], -1)", f"{x}.unbind(1)[0]", f"{x}.max(dim=1)[0]"],
+    ("BCL", "BLC"): lambda g, x: [
+        f"{x}.transpose(1, 2)",
+        f"{x}.permute(0, 2, 1)",
+        f"{x}.mT",
+        f"{x}.swapaxes(-1, -2)",
+        f"torch.transpose({x}, 2, 1)",
+    ],
+    ("BCL", "BC"): lambda g, x: [
+        f"{x}.flatten(1)",
+        f"{x}.mean(-1)",
+        f"{x}.reshape(-1, {x.c * x.size('L')})",
+        f"{x}[:, :, -1]",
+        f"{x}.mean(dim=2, keepdim=True).squeeze(2)",
+        f"{x}.amax(2)",
+    ],
+    ("BLC", "BCL"): lambda g, x: [
+        f"{x}.transpose(1, 2)",
+        f"{x}.permute(0, 2, 1)",
+        f"{x}.movedim(-1, 1)",
+        f"torch.swapdims({x}, 1, 2)",
+    ],
+    ("BLC", "BC"): lambda g, x: [
+        f"{x}.mean(1)",
+        f"{x}[:, 0]",
+        f"{x}.flatten(1)",
+        f"{x}[:, -1]",
+        f"{x}.amax(1)",
+        f"{x}.sum(-2)",
+        f"{x}.select(1, 0)",
+        f"{x}.reshape({x}.shape[0], -1)",
+        f"{x}.unbind(1)[0]",
+        f"{x}.max(dim=1)[0]",
+    ],
     ("BLC", "BNLC"): _blc_to_heads,
     ("BC", "BLC"): _bc_to_blc,
-    ("BC", "BCL"): lambda g, x: [f"{x}.unsqueeze(-1)", f"{x}[:, :, None].expand(-1, -1, 3)", f"{x}.unflatten(1, ({g.divisor(x.c)}, -1))", f"torch.stack([{x}, {x}.tanh()], -1)", f"{x}[..., None].repeat(1, 1, 4)"],
-    ("BNLC", "BLC"): lambda g, x: [f"{x}.transpose(1, 2).flatten(2)", f"{x}.mean(1)", f"{x}.permute(0, 2, 1, 3).reshape({x}.shape[0], {x.shape[2]}, -1)", f"{x}.flatten(1, 2)", f"{x}[:, 0]", f"torch.cat({x}.unbind(1), -1)", f"{x}.sum(dim=1)"],
+    ("BC", "BCL"): lambda g, x: [
+        f"{x}.unsqueeze(-1)",
+        f"{x}[:, :, None].expand(-1, -1, 3)",
+        f"{x}.unflatten(1, ({g.divisor(x.c)}, -1))",
+        f"torch.stack([{x}, {x}.tanh()], -1)",
+        f"{x}[..., None].repeat(1, 1, 4)",
+    ],
+    ("BNLC", "BLC"): lambda g, x: [
+        f"{x}.transpose(1, 2).flatten(2)",
+        f"{x}.mean(1)",
+        f"{x}.permute(0, 2, 1, 3).reshape({x}.shape[0], {x.shape[2]}, -1)",
+        f"{x}.flatten(1, 2)",
+        f"{x}[:, 0]",
+        f"torch.cat({x}.unbind(1), -1)",
+        f"{x}.sum(dim=1)",
+    ],
     ("BCDHW", "BCHW"): lambda g, x: [f"{x}.mean(2)", f"{x}[:, :, 0]", f"{x}.flatten(2, 3)", f"{x}.amax(dim=4)"],
     ("BCDHW", "BCL"): lambda g, x: [f"{x}.flatten(2)", f"{x}.mean((3, 4))"],
-}  # fmt: skip
+}
 
 
 @rule(2)
@@ -87,13 +164,30 @@ def sliced(g: Gen) -> None:
     last = f"{x}[..., " if d == x.rank - 1 else f"{x}[{lead}"
     g.put(
         g.one(
-            f"{x}[{lead}:{k}]", f"{x}[{lead}{k}:]", f"{x}[{lead}::2]", f"{x}[{lead}1::2]", f"{x}.narrow({at}, {size - k}, {k})", f"{last}:-1]", f"{last}1:]",
-            f"{x}[{lead}: {x}.shape[{d}] // 2]", f"{x}[{lead}{k - 1}:{k}]", f"{x}[{lead}::3]", f"{last}-{k}:]", f"{x}.split([{k}, {size - k}], {at})[0]",
-            f"{x}.chunk(2, {at})[1]", f"{x}[{lead}1:-1]", f"{x}.narrow({at}, 0, {k})", f"{x}.tensor_split(2, {at})[0]", f"{x}[{lead}{size - 1}].unsqueeze({d})",
-            f"torch.select({x}, {at}, {k}).unsqueeze({at})", f"{x}.unbind({at})[{k}].unsqueeze({at})", f"{x}[{lead}{size // 2}:{size}:2]",
+            f"{x}[{lead}:{k}]",
+            f"{x}[{lead}{k}:]",
+            f"{x}[{lead}::2]",
+            f"{x}[{lead}1::2]",
+            f"{x}.narrow({at}, {size - k}, {k})",
+            f"{last}:-1]",
+            f"{last}1:]",
+            f"{x}[{lead}: {x}.shape[{d}] // 2]",
+            f"{x}[{lead}{k - 1}:{k}]",
+            f"{x}[{lead}::3]",
+            f"{last}-{k}:]",
+            f"{x}.split([{k}, {size - k}], {at})[0]",
+            f"{x}.chunk(2, {at})[1]",
+            f"{x}[{lead}1:-1]",
+            f"{x}.narrow({at}, 0, {k})",
+            f"{x}.tensor_split(2, {at})[0]",
+            f"{x}[{lead}{size - 1}].unsqueeze({d})",
+            f"torch.select({x}, {at}, {k}).unsqueeze({at})",
+            f"{x}.unbind({at})[{k}].unsqueeze({at})",
+            f"{x}[{lead}{size // 2}:{size}:2]",
         ),
-        [x], x.layout,
-    )  # fmt: skip
+        [x],
+        x.layout,
+    )
 
 
 @rule(2)
@@ -129,21 +223,33 @@ def joined(g: Gen) -> None:
     d = x.dim("C") if "C" in x.layout and g.chance(0.7) else g.rng.randrange(1, x.rank)
     at = g.neg(d, x.rank)
     fits = [
-        v for v in g.values
-        if v.layout == x.layout and v.tensor.is_floating_point() and all(a == b for i, (a, b) in enumerate(zip(v.shape, x.shape, strict=True)) if i != d)
-    ]  # fmt: skip
+        v
+        for v in g.values
+        if v.layout == x.layout
+        and v.tensor.is_floating_point()
+        and all(a == b for i, (a, b) in enumerate(zip(v.shape, x.shape, strict=True)) if i != d)
+    ]
     z, w = g.one(*fits), g.one(*fits)
     if sum(v.shape[d] for v in (x, z, w)) > 40:
         raise Skip
     ones = ", ".join("1" if e != d else "2" for e in range(x.rank))
     g.put(
         g.one(
-            f"torch.cat([{x}, {z}], {at})", f"torch.cat(({z}, {x}, {w}), dim={at})", f"torch.cat([{x}, {z} * 2, {x}], {at})", f"torch.concat([{x}, {z}], dim={at})",
-            f"torch.stack([{x}, {x} * 0.5], {d}).flatten({d}, {d + 1})", f"torch.stack([{x}, {x}.tanh()], {d + 1}).flatten({d}, {d + 1})", f"{x}.repeat({ones})",
-            f"{x}.repeat_interleave(2, {at})", f"torch.tile({x}, ({ones}))", f"torch.cat([{x}, torch.zeros_like({z})], {at})", f"torch.cat([{x}, {x}.narrow({at}, 0, 1)], {at})",
+            f"torch.cat([{x}, {z}], {at})",
+            f"torch.cat(({z}, {x}, {w}), dim={at})",
+            f"torch.cat([{x}, {z} * 2, {x}], {at})",
+            f"torch.concat([{x}, {z}], dim={at})",
+            f"torch.stack([{x}, {x} * 0.5], {d}).flatten({d}, {d + 1})",
+            f"torch.stack([{x}, {x}.tanh()], {d + 1}).flatten({d}, {d + 1})",
+            f"{x}.repeat({ones})",
+            f"{x}.repeat_interleave(2, {at})",
+            f"torch.tile({x}, ({ones}))",
+            f"torch.cat([{x}, torch.zeros_like({z})], {at})",
+            f"torch.cat([{x}, {x}.narrow({at}, 0, 1)], {at})",
         ),
-        [x, z, w], x.layout,
-    )  # fmt: skip
+        [x, z, w],
+        x.layout,
+    )
 
 
 @rule(1.5)
@@ -155,12 +261,26 @@ def moved(g: Gen) -> None:
     order, k = g.rng.sample(range(size), size), g.rng.randrange(size)
     pad = "0, 0, " * (x.rank - 1 - d)
     texts = [
-        f"{x}.flip({at})", f"{x}.roll({k}, {at})", f"torch.roll({x}, shifts=-{k}, dims={at})", f"{x}[{':, ' * d}{order}]", f"F.pad({x}, ({pad}1, 0))",
-        f"F.pad({x}, ({pad}0, 2), value=0.5)", f"{x} + {x}.roll(1, {at})", f"{x} + 2 * {x}.flip({at})", f"F.pad({x}, ({pad}1, -1))",
+        f"{x}.flip({at})",
+        f"{x}.roll({k}, {at})",
+        f"torch.roll({x}, shifts=-{k}, dims={at})",
+        f"{x}[{':, ' * d}{order}]",
+        f"F.pad({x}, ({pad}1, 0))",
+        f"F.pad({x}, ({pad}0, 2), value=0.5)",
+        f"{x} + {x}.roll(1, {at})",
+        f"{x} + 2 * {x}.flip({at})",
+        f"F.pad({x}, ({pad}1, -1))",
         f"torch.cat([{x}.narrow({at}, {k}, {size - k}), {x}.narrow({at}, 0, {k})], {at})" if k else f"{x}.flip([{at}])",
-        f"{x}.unsqueeze({d}).squeeze({d}) * 2", f"{x}.clone()", f"{x}.contiguous().view({x}.shape)", f"{x}.reshape({x}.shape)", f"{x}.view_as({x})" if x.tensor.is_contiguous() else f"{x}.detach()",
-        f"{x}.transpose(0, {d}).transpose({d}, 0)", f"{x}.unsqueeze(0)[0]", f"{x}.expand({x}.shape)", f"{x}.movedim({d}, 0).movedim(0, {d})",
-    ]  # fmt: skip
+        f"{x}.unsqueeze({d}).squeeze({d}) * 2",
+        f"{x}.clone()",
+        f"{x}.contiguous().view({x}.shape)",
+        f"{x}.reshape({x}.shape)",
+        f"{x}.view_as({x})" if x.tensor.is_contiguous() else f"{x}.detach()",
+        f"{x}.transpose(0, {d}).transpose({d}, 0)",
+        f"{x}.unsqueeze(0)[0]",
+        f"{x}.expand({x}.shape)",
+        f"{x}.movedim({d}, 0).movedim(0, {d})",
+    ]
     if "H" in x.layout and "W" in x.layout:
         texts += [f"{x}.rot90(1, ({x.dim('H')}, {x.dim('W')}))", f"{x}.transpose({x.dim('H')}, {x.dim('W')})"]
     if x.layout == "BCHW":
@@ -181,12 +301,21 @@ def shuffled(g: Gen) -> None:
     rest = "".join(f", {x}.shape[{i}]" for i in range(2, x.rank))
     ones = ", " + ", ".join(map(str, range(3, x.rank + 1))) if x.rank > 2 else ""
     texts = [
-        f"{x}.view({x}.shape[0], {n}, {x.c // n}{rest}).transpose(1, 2).reshape({x}.shape[0], {x.c}{rest})" if x.tensor.is_contiguous() else f"{x}.flip(1)",
-        f"{x}.unflatten(1, ({n}, -1)).transpose(1, 2).flatten(1, 2)", f"{x}.reshape(-1, {n}, {x.c // n}{rest}).permute(0, 2, 1{ones}).flatten(1, 2)",
-        f"{x}.unflatten(1, ({n}, {x.c // n})).sum(1)", f"{x}.unflatten(1, (-1, {n})).amax(2)", f"{x}.unflatten(1, ({n}, -1)).mean(2)", f"{x}.unflatten(1, ({n}, -1))[:, 0]",
-        f"{x}.unflatten(1, ({n}, -1)).flip(1).flatten(1, 2)", f"{x}.unflatten(1, ({n}, -1)).softmax(1).flatten(1, 2)", f"torch.cat({x}.unflatten(1, ({n}, -1)).unbind(1), 1)",
-        f"({x}.unflatten(1, ({n}, -1)) * {g.param(n, 1, *[1] * (x.rank - 2))}).flatten(1, 2)", f"torch.stack({x}.chunk({n}, 1), 2).flatten(1, 2)",
-    ]  # fmt: skip
+        f"{x}.view({x}.shape[0], {n}, {x.c // n}{rest}).transpose(1, 2).reshape({x}.shape[0], {x.c}{rest})"
+        if x.tensor.is_contiguous()
+        else f"{x}.flip(1)",
+        f"{x}.unflatten(1, ({n}, -1)).transpose(1, 2).flatten(1, 2)",
+        f"{x}.reshape(-1, {n}, {x.c // n}{rest}).permute(0, 2, 1{ones}).flatten(1, 2)",
+        f"{x}.unflatten(1, ({n}, {x.c // n})).sum(1)",
+        f"{x}.unflatten(1, (-1, {n})).amax(2)",
+        f"{x}.unflatten(1, ({n}, -1)).mean(2)",
+        f"{x}.unflatten(1, ({n}, -1))[:, 0]",
+        f"{x}.unflatten(1, ({n}, -1)).flip(1).flatten(1, 2)",
+        f"{x}.unflatten(1, ({n}, -1)).softmax(1).flatten(1, 2)",
+        f"torch.cat({x}.unflatten(1, ({n}, -1)).unbind(1), 1)",
+        f"({x}.unflatten(1, ({n}, -1)) * {g.param(n, 1, *[1] * (x.rank - 2))}).flatten(1, 2)",
+        f"torch.stack({x}.chunk({n}, 1), 2).flatten(1, 2)",
+    ]
     if x.layout == "BCHW":
         texts += [f"F.channel_shuffle({x}, {n})"] * 2
     g.put(g.one(*texts), [x], x.layout)
@@ -204,10 +333,13 @@ def between_channels_and_space(g: Gen) -> None:
         ]
     if h % 2 == 0 and w % 2 == 0 and x.c <= 8:
         texts += [
-            f"F.pixel_unshuffle({x}, 2)", f"torch.cat([{x}[..., ::2, ::2], {x}[..., 1::2, ::2], {x}[..., ::2, 1::2], {x}[..., 1::2, 1::2]], 1)",
-            f"{x}.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).mean(-1)", f"F.unfold({x}, 2, stride=2).unflatten(-1, ({h // 2}, -1))",
-            f"{x}.reshape({x}.shape[0], {x.c}, {h // 2}, 2, {w // 2}, 2).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)", f"{x}.unflatten(2, (-1, 2)).mean(3)",
-        ]  # fmt: skip
+            f"F.pixel_unshuffle({x}, 2)",
+            f"torch.cat([{x}[..., ::2, ::2], {x}[..., 1::2, ::2], {x}[..., ::2, 1::2], {x}[..., 1::2, 1::2]], 1)",
+            f"{x}.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).mean(-1)",
+            f"F.unfold({x}, 2, stride=2).unflatten(-1, ({h // 2}, -1))",
+            f"{x}.reshape({x}.shape[0], {x.c}, {h // 2}, 2, {w // 2}, 2).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)",
+            f"{x}.unflatten(2, (-1, 2)).mean(3)",
+        ]
     if h >= 3 and x.c <= 4:
         texts += [
             f"F.unfold({x}, 3, padding=1).view({x}.shape[0], -1, {h}, {w})",
@@ -219,8 +351,18 @@ def between_channels_and_space(g: Gen) -> None:
 
 
 _OTHERWISE = (
-    "torch.roll({}, 1, -1)", "{}.flip(2)", "{}.transpose(2, 3)", "F.max_pool2d({}, 3, 1, 1)", "F.pad({}, (0, 0, 1, 0))[:, :, :-1]", "2 * {}", "{} * {}", "{}.flip(1)", "{}.roll(1, 1)", "{}.tanh()", "{}.flip(0)",
-)  # fmt: skip
+    "torch.roll({}, 1, -1)",
+    "{}.flip(2)",
+    "{}.transpose(2, 3)",
+    "F.max_pool2d({}, 3, 1, 1)",
+    "F.pad({}, (0, 0, 1, 0))[:, :, :-1]",
+    "2 * {}",
+    "{} * {}",
+    "{}.flip(1)",
+    "{}.roll(1, 1)",
+    "{}.tanh()",
+    "{}.flip(0)",
+)
 
 
 @rule(1)
@@ -234,12 +376,22 @@ def two_orders(g: Gen) -> None:
     part, whole = text.replace("{}", f"{x}[:, {at}:]"), text.replace("{}", f"{x}")
     g.put(
         g.one(
-            f"torch.cat([{x}[:, :{at}], {part}], 1)", f"torch.cat([{x}[:, :{at}], ({whole})[:, {at}:], ({whole})[:, :{at}], {x}[:, {at}:]], 1)", f"{x} + 2 * {x}[:, {order}]", f"{x} * ({whole})[:, {order}]", f"torch.cat([{part}, {x}], 1)",
-            f"{x} * {x}[:, : ({x}.shape[1] + 1) // 2].mean(1, keepdim=True)", f"{x} * ({x} * ({whole})).sum(1, keepdim=True)", f"torch.einsum('bchw,bcij->bhwij', {x}, {x}).sum((3, 4)).tanh().unsqueeze(1) * {x}", f"{x}[:, {order[:at]}]",
-            f"{x} * torch.sigmoid({x}[:, {at}].unsqueeze(1))", f"torch.cat([{x}, {x}[:, {order}]], 1)", f"({whole}) - {x}[:, {order}]",
+            f"torch.cat([{x}[:, :{at}], {part}], 1)",
+            f"torch.cat([{x}[:, :{at}], ({whole})[:, {at}:], ({whole})[:, :{at}], {x}[:, {at}:]], 1)",
+            f"{x} + 2 * {x}[:, {order}]",
+            f"{x} * ({whole})[:, {order}]",
+            f"torch.cat([{part}, {x}], 1)",
+            f"{x} * {x}[:, : ({x}.shape[1] + 1) // 2].mean(1, keepdim=True)",
+            f"{x} * ({x} * ({whole})).sum(1, keepdim=True)",
+            f"torch.einsum('bchw,bcij->bhwij', {x}, {x}).sum((3, 4)).tanh().unsqueeze(1) * {x}",
+            f"{x}[:, {order[:at]}]",
+            f"{x} * torch.sigmoid({x}[:, {at}].unsqueeze(1))",
+            f"torch.cat([{x}, {x}[:, {order}]], 1)",
+            f"({whole}) - {x}[:, {order}]",
         ),
-        [x], "BCHW",
-    )  # fmt: skip
+        [x],
+        "BCHW",
+    )
 
 
 @rule(0.8)
@@ -253,8 +405,9 @@ def windows_of_rows(g: Gen) -> None:
         f"{u} = {x}.view({x}.shape[0], {h // 2}, 2, {w // 2}, 2, {c}).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, {c})\n"
         f"{u} = {a}({u}) * {u}.mean(1, keepdim=True)\n"
         f"{y} = {u}.view(-1, {h // 2}, {w // 2}, 2, 2, {c}).permute(0, 1, 3, 2, 4, 5).reshape({x}.shape[0], {h}, {w}, {c})",
-        [x], {y: "BHWC"},
-    )  # fmt: skip
+        [x],
+        {y: "BHWC"},
+    )
 
 
 @rule(1)
@@ -264,9 +417,12 @@ def batch_and_positions(g: Gen) -> None:
     a, y, s = g.layer(f"nn.Linear({x.c}, {x.c})"), g.name(), ", ".join(f"{x}.shape[{i}]" for i in range(x.rank - 1))
     norm = g.one("", g.layer(f"nn.BatchNorm1d({x.c})"))
     g.put_block(
-        f"{y} = {norm}({a}({x}.reshape(-1, {x.c}))).view({s}, -1)" if norm else f"{y} = {a}({x}.flatten(0, {x.rank - 2})).relu().reshape({s}, {x.c})",
-        [x], {y: x.layout},
-    )  # fmt: skip
+        f"{y} = {norm}({a}({x}.reshape(-1, {x.c}))).view({s}, -1)"
+        if norm
+        else f"{y} = {a}({x}.flatten(0, {x.rank - 2})).relu().reshape({s}, {x.c})",
+        [x],
+        {y: x.layout},
+    )
 
 
 @rule(0.7)
@@ -275,10 +431,17 @@ def two_in_the_batch(g: Gen) -> None:
     x = g.take("BC", "BLC", where=lambda v: v.c % 2 == 0)
     half, u, v, y = x.c // 2, g.name("u"), g.name("v"), g.name()
     made = g.one(
-        f"{x}.chunk(2, -1)", f"{x}.unflatten(-1, (2, -1)).unbind(-2)", f"{x}.view(*{x}.shape[:-1], 2, {half}).movedim(-2, 0)" if x.tensor.is_contiguous() else f"{x}.chunk(2, -1)",
-        f"{x}.reshape(*{x}.shape[:-1], {half}, 2).unbind(-1)", f"torch.stack({x}.chunk(2, -1)).unbind(0)", f"torch.stack({x}.chunk(2, -1))", f"{x}.unflatten(-1, ({half}, 2)).movedim(-1, 0).unbind(0)",
-        f"torch.cat({x}.split({half}, -1), 0).chunk(2)", f"torch.cat({x}.split({half}, -1)).split({x}.shape[0])", f"torch.cat({x}.chunk(2, -1), 0).view(2, -1, *{x}.shape[1:-1], {half}).unbind(0)",
-    )  # fmt: skip
+        f"{x}.chunk(2, -1)",
+        f"{x}.unflatten(-1, (2, -1)).unbind(-2)",
+        f"{x}.view(*{x}.shape[:-1], 2, {half}).movedim(-2, 0)" if x.tensor.is_contiguous() else f"{x}.chunk(2, -1)",
+        f"{x}.reshape(*{x}.shape[:-1], {half}, 2).unbind(-1)",
+        f"torch.stack({x}.chunk(2, -1)).unbind(0)",
+        f"torch.stack({x}.chunk(2, -1))",
+        f"{x}.unflatten(-1, ({half}, 2)).movedim(-1, 0).unbind(0)",
+        f"torch.cat({x}.split({half}, -1), 0).chunk(2)",
+        f"torch.cat({x}.split({half}, -1)).split({x}.shape[0])",
+        f"torch.cat({x}.chunk(2, -1), 0).view(2, -1, *{x}.shape[1:-1], {half}).unbind(0)",
+    )
     out = g.one(f"{u} * {v}", f"{u} + {v}.tanh()", f"torch.cat([{v}, {u}], -1)", f"{u} * {v}.sigmoid()")
     g.put_block(f"{u}, {v} = {made}\n{y} = {out}", [x], {y: x.layout})
 
@@ -292,9 +455,17 @@ def odd_views(g: Gen) -> None:
     m = f"{a}({x}){last}"
     g.put(
         g.one(
-            f"({m}.view(2, -1, {c // 2})[0].repeat(2, 2))[:{x}.shape[0]]", f"{m}.t().contiguous().t() * 2", f"{m}.reshape(-1)[: {x}.shape[0] * {c}].view(-1, {c})", f"{m}.T.unflatten(0, (2, -1)).flatten(0, 1).T",
-            f"{m}.reshape(-1, 2).flip(1).reshape(-1, {c})", f"{m}.view({x}.shape[0], -1)", f"{m}.unsqueeze(0).transpose(0, 1).squeeze(1)", f"{m}.reshape(-1, {c // 2}).repeat(1, 2)[::2]",
-            f"{m}.repeat(1, 2).view(-1, {c})[: {x}.shape[0]]", f"torch.stack(list({m})).tanh()" if g.chance(0.2) else f"{m}.flatten().unflatten(0, (-1, {c}))",
+            f"({m}.view(2, -1, {c // 2})[0].repeat(2, 2))[:{x}.shape[0]]",
+            f"{m}.t().contiguous().t() * 2",
+            f"{m}.reshape(-1)[: {x}.shape[0] * {c}].view(-1, {c})",
+            f"{m}.T.unflatten(0, (2, -1)).flatten(0, 1).T",
+            f"{m}.reshape(-1, 2).flip(1).reshape(-1, {c})",
+            f"{m}.view({x}.shape[0], -1)",
+            f"{m}.unsqueeze(0).transpose(0, 1).squeeze(1)",
+            f"{m}.reshape(-1, {c // 2}).repeat(1, 2)[::2]",
+            f"{m}.repeat(1, 2).view(-1, {c})[: {x}.shape[0]]",
+            f"torch.stack(list({m})).tanh()" if g.chance(0.2) else f"{m}.flatten().unflatten(0, (-1, {c}))",
         ),
-        [x], "BC",
-    )  # fmt: skip
+        [x],
+        "BC",
+    )

@@ -159,7 +159,8 @@ from pathlib import Path
 
 import graphzip as gz
 
-sys.path.insert(0, str(Path(gz.__file__).resolve().parent.parent / "tests"))
+TESTS = Path(gz.__file__).resolve().parent.parent / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "support"), str(TESTS / "support" / "networks")]
 from fuzz.case import Case, check
 from fuzz.program import Input, Program
 

@@ -73,3 +73,37 @@ return self.a4(z).mean(2), y
 """,
     Input("x", (4, 4)),
 )
+
+found(
+    "channels that groups of a convolution read unequally often keep equal counts alone",
+    "merge",
+    300426,
+    {
+        "a6": "nn.ConvTranspose2d(3, 6, 3, stride=2, padding=1, output_padding=1, groups=3)",
+        "p9": "nn.Parameter(torch.randn(4, 3, 3, 3) * 0.3)",
+        "p10": "nn.Parameter(torch.randn(4) * 0.5)",
+    },
+    "return F.conv2d(self.a6(x), self.p9, self.p10, padding=1, groups=2)",
+    Input("x", (3, 5, 7)),
+)
+
+found(
+    "what a norm over one channel gives is pooled and read by a layer that is fitted",
+    "lossy",
+    300418,
+    {
+        "a1": "nn.Conv1d(2, 8, 2, stride=2)",
+        "p9": "nn.Parameter(torch.randn(4, 4, 3) * 0.3)",
+        "p10": "nn.Parameter(torch.randn(4, 4, 3) * 0.3)",
+        "a12": "nn.GroupNorm(2, 4)",
+        "a14": "nn.Linear(4, 4)",
+        "a15": "nn.Linear(4, 4)",
+        "a18": "nn.Conv1d(4, 3, 1)",
+    },
+    """
+y = self.a12(F.conv1d(self.a1(x).relu(), torch.cat([self.p9, self.p10], 1), padding=1))
+s = self.a15(self.a14(y.flatten(2).mean(2)).relu()).sigmoid()
+return [self.a18(y * s[:, :, None])]
+""",
+    Input("x", (2, 8)),
+)

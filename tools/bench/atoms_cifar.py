@@ -5,7 +5,8 @@
 
 Without `--epochs` nothing is trained: the fit is the result. With it every variant is trained from the fitted start, a
 random one, or both, for that many epochs of the training images (`--train-images` takes some of them), with SGD and
-one cycle of the learning rate. `--weighted` weighs the fit of atoms by the inputs of 512 training images.
+one cycle of the learning rate. `--weighted` weighs the fit of atoms by the inputs of 512 training images, and
+`--compensate` lets batch norms and the layers that keep their kernels follow on these: the default where there is data.
 
 Needs `resnet20_cifar10.safetensors` and `cifar10_jpeg.npz` in the folder that GRAPHZIP_DATA names (default:
 ../shared/data beside the repository); what is missing is said. Accuracy is in percent of the test images; the error is
@@ -39,17 +40,19 @@ RATES = {"fit": 0.01, "random": 0.05}
 """Peak learning rates: a fitted start is lost at the rate from which a random one learns best."""
 
 
-def variants(*, weighted: bool, start: str) -> dict[str, gz.AtomFactorize | gz.SliceGenerate]:
+def variants(*, weighted: bool, start: str, compensate: str = "none") -> dict[str, gz.AtomFactorize | gz.SliceGenerate]:
     """Every variant by its name."""
 
     def atoms(share: str | None, count: int, size: int | None = None) -> gz.AtomFactorize:
-        return gz.AtomFactorize(share=share, atoms=count, group_size=size, weighted=weighted, init=start, atom_drop=0.0)
+        given = {"share": share, "atoms": count, "group_size": size, "weighted": weighted, "init": start}
+        return gz.AtomFactorize(**given, atom_drop=0.0, compensate=compensate)
 
     made: dict[str, gz.AtomFactorize | gz.SliceGenerate] = {f"unshared m{m}": atoms(None, m) for m in range(1, 10)}
     made |= {f"{share} m{m}": atoms(share, m) for share in ("block", "net") for m in (4, 8, 16, 32, 54)}
     made |= {f"g-{share} m8 s16": atoms(share, 8, 16) for share in ("layer", "block", "net")}
-    made |= {f"csg {code}": gz.SliceGenerate(code=code, init=start) for code in (16, 32, 64, 128, 256, 512)}
-    made |= {f"bcsg {code}": gz.SliceGenerate(code=code, binary=True, init=start) for code in (128, 512)}
+    slices = {"init": start, "compensate": compensate}
+    made |= {f"csg {code}": gz.SliceGenerate(code=code, **slices) for code in (16, 32, 64, 128, 256, 512)}
+    made |= {f"bcsg {code}": gz.SliceGenerate(code=code, binary=True, **slices) for code in (128, 512)}
     return made
 
 
@@ -84,12 +87,13 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     test = read_images(archive, "test", options.images)
     training = read_images(archive, "train", options.train_images) if options.epochs else None
     calibration = None
-    if options.weighted:
+    if options.weighted or options.compensate:
         calibration = list(normalised(read_images(archive, "train", CALIBRATION)[0]).split(BATCH))
     before = gz.cost(model, EXAMPLE)
     rows: list[dict[str, Any]] = [{"variant": "dense", "params": before.params, "accuracy": accuracy(model, *test)}]
     for start in ("fit", "random") if options.start == "both" else (options.start,):
-        for name, variant in variants(weighted=options.weighted, start=start).items():
+        how = "auto" if options.compensate else "none"
+        for name, variant in variants(weighted=options.weighted, start=start, compensate=how).items():
             if not any(fnmatchcase(name, pattern) for pattern in options.only):
                 continue
             began = time.perf_counter()
@@ -141,6 +145,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=None, help=f"peak learning rate; by default {RATES}")
     parser.add_argument("--start", choices=("fit", "random", "both"), default="fit")
     parser.add_argument("--weighted", action="store_true", help="weigh the fit of atoms by calibration data")
+    parser.add_argument("--compensate", action="store_true", help="re-fit what follows, as is done where there is data")
     parser.add_argument("--only", nargs="+", default=["*"], help="globs of the variants to run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

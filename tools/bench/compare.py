@@ -2,12 +2,14 @@
 
     python tools/bench/compare.py --net resnet20 --epochs 0 1 --cells compare.json
 
-Every method gets the same 512 unlabelled images and no training. `graphzip` is `plan_for` and `compile`; `l1` and
-`fold` shrink all widths alike (of ResNets the inner ones), by the smallest kernels and by k-means of the kernels;
-`torch-pruning` is the best, on 1,000 test images, of five importances (group magnitude L1 and L2, batch norm scale,
-Taylor and Hessian with the model's own answers for labels), each of them local and global. All but graphzip have their
-batch norms re-estimated on the images, for without it they are worse. Accuracy is the share of right answers on the
-test images, in percent. `--epochs 0 1` measures every result as it is and after one epoch of training, alike for all.
+Every method gets the same 512 unlabelled images and no training. `graphzip` is `plan_for(effort="thorough")` and
+`compile`, `graphzip-normal` the same at the default effort, `graphzip-tuned` the first with `tune=` on these images,
+mirrored at random; `l1` and `fold` shrink all widths alike (of ResNets the inner ones), by the smallest kernels and by
+k-means of the kernels; `torch-pruning` is the best, on 1,000 test images, of five importances (group magnitude L1 and
+L2, batch norm scale, Taylor and Hessian with the model's own answers for labels), each of them local and global. All
+but graphzip have their batch norms re-estimated on the images, for without it they are worse. Accuracy is the share of
+right answers on the test images, in percent. `--epochs 0 1` measures every result as it is and after one epoch of
+training, alike for all.
 
 The ResNets come trained. A VGG-16 with batch norm of half the width and a MobileNetV2 are trained first, and kept
 beside the file `--cells`. Cells that are in that file are not measured again. Needs the data of the folder
@@ -109,15 +111,20 @@ def table(cells: dict[str, Any], options: argparse.Namespace, epochs: int) -> Ta
     return rendered
 
 
+def add_options(parser: argparse.ArgumentParser, *, nets: list[str], cells: str) -> None:
+    """Those of every comparison of cells: networks, budgets, test images, the file, threads."""
+    parser.add_argument("--net", nargs="+", choices=[*NETS], default=nets)
+    parser.add_argument("--share", nargs="+", type=float, default=list(BUDGETS), help="of the MACs that stay")
+    parser.add_argument("--images", type=int, default=10_000, help="how many test images")
+    parser.add_argument("--cells", type=Path, default=Path(cells), help="file that keeps what was measured")
+    parser.add_argument("--threads", type=int, default=2)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", nargs="+", choices=[*NETS], default=[*NETS])
-    parser.add_argument("--share", nargs="+", type=float, default=list(BUDGETS), help="of the MACs that stay")
+    add_options(parser, nets=list(NETS), cells="compare.json")
     parser.add_argument("--method", nargs="+", choices=[*METHODS], default=[*METHODS])
-    parser.add_argument("--images", type=int, default=10_000, help="how many test images")
     parser.add_argument("--epochs", nargs="+", type=int, default=[0], help="of training after it, a table each")
-    parser.add_argument("--cells", type=Path, default=Path("compare.json"), help="file that keeps what was measured")
-    parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 

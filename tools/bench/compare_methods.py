@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graphzip as gz
 
-__all__ = ["METHODS", "Bench", "evenly"]
+__all__ = ["METHODS", "TORCH_PRUNING", "Bench", "evenly", "re_estimated", "torch_pruned", "widest"]
 
 JUDGED = 1000  # test images on which the best variant of torch-pruning is chosen
 EXAMPLE = (2, 3, 32, 32)
 STEPS = 7
 HESSIAN = 16  # images of a batch: each one is differentiated alone
+TORCH_PRUNING = ("magnitude-l1", "magnitude-l2", "bn-scale", "taylor", "hessian")
 
 
 @dataclass
@@ -49,9 +51,19 @@ class Bench:
         return gz.cost(self.model, self.example).macs
 
 
-def graphzip(bench: Bench, share: float) -> tuple[str, nn.Module]:
-    plan = gz.plan_for(bench.model, bench.example, macs=share, calibration=bench.images, cache=bench.cache)
-    return "", gz.compile(bench.model, plan, bench.example, calibration=bench.images).module
+def graphzip(
+    bench: Bench, share: float, effort: str = "thorough", tune: gz.Tune | None = None
+) -> tuple[str, nn.Module]:
+    plan = gz.plan_for(
+        bench.model, bench.example, macs=share, calibration=bench.images, cache=bench.cache, effort=effort
+    )
+    compiled = gz.compile(bench.model, plan, bench.example, calibration=bench.images, tune=tune)
+    return str(compiled.report.tuning or ""), compiled.module
+
+
+def mirrored(images: Tensor) -> Tensor:
+    """Every image mirrored or not."""
+    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
 
 
 def fold(bench: Bench, share: float) -> tuple[str, nn.Module]:
@@ -67,7 +79,7 @@ def l1(bench: Bench, share: float) -> tuple[str, nn.Module]:
 def torch_pruning(bench: Bench, share: float) -> tuple[str, nn.Module]:
     test = drawn(bench.test, JUDGED)
     found = {}
-    for name in ("magnitude-l1", "magnitude-l2", "bn-scale", "taylor", "hessian"):
+    for name in TORCH_PRUNING:
         for scope in ("local", "global"):
             module = re_estimated(torch_pruned(bench, share, name, scope == "global"), bench.images)
             found[f"{name}, {scope}"] = accuracy(module, *test), module
@@ -78,6 +90,8 @@ def torch_pruning(bench: Bench, share: float) -> tuple[str, nn.Module]:
 
 METHODS: dict[str, Callable[[Bench, float], tuple[str, nn.Module]]] = {
     "graphzip": graphzip,
+    "graphzip-normal": partial(graphzip, effort="normal"),
+    "graphzip-tuned": partial(graphzip, tune=gz.Tune(augment=mirrored)),
     "torch-pruning": torch_pruning,
     "fold": fold,
     "l1": l1,
@@ -86,12 +100,17 @@ METHODS: dict[str, Callable[[Bench, float], tuple[str, nn.Module]]] = {
 
 def evenly(model: nn.Module, example: tuple[Tensor, ...], share: float, options: Callable[[float], Any]) -> gz.Compiled:
     """The widest even plan that fits the share of the multiply-accumulates."""
+    return widest(lambda keep: gz.compile(model, gz.Plan([options(keep)]), example), share)[1]
+
+
+def widest(compiled: Callable[[float], gz.Compiled], share: float) -> tuple[float, gz.Compiled]:
+    """The largest share of channels whose result fits the share of the multiply-accumulates, and that result."""
     low, high, found = 0.01, 1.0, None
     for _ in range(STEPS):
         middle = (low + high) / 2
-        compiled = gz.compile(model, gz.Plan([options(middle)]), example)
-        fits = compiled.report.after.macs <= share * compiled.report.before.macs
-        low, high, found = (middle, high, compiled) if fits else (low, middle, found)
+        result = compiled(middle)
+        fits = result.report.after.macs <= share * result.report.before.macs
+        low, high, found = (middle, high, (middle, result)) if fits else (low, middle, found)
     assert found is not None
     return found
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
-from side_by_side import side_by_side
+from common.side_by_side import side_by_side
 from torch import Tensor, nn
 from torch.optim import SGD
 

@@ -39,10 +39,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cifar import Block, CifarResNet, accuracy, augmented, data_folder, normalised, read_images
+from common.teaching import taught
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from teaching import taught
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 

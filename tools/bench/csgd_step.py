@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from cifar import CifarResNet
-from side_by_side import side_by_side
+from common.side_by_side import side_by_side
 from torch import nn
 from torch.optim import SGD, Optimizer
 

@@ -22,11 +22,10 @@ from typing import Any
 import onnxruntime
 import torch
 import torchvision
+from common.side_by_side import seconds, side_by_side
 from compare_methods import evenly
 from rich.console import Console
 from rich.table import Table
-from side_by_side import side_by_side
-from trace_time import seconds
 
 import graphzip as gz
 

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cifar import CifarResNet, data_folder, normalised, read_images
+from common.teaching import taught
 from digits import VIEWS, view
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from teaching import taught
 from torch import Tensor, nn
 
 import graphzip as gz

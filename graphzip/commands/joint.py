@@ -1,0 +1,193 @@
+"""`graphzip zip` and `graphzip share`: several models in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphzip.commands.options import CardOption, RunOptions, SaveOptions, command
+from graphzip.commands.subject import BuiltModel, finish
+from graphzip.commands.terminal import Progress, UsageError, at_work
+from graphzip.commands.usage import (
+    Weights,
+    build,
+    calibration_of,
+    check_files,
+    check_opset,
+    check_writable,
+    example_inputs,
+    find,
+    of_inputs,
+    option,
+    shapes_of,
+)
+
+__all__ = ["register"]
+
+ModelsArgument = Annotated[
+    list[str], typer.Argument(metavar="NAME=MODEL...", help="models by names of yours: cars=net.py:cars dogs=timm:NAME")
+]
+JointOutput = Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write, or with --per-task a folder")]
+
+
+@dataclasses.dataclass(frozen=True)
+class JointOptions:
+    """Where the weights, inputs and data of each model come from, and what becomes of them together."""
+
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=SHAPE", help="shape of an input: cars=1x3x224x224; once per input"),
+    ] = None
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="NAME=FILE", help="state dict of a model: cars=cars.pt; once per model"),
+    ] = None
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration", metavar="NAME=FILE", help="samples of a model, .npz or .npy: cars=images.npy; no labels"
+        ),
+    ] = None
+    card: CardOption = True
+    per_task: Annotated[
+        bool, typer.Option("--per-task", help="a file for each model, and one file of weights that all read")
+    ] = False
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    command(
+        app,
+        "zip",
+        "graphzip zip cars=net.py:cars dogs=net.py:dogs --input cars=1x3x64x64 --input dogs=1x3x64x64 --share 0.9 "
+        "--calibration cars=cars.npy --calibration dogs=dogs.npy -o joint.onnx",
+        "graphzip zip a=torchvision:resnet18 b=torchvision:mobilenet_v2 --share 0 -o both.onnx",
+    )(zip_)
+    command(
+        app,
+        "share",
+        "graphzip share rgb=net.py:rgb depth=net.py:depth --input rgb=1x3x32x32 --input depth=1x1x32x32 "
+        "--calibration rgb=rgb.npy --calibration depth=depth.npy --clusters 0.25 -o scenes.onnx",
+    )(share_)
+
+
+def zip_(
+    models: ModelsArgument,
+    output: JointOutput,
+    given: JointOptions,
+    saved: SaveOptions,
+    run: RunOptions,
+    share: Annotated[
+        float, typer.Option("--share", help="share of every layer's channels that is one; 0 packs side by side")
+    ] = 1.0,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="layers that nothing is shared of")
+    ] = None,
+) -> None:
+    """Pack several models into one file and let them share neurons (MTZ), or with --share 0 nothing at all."""
+    with at_work(run.verbose) as tell:
+        import graphzip as gz
+
+        with option("--share"):
+            passes = [gz.Zip(share=share, exclude=tuple(exclude or ()))] if share else []
+        done = _joined(models, output, gz.Plan(passes), given, saved, run, tell)
+    done.show()
+
+
+def share_(
+    models: ModelsArgument,
+    output: JointOutput,
+    given: JointOptions,
+    saved: SaveOptions,
+    run: RunOptions,
+    clusters: Annotated[
+        float, typer.Option("--clusters", help="clusters of a layer's input channels, a share of them or a number")
+    ] = 0.5,
+) -> None:
+    """Let two models of one architecture read clusters of channels by the same weights, and pack them into one file."""
+    with at_work(run.verbose) as tell:
+        import graphzip as gz
+
+        with option("--clusters"):
+            amount: Any = int(clusters) if clusters.is_integer() and clusters > 1 else clusters
+            plan = gz.Plan([gz.CrossDomainShare(clusters=amount)])
+        done = _joined(models, output, plan, given, saved, run, tell)
+    done.show()
+
+
+def _joined(
+    models: Sequence[str],
+    output: Path,
+    plan: Any,
+    given: JointOptions,
+    saved: SaveOptions,
+    run: RunOptions,
+    tell: Progress,
+) -> Any:
+    import graphzip as gz
+
+    specs = _by_name(models, "MODEL")
+    if len(specs) < 2:
+        raise UsageError(f"give several models by name, a=MODEL b=MODEL; got {len(specs)}")
+    weights = {name: Path(path) for name, path in _by_name(given.weights, "--weights", specs).items()}
+    data = {name: Path(path) for name, path in _by_name(given.calibration, "--calibration", specs).items()}
+    if data and len(data) < len(specs):
+        raise UsageError(f"--calibration: {next(n for n in specs if n not in data)!r} has none; give all or none")
+    reads = {f"--weights {name}": path for name, path in weights.items()}
+    reads |= {f"--calibration {name}": path for name, path in data.items()}
+    check_files("", reads, {"--output": None if given.per_task else output, "--save": saved.save})
+    if not given.per_task:
+        check_writable(output=output)
+    check_writable(save=saved.save)
+    check_opset(saved.opset)
+    shapes = _shapes(given.inputs, specs)
+    modules, examples = {}, {}
+    for name, spec in specs.items():
+        found = find(spec)
+        tell(f"building {name}, {spec}")
+        modules[name] = build(found, Weights(weights.get(name), None, None), run.seed)
+        examples[name] = example_inputs(found, modules[name], shapes_of(shapes.get(name)), run.seed)
+    batches = {name: calibration_of(path) for name, path in data.items()} or None
+    tell(f"joining {', '.join(specs)}")
+    with of_inputs("--input" if given.inputs else None):
+        compiled = gz.compile(modules, plan, examples, calibration=batches, seed=run.seed)
+    subject = BuiltModel(", ".join(specs), modules, examples, None)
+    return finish(
+        compiled,
+        subject,
+        output,
+        saved,
+        tell,
+        card=given.card,
+        as_json=run.as_json,
+        packed=True,
+        per_task=given.per_task,
+    )
+
+
+def _by_name(texts: Sequence[str] | None, what: str, known: Sequence[str] | dict[str, str] = ()) -> dict[str, str]:
+    """`name=value` each; of `known` names alone where there are any. Raises `UsageError`."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise UsageError(f"{what}: {text!r} has no name; with several models write name=value")
+        if known and name not in known:
+            raise UsageError(f"{what}: there is no model {name!r}; there are {', '.join(known)}")
+        if name in found:
+            raise UsageError(f"{what}: {name!r} is given twice; leave one out")
+        found[name] = value
+    return found
+
+
+def _shapes(texts: Sequence[str] | None, known: dict[str, str]) -> dict[str, list[str]]:
+    """Shapes of the inputs of each model; one that takes several has its name in front of each."""
+    found: dict[str, list[str]] = {}
+    for text in texts or ():
+        for name, shape in _by_name([text], "--input", known).items():
+            found.setdefault(name, []).append(shape)
+    return found

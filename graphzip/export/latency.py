@@ -1,0 +1,122 @@
+"""How long a convolution of atoms and coefficients takes in onnxruntime, on this machine.
+
+onnxruntime builds a stored kernel `A D` once, when it loads the file; so that way is measured as a dense convolution.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graphzip.export.optional_packages import require
+
+__all__ = ["ConvCase", "milliseconds"]
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 7
+_ENOUGH = 0.02  # seconds of runs in one round
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A convolution to measure: the shape of its input, `(batch, channels, *size)`, and of its kernel, its groups and
+    settings; `count` groups of filters have `atoms` atoms each.
+    """
+
+    image: tuple[int, ...]
+    kernel: tuple[int, ...]
+    groups: int
+    count: int
+    atoms: int
+    strides: tuple[int, ...]
+    pads: tuple[int, ...]
+    dilations: tuple[int, ...]
+
+
+def milliseconds(case: ConvCase) -> tuple[float, float]:
+    """Median time of one run with the kernel built, and with the atoms first."""
+    sessions = [_session(case, nodes, weights) for nodes, weights in (_dense(case), _atoms_first(case))]
+    image = np.random.default_rng(0).standard_normal(case.image).astype(np.float32)
+    times: list[list[float]] = [[], []]
+    repeats = [_repeats(session, image) for session in sessions]
+    for _ in range(_ROUNDS):
+        for number, session in enumerate(sessions):  # by turns, so that both see the same machine
+            start = time.perf_counter()
+            for _ in range(repeats[number]):
+                session.run(None, {"x": image})
+            times[number].append((time.perf_counter() - start) / repeats[number])
+    one, two = (1e3 * float(np.median(each)) for each in times)
+    return one, two
+
+
+def _repeats(session: Any, image: Any) -> int:
+    session.run(None, {"x": image})
+    start = time.perf_counter()
+    session.run(None, {"x": image})
+    return max(1, round(_ENOUGH / max(time.perf_counter() - start, 1e-6)))
+
+
+_Graph = tuple[list[Any], dict[str, tuple[int, ...]]]
+
+
+def _conv(inputs: Sequence[str], output: str, case: ConvCase, groups: int, *, spatial: bool) -> Any:
+    dims = len(case.strides)
+    settings: dict[str, Any] = {"strides": [1] * dims, "pads": [0] * (2 * dims), "dilations": [1] * dims}
+    if spatial:
+        settings = {"strides": case.strides, "pads": [*case.pads, *case.pads], "dilations": case.dilations}
+    return require("onnx").helper.make_node("Conv", list(inputs), [output], group=groups, **settings)
+
+
+def _dense(case: ConvCase) -> _Graph:
+    return [_conv(("x", "w"), "y", case, case.groups, spatial=True)], {"w": case.kernel}
+
+
+def _atoms_first(case: ConvCase) -> _Graph:
+    outs, columns, *size = case.kernel
+    inputs, repeats = case.image[1], max(case.count // case.groups, 1)
+    helper = require("onnx").helper
+    nodes = [_conv(("x", "d"), "z", case, inputs, spatial=True)]
+    last = "z"
+    weights = {
+        "d": (inputs * repeats * case.atoms, 1, *size),
+        "a": (outs, columns * case.atoms, *[1] * len(size)),
+    }
+    if repeats > 1:
+        parts = [case.image[0], case.groups, columns, repeats, case.atoms, -1]
+        nodes += [
+            helper.make_node("Shape", ["z"], ["shape"]),
+            helper.make_node("Constant", [], ["parts"], value_ints=parts),
+            helper.make_node("Reshape", ["z", "parts"], ["parted"]),
+            helper.make_node("Transpose", ["parted"], ["swapped"], perm=[0, 1, 3, 2, 4, 5]),
+            helper.make_node("Reshape", ["swapped", "shape"], ["shuffled"]),
+        ]
+        last = "shuffled"
+    nodes.append(_conv((last, "a"), "y", case, case.groups if case.count == 1 else case.count, spatial=False))
+    return nodes, weights
+
+
+def _session(case: ConvCase, nodes: list[Any], weights: dict[str, tuple[int, ...]]) -> Any:
+    onnx, runtime = require("onnx"), require("onnxruntime")
+    random = np.random.default_rng(0)
+    constants = [
+        onnx.numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in weights.items()
+    ]
+    float32 = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "layer",
+        [onnx.helper.make_tensor_value_info("x", float32, case.image)],
+        [onnx.helper.make_tensor_value_info("y", float32, None)],
+        constants,
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

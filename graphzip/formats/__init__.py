@@ -1,0 +1,1 @@
+"""Models as they lie in files and folders of other tools, and back."""

@@ -1,0 +1,1 @@
+"""Plain numbers: least squares and factorisations, moments, rows of what layers read."""

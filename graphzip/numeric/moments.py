@@ -1,0 +1,234 @@
+"""Second moments of what layers read and give, from samples that come in pieces, over several processes; float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from graphzip.numeric.solvers import relative_damping
+
+__all__ = ["ChannelMoments", "CrossMoments", "Moments", "Spread", "gathered"]
+
+IntArray = NDArray[np.int64]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process of `torch.distributed` has, in order of rank; `value` alone where there is one process."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+class Moments:
+    """Second moments of a layer's inputs, from rows of samples that come in pieces; float64.
+
+    The rows themselves are kept as long as they are fewer than the inputs.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        self.count = 0
+        self.total = torch.zeros(inputs, dtype=torch.float64)
+        self.rows: torch.Tensor | None = torch.zeros(0, inputs, dtype=torch.float64)
+        self.gram: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count rows of shape `(samples, inputs)`."""
+        rows = rows.detach().to("cpu", torch.float64)
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        if self.rows is not None and self.count <= self.inputs:
+            self.rows = torch.cat([self.rows, rows])
+        elif self.rows is not None:
+            self.gram, self.rows = self.rows.T @ self.rows + rows.T @ rows, None
+        else:
+            assert self.gram is not None
+            self.gram.addmm_(rows.T, rows)
+
+    def add_up(self) -> None:
+        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
+        parts = gathered((self.count, self.total, self.rows, self.gram))
+        if len(parts) == 1:
+            return
+        self.count = sum(part[0] for part in parts)
+        self.total = sum((part[1] for part in parts), torch.zeros(()))
+        kept = [part[2] for part in parts if part[2] is not None]
+        if len(kept) == len(parts) and self.count <= self.inputs:
+            self.rows = torch.cat(kept)
+            return
+        grams = (part[3] if part[2] is None else part[2].T @ part[2] for part in parts)
+        self.rows, self.gram = None, sum(grams, torch.zeros(()))
+
+    def dense(self) -> torch.Tensor:
+        """`E[x x^T]`, `(inputs, inputs)`."""
+        if self.gram is not None:
+            return self.gram / max(self.count, 1)
+        assert self.rows is not None
+        return self.rows.T @ self.rows / max(self.count, 1)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / max(self.count, 1)
+
+    def spread(self, weight: torch.Tensor) -> Spread:
+        """Mean and variance of `W x` for each row of `W`."""
+        mean = weight @ self.mean
+        if self.rows is not None:
+            square = (self.rows @ weight.T).square().sum(0) / max(self.count, 1)
+        else:
+            square = ((weight @ self.dense()) * weight).sum(1)
+        return Spread.of(mean, square)
+
+    def products(self, weight: torch.Tensor, columns: IntArray) -> torch.Tensor:
+        """`E[(W x) x^T]` for some of the inputs, `(rows of W, columns)`."""
+        chosen = torch.from_numpy(columns)
+        if self.gram is not None:
+            return weight @ self.gram[:, chosen] / max(self.count, 1)
+        assert self.rows is not None
+        return (self.rows @ weight.T).T @ self.rows[:, chosen] / max(self.count, 1)
+
+    def among(self, columns: IntArray, positions: IntArray, inputs: int) -> Moments:
+        """The same for some of the inputs, `columns`, put to `positions` among `inputs` that are zero otherwise."""
+        made = Moments(inputs)
+        made.count = self.count
+        source, target = torch.from_numpy(columns), torch.from_numpy(positions)
+        made.total[target] = self.total[source]
+        if self.rows is not None and self.count <= inputs:
+            made.rows = torch.zeros(len(self.rows), inputs, dtype=torch.float64)
+            made.rows[:, target] = self.rows[:, source]
+        else:
+            made.rows, made.gram = None, torch.zeros(inputs, inputs, dtype=torch.float64)
+            made.gram[target.unsqueeze(1), target] = self._among(source)
+        return made
+
+    def _among(self, columns: torch.Tensor) -> torch.Tensor:
+        if self.gram is not None:
+            return self.gram[columns.unsqueeze(1), columns]
+        assert self.rows is not None
+        chosen = self.rows[:, columns]
+        return chosen.T @ chosen
+
+
+class CrossMoments:
+    """`E[y x^T]`, `(outputs, inputs)`, from samples of `y` and `x` that come in pieces; float64.
+
+    The samples themselves are kept as long as they take less memory.
+    """
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        self.shape = outputs, inputs
+        self.count = 0
+        self.samples: tuple[torch.Tensor, torch.Tensor] | None = (
+            torch.zeros(0, outputs, dtype=torch.float64),
+            torch.zeros(0, inputs, dtype=torch.float64),
+        )
+        self.product: torch.Tensor | None = None
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Count samples of shape `(samples, outputs)` and `(samples, inputs)`."""
+        self.count += len(y)
+        if self.samples is None:
+            assert self.product is not None
+            self.product.addmm_(y.T, x)
+            return
+        self._keep(torch.cat([self.samples[0], y]), torch.cat([self.samples[1], x]))
+
+    def _keep(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        if len(y) * sum(self.shape) <= math.prod(self.shape):
+            self.samples = y, x
+        else:
+            self.samples, self.product = None, y.T @ x
+
+    def add_up(self) -> None:
+        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
+        parts = gathered((self.count, self.samples, self.product))
+        if len(parts) == 1:
+            return
+        self.count = sum(part[0] for part in parts)
+        kept = [part[1] for part in parts if part[1] is not None]
+        if len(kept) == len(parts):
+            self._keep(*(torch.cat(each) for each in zip(*kept, strict=True)))
+            return
+        products = (part[2] if part[1] is None else part[1][0].T @ part[1][1] for part in parts)
+        self.samples, self.product = None, sum(products, torch.zeros(()))
+
+    def among(self, outputs: IntArray, inputs: IntArray) -> torch.Tensor:
+        """The same for some outputs and inputs."""
+        rows, columns = torch.from_numpy(outputs), torch.from_numpy(inputs)
+        if self.samples is not None:
+            y, x = self.samples
+            return y[:, rows].T @ x[:, columns] / max(self.count, 1)
+        assert self.product is not None
+        return self.product[rows.unsqueeze(1), columns] / max(self.count, 1)
+
+    def reordered(self, source: IntArray) -> CrossMoments:
+        """Output `i` is what output `source[i]` was."""
+        order = torch.from_numpy(source)
+        return self._changed(lambda y: y[:, order])
+
+    def scaled(self, scale: torch.Tensor) -> CrossMoments:
+        """Each output times a number of its own."""
+        return self._changed(lambda y: y * scale)
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CrossMoments:
+        """`change` takes and gives outputs, `(samples, outputs)`."""
+        made = CrossMoments(*self.shape)
+        made.count = self.count
+        made.samples = None if self.samples is None else (change(self.samples[0]), self.samples[1])
+        made.product = None if self.product is None else change(self.product.T).T
+        return made
+
+
+class ChannelMoments:
+    """Second moments of what each channel of a depthwise convolution reads, `(channels, positions, positions)`."""
+
+    def __init__(self, channels: int, positions: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(channels, positions, dtype=torch.float64)
+        self.gram = torch.zeros(channels, positions, positions, dtype=torch.float64)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count rows of shape `(samples, channels, positions)`."""
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.gram += torch.einsum("ncp,ncq->cpq", rows, rows)
+
+    def add_up(self) -> None:
+        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
+        parts = gathered((self.count, self.total, self.gram))
+        self.count = sum(part[0] for part in parts)
+        self.total, self.gram = (sum((part[place] for part in parts), torch.zeros(())) for place in (1, 2))
+
+    def spread(self, weight: torch.Tensor) -> Spread:
+        """Mean and variance of each output of kernels `(channels, positions)`."""
+        count = max(self.count, 1)
+        mean = (weight * self.total).sum(1) / count
+        return Spread.of(mean, torch.einsum("cp,cpq,cq->c", weight, self.gram, weight) / count)
+
+    def hessian(self, scale: float, damping: float) -> torch.Tensor:
+        """The Hessian of each channel, damped by the mean of its diagonal."""
+        found = self.gram * (scale / max(self.count, 1))
+        diagonal = found.diagonal(dim1=1, dim2=2)
+        diagonal.add_(relative_damping(diagonal.mean(1, keepdim=True), damping))
+        return found
+
+
+@dataclass
+class Spread:
+    """Mean and variance of outputs."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+    @classmethod
+    def of(cls, mean: torch.Tensor, square: torch.Tensor) -> Spread:
+        return cls(mean, (square - mean.square()).clamp(min=0.0))

@@ -1,0 +1,452 @@
+"""Plans that meet a budget: measure what narrowing each group does to the outputs, then split the budget over them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from graphzip.analysis.groups import Analysed
+from graphzip.arguments import check_callable, check_name, check_seed, check_traceable, whole
+from graphzip.boundary import call_user, public
+from graphzip.calibration import Calibration, Trained, check_calibration, with_submodule
+from graphzip.calls import Signature, call_of, example_of
+from graphzip.errors import PlanError
+from graphzip.files import check_target
+from graphzip.graph.copies import share_copy
+from graphzip.plan.criteria import CRITERIA
+from graphzip.plan.options import PassOptions
+from graphzip.plan.passes import ClusterMerge, PruneChannels
+from graphzip.plan.plan import Plan
+from graphzip.report.origin import Study
+from graphzip.report.page import study_fragment
+from graphzip.report.tables import preformatted
+from graphzip.rewrite.join_modes import trace_in
+from graphzip.runtime.inference import latency_of
+from graphzip.study.allocation import Budget, Curve
+from graphzip.study.amounts import LATENCY, absolute, checked, given, shown
+from graphzip.study.correction import corrected
+from graphzip.study.cost_model import Price, prices_of
+from graphzip.study.laboratory import CONSTANTS
+from graphzip.study.measurements import Measurements, identity, key_of
+from graphzip.study.narrowing import Narrows
+from graphzip.study.sensitivities import CHECKS, EFFORTS, MEASURED_ON, Progress, Sensitivity, Subject, Survey
+from graphzip.study.widths import Kinds, WidthRules
+from graphzip.traces import Trace, of_trace
+from graphzip.tracing.results import Outputs
+from graphzip.version import __version__
+from graphzip_passes.base import PassContext
+from graphzip_passes.cluster_merge.cluster_merge import ClusterMergePass, Known
+from graphzip_passes.parts.clustering import BUILT_IN, clustering_of
+from graphzip_passes.parts.widths import WidthOptions, resolve
+
+__all__ = ["Sensitivity", "WidthStudy", "plan_for"]
+
+logger = logging.getLogger(__name__)
+
+_TRIES: Final = 8  # bisections of a latency
+
+
+@public
+def plan_for(
+    model: nn.Module | Trace,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate_name: str | None = None,
+    passes: Sequence[PassOptions] = (),
+    cache: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    scope: str | None = None,
+    dynamic_shapes: Any | None = None,
+    outputs: Outputs | None = None,
+    mode: str = "eval",
+    effort: str = "normal",
+    round_to: int | None = None,
+    min_width: int | None = None,
+    target: str | None = None,
+    uniform: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """A plan that brings the model within a budget and moves its outputs as little as possible.
+
+    `macs`, `params` and `bytes` (of parameters and buffers) may be given together, and all are met; or `latency` (of
+    one sample in onnxruntime here) alone. A float of at most 1 is a share, anything else absolute (a latency in
+    milliseconds). The other arguments are those of `WidthStudy`; `progress(done, all, what)` is called as
+    measuring goes on. Compile the plan with the same data.
+
+    Raises `PlanError` where no budget is given, or one is out of reach: before anything is measured, with what can be
+    reached. Other errors are those of `compile`.
+    """
+    budgets = given(macs=macs, params=params, bytes=bytes, latency=latency)
+    check_callable(progress, "progress", "progress(done, all, what)")
+    study = WidthStudy(
+        model,
+        example_inputs,
+        calibration=calibration,
+        evaluate=evaluate,
+        evaluate_name=evaluate_name,
+        passes=passes,
+        cache=cache,
+        seed=seed,
+        scope=scope,
+        dynamic_shapes=dynamic_shapes,
+        outputs=outputs,
+        mode=mode,
+        effort=effort,
+        round_to=round_to,
+        min_width=min_width,
+        target=target,
+        uniform=uniform,
+    )
+    study.check(**budgets)
+    study.measure(progress)
+    return study.plan(progress, **budgets)
+
+
+class WidthStudy:
+    """What `plan_for` does, step by step: `check` a budget, `measure` the sensitivities once, make any number of plans.
+
+    `calibration` is as for `compile`; plans then ask for reconstruction and compensation. Without it, the example
+    inputs take its place and plans need no data. `evaluate` takes a module in eval mode and returns a score, the higher
+    the better; with it, widths are judged by the score instead of by the outputs. `passes` are the plan's; the first
+    `ClusterMerge` or `PruneChannels` of them gets its `keep` here.
+
+    `scope`, `dynamic_shapes`, `outputs` and `mode` are those of `compile`, or a `Trace` has them. The budget is the
+    scope's, and its outputs count; with the mode "train" those of both forms, and the cost of the eval form.
+
+    `effort` is what finding the widths may cost: it grows with the depth of the network for `"normal"`, with its square
+    for `"thorough"`, which measures every group at five widths. Both try some ways to split the budget on a part of the
+    data; `"fast"` estimates alone. `cache` names a file to go on from where a run was stopped. What it keeps counts for
+    the same model, weights, data, options and version alone, and for the same `evaluate`: that is told by its code and
+    all that it reads, or by `evaluate_name`, a name of yours, where that cannot be told (a name that stays means a
+    score that stays).
+
+    Widths are multiples of `round_to` channels, or of what a `target` computes at once: `"onnxruntime-cpu"` and
+    `"tensorrt"` (8), `"arm"` (4); where blocks such as heads keep the same number, so is that of each. No group that
+    shrinks keeps less than `min_width`; groups that have no such width stay whole, which is said in the log. With
+    `uniform` groups of the same kind keep the same number, for formats that have one number for all layers: groups of
+    one size whose tensors have names that differ in numbers alone (`layers.3.mlp.fc1.weight`).
+    """
+
+    chosen: tuple[str, float, float] | None = None
+    """What `plan` chose: what the budget was of, the cost, a share of the original's, and the loss that is expected."""
+
+    @public
+    def __init__(
+        self,
+        model: nn.Module | Trace,
+        example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+        *,
+        calibration: Iterable[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate_name: str | None = None,
+        passes: Sequence[PassOptions] = (),
+        cache: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        scope: str | None = None,
+        dynamic_shapes: Any | None = None,
+        outputs: Outputs | None = None,
+        mode: str = "eval",
+        effort: str = "normal",
+        round_to: int | None = None,
+        min_width: int | None = None,
+        target: str | None = None,
+        uniform: bool = False,
+    ) -> None:
+        view: dict[str, Any] = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs}
+        given = of_trace(model, example_inputs=example_inputs, mode=mode, **view)
+        source: Any = model if given is None else given.model
+        check_traceable(source)
+        call = call_of(source, example_inputs) if given is None else given.call
+        signature = Signature.of(source, call)
+        check_seed(seed)
+        check_callable(evaluate, "evaluate", "evaluate(module), which gives a score")
+        if effort not in EFFORTS:
+            raise PlanError(f"effort={effort!r} is none of {', '.join(map(repr, EFFORTS))}")
+        if evaluate_name is not None:
+            check_name(evaluate_name, "evaluate_name")
+        if cache is not None:
+            check_target(cache, PlanError)
+        check_calibration(calibration, source, signature)
+        self.model, self.example_inputs, self.seed = source, example_of(source, call), seed
+        self.evaluate, self.effort = evaluate, effort
+        self.has_data = calibration is not None
+        self.passes, self.options = _passes_of(passes, has_data=self.has_data)
+        self.rules = WidthRules.of(self.options, round_to=round_to, min_width=min_width, target=target, uniform=uniform)
+        with torch.inference_mode(False):
+            whole = share_copy(source)
+            if given is not None:
+                self.traced, known = given.for_copy(whole, borrowed=True)
+            else:
+                self.traced = trace_in(mode, whole, call, **view)
+                known = Analysed.of(self.traced)
+            self.analysis, self.groups = known.analysis, known.groups
+            self._feed([self.example_inputs] if calibration is None else calibration, signature, whole, known)
+        may = resolve(WidthOptions(1e-9, self.options.exclude), self.groups)
+        self.choices = self.rules.choices(self.groups, may)
+        chosen = [self.groups[name] for name in self.choices]
+        self.prices = prices_of(self.traced, self.analysis, chosen)
+        self.kinds = Kinds(chosen, uniform=self.rules.uniform)
+        key = None if cache is None else self._key(evaluate_name)
+        self.cache = None if cache is None or key is None else Measurements(cache, key)
+        self.sensitivities: tuple[Sensitivity, ...] = ()
+
+    def _feed(self, data: Iterable[Any], signature: Signature, whole: nn.Module, known: Analysed) -> None:
+        """Read what layers are fitted and outputs judged on; passes are told of it where it is the user's data."""
+        trained = Trained(whole, self.traced)
+        fed = Calibration({"": data}, {"": signature}, trained)
+        self.batches = fed.graph_inputs()
+        where = f"passes[{self.passes.index(self.options)}].{self.options.kind}"
+        self.context = PassContext(where, self.seed, trained, fed if self.has_data else None, known)
+
+    @public
+    def check(self, **budget: float) -> None:
+        """Raises `PlanError` unless budgets are given and each of them can be met."""
+        for what, amount in checked(budget).items():
+            if what == LATENCY:
+                whole, least = self._latency({}), self._latency(self._narrowest())
+            else:
+                price = self._price(what)
+                gone = np.array([choice[-1] for choice in self.choices.values()], dtype=np.float64)
+                whole, least = price.whole, price.at(gone)
+            if absolute(amount, whole) < least:
+                raise PlanError(
+                    f"{what}: {shown(amount, what)} is out of reach; with every group at its smallest width the model "
+                    f"keeps {shown(least, what)} of {shown(whole, what)} ({least / whole:.3g} of the original). Ask "
+                    "for that much, or let more groups shrink"
+                )
+
+    @public
+    @torch.no_grad()
+    def measure(self, progress: Progress | None = None) -> tuple[Sensitivity, ...]:
+        """How far the outputs move when each group alone is narrowed; nothing is measured twice."""
+        self.sensitivities = self.survey.run(progress)
+        return self.sensitivities
+
+    @public
+    @torch.no_grad()
+    def plan(self, progress: Progress | None = None, /, **budget: float) -> Plan:
+        """The plan for a budget, or for several that are to be met; `measure` comes first.
+
+        Some ways to split it are tried, unless the effort is "fast" or a latency is asked for; `progress` is told.
+        """
+        amounts = checked(budget)
+        curves = self._curves()
+        if LATENCY in amounts:
+            return self._plan_of(self._for_latency(amounts[LATENCY]))
+        prices = {what: self._price(what) for what in amounts}
+        limits = [Budget(price, absolute(amounts[what], price.whole)) for what, price in prices.items()]
+        gone = corrected(
+            curves,
+            lambda bent: self.kinds.allocate(bent, limits),
+            lambda tried, number: self.survey.together(self._widths(tried), number, progress),
+            most=CHECKS[self.effort],
+        )
+        if gone is None:
+            raise PlanError(f"{', '.join(amounts)}: out of reach; call check() to see what can be reached")
+        self.chosen = self._point(next(iter(amounts)), curves, gone)
+        return self._plan_of(self._widths(gone))
+
+    @public
+    def frontier(self, what: str = "macs", steps: int = 12) -> list[tuple[float, float]]:
+        """Pairs of a cost (a share of the original's `what`: macs, params, bytes) and the sum of losses expected there,
+        `steps` of them.
+        """
+        price, found = self._price(what), []
+        whole(steps, "steps", least=2, most=10_000)
+        curves = self._curves()
+        for fraction in np.linspace(0.1, 1.0, steps):
+            gone = self.kinds.allocate(curves, [Budget(price, fraction * price.whole)])
+            if gone is not None:
+                found.append(self._point(what, curves, gone)[1:])
+        return found
+
+    def _point(self, what: str, curves: Sequence[Curve], gone: NDArray[np.int64]) -> tuple[str, float, float]:
+        """Of a split: its cost, a share of the original's, and the sum of losses that is expected there."""
+        price = self._price(what)
+        each = (float(np.interp(count, curve.gone, curve.loss)) for count, curve in zip(gone, curves, strict=True))
+        return what, float(price.at(gone.astype(np.float64)) / price.whole), sum(each)
+
+    # ------------------------------------------------------------------------------------------------- widths
+
+    @public
+    def summary(self, what: str = "macs") -> Study:
+        """What was measured, for a report: how far each group alone moves the outputs, and the frontier along a cost.
+
+        After `plan` the frontier is along the cost that the budget was of, and the point that was chosen is marked.
+        """
+        what = self.chosen[0] if self.chosen is not None else what
+        return Study(
+            tuple((each.group, each.size, tuple(each.points)) for each in self.sensitivities),
+            what,
+            tuple(self.frontier(what)),
+            None if self.chosen is None else self.chosen[1:],
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: sensitivities and frontier, once they are measured."""
+        return study_fragment(self.summary()) if self.sensitivities else preformatted(repr(self))
+
+    def _narrowest(self) -> dict[str, int]:
+        return {name: self.groups[name].size - gone[-1] for name, gone in self.choices.items()}
+
+    def _curves(self) -> list[Curve]:
+        if not self.sensitivities:
+            raise PlanError("nothing is measured yet; call measure() before plan() and frontier()")
+        return [
+            Curve.through(self.choices[each.group], [(each.size - width, loss) for width, loss in each.points])
+            for each in self.sensitivities
+        ]
+
+    def _price(self, what: str) -> Price:
+        if what not in ("macs", "params", "bytes"):
+            raise PlanError(f"{what!r} has no price; ask for macs, params or bytes")
+        price: Price = getattr(self.prices, what)
+        return price
+
+    def _widths(self, gone: NDArray[np.int64]) -> dict[str, int]:
+        return {name: self.groups[name].size - int(count) for name, count in zip(self.choices, gone, strict=True)}
+
+    def _plan_of(self, widths: Mapping[str, int]) -> Plan:
+        inputs: Any = () if isinstance(self.example_inputs, Mapping) else self.example_inputs
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        plain = all(value.is_floating_point() for value in tensors)  # a plan holds shapes, and no tokens
+        shapes = [tuple(value.shape) for value in tensors] if plain else []
+        merge = self._merge(widths)
+        return Plan([merge if options is self.options else options for options in self.passes], inputs=shapes or None)
+
+    def _merge(self, widths: Mapping[str, int]) -> Narrows:
+        """Every group that may shrink by name, those with a `#n` first, for a name without one matches them too."""
+        keep = {
+            name: widths.get(name, self.groups[name].size) for name in sorted(self.choices, key=lambda n: "#" not in n)
+        }
+        return self.options.model_copy(update={"keep": keep, "round_to": 1})
+
+    # ------------------------------------------------------------------------------------------------- latency
+
+    def _latency(self, widths: Mapping[str, int]) -> float:
+        norms = self.options.norms if isinstance(self.options, ClusterMerge) else "exact"
+        merge = ClusterMerge(keep=dict(self._merge(widths).keep), clustering="even", norms=norms)  # type: ignore[arg-type]
+        found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self.nothing_known)
+        return latency_of(found.merged(self.traced).traced)
+
+    def _for_latency(self, amount: float) -> dict[str, int]:
+        """Bisect the multiply-accumulates, for these are what latency can be steered by, and measure."""
+        whole = self._latency({})
+        wanted = absolute(amount, whole)
+        if wanted >= whole:
+            return {}
+        low, high, best = 0.0, 1.0, self._narrowest()
+        for _ in range(_TRIES):
+            middle = (low + high) / 2
+            gone = self.kinds.allocate(self._curves(), [Budget(self.prices.macs, middle * self.prices.macs.whole)])
+            if gone is None:
+                low = middle
+                continue
+            widths = self._widths(gone)
+            taken = self._latency(widths)
+            logger.info("%.0f %% of the MACs take %.3f ms", 100 * middle, taken)
+            if taken <= wanted:
+                low, best = middle, widths
+            else:
+                high = middle
+        return best
+
+    # ------------------------------------------------------------------------------------------------- bookkeeping
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Measures, and keeps what it needs for that."""
+        return Survey(self.subject, self.effort, self.cache)
+
+    @property
+    def subject(self) -> Subject:
+        """What is measured."""
+        return Subject(
+            self.traced,
+            self.analysis,
+            self.groups,
+            self.choices,
+            self.options,
+            self.context,
+            self.batches,
+            self._judge if self.evaluate is not None else None,
+            self.seed,
+        )
+
+    def _judge(self, module: nn.Module) -> float:
+        """The user's score of the model with this module in its scope."""
+        assert self.evaluate is not None
+        scope = self.traced.scope
+        return call_user(self.evaluate, with_submodule(self.model, scope, module).eval() if scope else module)
+
+    @property
+    def nothing_known(self) -> Known:
+        """The analysis, which passes need not repeat, and nothing of the data."""
+        return Known(self.analysis, self.groups, {}, {})
+
+    def _key(self, evaluate_name: str | None) -> str | None:
+        """What the measurements of this study are kept under; nothing where it cannot be told from another one."""
+        called: dict[str, Any] = {"evaluate": self.evaluate}
+        if isinstance(self.options, ClusterMerge):
+            clustering = self.options.clustering
+            called["clustering"] = None if clustering in BUILT_IN else clustering_of(clustering)
+        else:
+            criterion = CRITERIA.get(self.options.criterion)
+            called["criterion"] = None if criterion is None or criterion.built_in else criterion.function
+        told = {}
+        for what, function in called.items():
+            if what == "evaluate" and evaluate_name is not None:
+                told[what] = f"name {evaluate_name}"
+            elif function is not None:
+                try:
+                    told[what] = f"code {identity(function)}"
+                except ValueError as error:
+                    logger.warning(
+                        "measurements are not kept: the %s function holds %s, which cannot be told from another; "
+                        "give evaluate_name= a name for what evaluate computes",
+                        what,
+                        error,
+                    )
+                    return None
+        options = self.options.model_copy(update={"keep": 1.0}).to_dict()
+        constants = [*CONSTANTS, MEASURED_ON[self.effort]]
+        versions = [__version__, torch.__version__]
+        return key_of(self.traced, self.batches, options, self.seed, self.has_data, constants, versions, told)
+
+
+def _passes_of(passes: Sequence[PassOptions], *, has_data: bool) -> tuple[list[PassOptions], Narrows]:
+    """The plan's passes and the one of them whose widths are found."""
+    listed = list(Plan(passes).passes) or [ClusterMerge()]
+    number = next((n for n, options in enumerate(listed) if isinstance(options, Narrows)), None)
+    if number is None:
+        raise PlanError(
+            "passes: none of them is a ClusterMerge or a PruneChannels, whose widths could be found; add ClusterMerge()"
+        )
+    given = listed[number]
+    assert isinstance(given, Narrows)
+    fixed = {"keep", "clusters", "ranking"} & given.model_fields_set
+    if fixed:
+        raise PlanError(f"passes[{number}].{given.kind}.{min(fixed)}: widths are found here; leave it out")
+    options: Narrows
+    if isinstance(given, PruneChannels):
+        options = PruneChannels(**(({"compensate": "data"} if has_data else {}) | given.to_dict()))
+    elif has_data:
+        options = given.for_data()
+    else:
+        options = ClusterMerge(**({"compensate": "free"} | given.to_dict()))
+    listed[number] = options
+    return listed, options

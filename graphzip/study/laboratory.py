@@ -1,0 +1,170 @@
+"""What narrowing does to the outputs, measured: of one group alone, layers behind it being re-fitted, or of all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from graphzip.analysis.layers import own_layers
+from graphzip.errors import WeightsError
+from graphzip.graph.batches import leading, samples_in
+from graphzip.graph.interpreter import Values
+from graphzip.graph.restore_modules import to_module
+from graphzip.graph.torch_private import pytree
+from graphzip.graph.traced import Traced
+from graphzip.numeric.solvers import all_finite
+from graphzip.scores import score_of
+from graphzip.study.narrowing import Narrowing
+from graphzip_passes.parts.compensation import Effort, refit
+
+__all__ = ["CONSTANTS", "Laboratory"]
+
+_FITTED: Final = 0.7  # of the samples for fits; outputs are judged on the others
+_FOLLOWING: Final = 8  # layers that are fitted from the first on that reads a group, for a measurement
+_QUICK: Final = Effort(rows=1 << 14, rounds=1)
+_JUDGED: Final = 512  # samples, at most, that outputs are judged on where all groups are narrowed
+_WORST: Final = 1e12  # a loss that no plan would take
+
+CONSTANTS: Final = (_FITTED, _FOLLOWING, _QUICK.rows, _QUICK.rounds, _JUDGED)
+"""What else decides a measurement."""
+
+
+class Laboratory:
+    """Narrows one group at a time and compares. Groups come in the order in which they run."""
+
+    def __init__(
+        self,
+        narrowing: Narrowing,
+        batches: Sequence[tuple[Any, ...]],
+        *,
+        evaluate: Callable[[nn.Module], float] | None,
+        samples: int,
+    ) -> None:
+        self.traced, self.narrowing = narrowing.traced, narrowing
+        self.batches, self.evaluate, self.samples = batches, evaluate, samples
+        self.score = self._scored(self.traced) if evaluate is not None else 0.0
+        self.layers = [layer.name for layer in own_layers(self.traced).values()]
+        fitted, judged = _parts(batches, samples)
+        self.fitting, self.judging = Values(self.traced, fitted), Values(self.traced, judged)
+        if evaluate is None:
+            self.wanted = _flat(Values(self.traced, judged).outputs())
+            if not all_finite(self.wanted):
+                raise WeightsError(
+                    "the model's outputs are NaN or infinite on the data that widths are judged by; check the data and "
+                    "the model's weights"
+                )
+
+    def loss(self, name: str, width: int) -> float:
+        """With all groups but this one as they are."""
+        if self.evaluate is not None:
+            return self._lost({name: width})
+        merged = self.narrowing.narrowed({name: width})
+        start = self._first_node(name, merged.traced)
+        if self.narrowing.refits:
+            self.fitting = _just_before(start, self.fitting)
+            old, new = self.fitting.fork(self.traced), self.fitting.fork(merged.traced)
+            refit(old, new, merged.layout, merged.means, only=self._nearby(name), effort=_QUICK)
+        self.judging = _just_before(start, self.judging)
+        return _relative(self.wanted, _flat(self.judging.fork(merged.traced).outputs()))
+
+    def loss_together(self, widths: Mapping[str, int]) -> float:
+        """With all groups narrowed at once, and all layers re-fitted on some samples; others are judged, if any."""
+        if self.evaluate is not None:
+            return self._lost(widths)
+        merged = self.narrowing.narrowed(widths)
+        if self.narrowing.refits:
+            old, new = (Values(each, self._together[0]) for each in (self.traced, merged.traced))
+            refit(old, new, merged.layout, merged.means, effort=_QUICK)
+        return _relative(self._wanted_together, self._outputs_together(merged.traced))
+
+    @cached_property
+    def _together(self) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        fitted = leading(self.batches, self.samples)
+        judged = leading(self.batches[len(fitted) :], _JUDGED)
+        return (fitted, judged) if judged else _parts(self.batches, self.samples)
+
+    @cached_property
+    def _wanted_together(self) -> torch.Tensor:
+        return self._outputs_together(self.traced)
+
+    def _outputs_together(self, traced: Traced) -> torch.Tensor:
+        return torch.cat([_flat(Values(traced, [batch]).outputs()) for batch in self._together[1]])
+
+    def _lost(self, widths: Mapping[str, int]) -> float:
+        """Of the user's score."""
+        return max(self.score - self._scored(self.narrowing.carried_out(widths)), 0.0)
+
+    def _scored(self, traced: Traced) -> float:
+        """What `evaluate` says of a model. Raises `PlanError` where that is no score."""
+        assert self.evaluate is not None
+        return score_of(self.evaluate, _module(traced))
+
+    def _params(self, name: str, *roles: str) -> set[str]:
+        return {self.traced.local(each.param) for each in self.narrowing.group(name).params if each.role in roles}
+
+    def _first_node(self, name: str, slim: Traced) -> torch.fx.Node:
+        """The first operator that a change of the group can touch: by its parameters, or by its size in `slim`."""
+        params = self._params(name, "producer", "pointwise", "consumer")
+        users = [
+            user
+            for node in self.traced.graph.nodes
+            if node.op == "get_attr" and str(node.target) in params
+            for user in node.users
+        ]
+        sizes = {node.name: _sizes(node) for node in slim.graph.nodes}
+        resized = [
+            node
+            for node in self.traced.graph.nodes
+            if node.op == "call_function" and sizes.get(node.name) != _sizes(node)
+        ]
+        first: torch.fx.Node = min([*users, *resized], key=self.judging.place.__getitem__)
+        return first
+
+    def _nearby(self, name: str) -> set[str]:
+        """The layers that read the group, those that make it after that, and the first ones that follow."""
+        readers = self._params(name, "consumer")
+        first = min((number for number, layer in enumerate(self.layers) if layer in readers), default=0)
+        return {*self.layers[first : first + _FOLLOWING], *readers, *self._params(name, "producer")}
+
+
+def _sizes(node: torch.fx.Node) -> tuple[str, ...]:
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else ()
+
+
+def _parts(batches: Sequence[tuple[Any, ...]], samples: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Batches that layers are fitted on for a measurement, and those that outputs are judged on: others, if any."""
+    found = leading(batches, samples)
+    fitted = sum(count <= _FITTED * samples for count in accumulate(map(samples_in, found)))
+    fitted = min(fitted or 1, max(len(found) - 1, 1))
+    return found[:fitted], found[fitted:] or found
+
+
+def _just_before(node: torch.fx.Node, values: Values) -> Values:
+    """The values of the same graph where all before the node has run and nothing else has."""
+    found = values if values.done <= values.place[node] else Values(values.traced, values.batches)
+    found.run_before(node)
+    return found
+
+
+def _flat(outputs: Any) -> torch.Tensor:
+    """All floating-point outputs on all batches."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return torch.cat([leaf.detach().double().flatten() for leaf in leaves if leaf.is_floating_point()])
+
+
+def _relative(wanted: torch.Tensor, given: torch.Tensor) -> float:
+    """At most `_WORST`, which stands for outputs that are not finite too."""
+    spread = wanted.var(correction=0) if wanted.numel() else wanted.new_zeros(())
+    found = float((wanted - given).square().mean() / spread.clamp(min=torch.finfo(wanted.dtype).tiny))
+    return min(found, _WORST) if math.isfinite(found) else _WORST
+
+
+def _module(traced: Traced) -> nn.Module:
+    return to_module(traced).eval()

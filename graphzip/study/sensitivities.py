@@ -1,0 +1,314 @@
+"""How far the outputs move when one group alone is narrowed, at what effort.
+
+- `"thorough"`: every group is measured at five widths. The cost grows with the square of the depth.
+- `"normal"`: losses to first order (`first_order`) give the shape of every curve. Layers behind a group make up for
+  some of what they say, for more of it the earlier and the larger an error is, so that losses grow as a power of them:
+  `loss = scale * estimate ** exponent`. Two measurements say which, on half the data. No more than so many groups are
+  measured, evenly spread over the depth; scale and exponent of the others lie between those of their neighbours. The
+  cost grows with the depth.
+- `"fast"`: the estimates alone, to a power that was found to be usual.
+
+Where what reads a group cannot be re-fitted (the width of queries and keys), and where channels are pruned, there is no
+first-order loss. It is taken to grow as a power of the share of channels that go, and two measurements say which, as
+above.
+
+Where a score of the user's judges, or clusters are not found by reconstruction, groups are measured as for
+`"thorough"`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+from torch import nn
+
+from graphzip.analysis.channels import Analysis
+from graphzip.analysis.groups import ChannelGroups
+from graphzip.boundary import call_user
+from graphzip.graph.batches import leading
+from graphzip.graph.traced import Traced
+from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge, PruneChannels
+from graphzip.study.first_order import first_order_losses
+from graphzip.study.laboratory import Laboratory
+from graphzip.study.measurements import Measurements
+from graphzip.study.narrowing import Merging, Narrowing, Narrows, Pruning
+from graphzip_passes.base import PassContext
+from graphzip_passes.cluster_merge.cluster_merge import Known, known_of
+from graphzip_passes.cluster_merge.elimination import eliminations, readable_groups
+
+__all__ = ["CHECKS", "EFFORTS", "FRACTIONS", "MEASURED_ON", "Progress", "Sensitivity", "Subject", "Survey"]
+
+logger = logging.getLogger(__name__)
+
+EFFORTS: Final = ("fast", "normal", "thorough")
+
+FRACTIONS: Final = (0.75, 0.5, 0.25, 0.125)
+"""Widths that a loss is found at, and the smallest one of a group; in between, losses lie on straight lines."""
+
+_FITTED_AT: Final = (0.5, 0.125)
+_FITTED: Final = 12  # groups of a kind, at most
+_SAMPLES: Final = 128  # of the calibration data, for losses to first order
+MEASURED_ON: Final = {"fast": 192, "normal": 192, "thorough": 384}
+"""Samples of the calibration data for a measurement; a plan is carried out with all of it."""
+
+CHECKS: Final = {"fast": 0, "normal": 4, "thorough": 12}
+"""How many ways to split a budget are tried on a part of the data."""
+
+_SHAPE: Final = 3.0  # the power of the share of channels that go, for groups without an estimate
+_NOTHING: Final = 1e-9  # a loss that is none, relative to the variance of the outputs
+_USUAL: Final = 0.75
+_EXPONENTS: Final = (0.3, 1.2)
+
+Progress = Callable[[int, int, str], object]
+"""`(done, all, what is next)`."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How far the outputs move when one `group` of `size` channels alone is narrowed.
+
+    `points` are pairs of a width and a loss: the mean square of the change of the outputs relative to their variance,
+    or what `evaluate` loses.
+    """
+
+    group: str
+    size: int
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, how many channels may go of each of its groups (0 first, ascending), and how they are narrowed.
+
+    `batches` are the inputs of its graph on the calibration data, or the example where there is none.
+    """
+
+    traced: Traced
+    analysis: Analysis
+    groups: ChannelGroups
+    choices: Mapping[str, tuple[int, ...]]
+    options: Narrows
+    context: PassContext
+    batches: Sequence[tuple[Any, ...]]
+    evaluate: Callable[[nn.Module], float] | None
+    seed: int
+
+    def near(self, name: str, shares: Sequence[float]) -> list[int]:
+        """Widths that a group may have next to these shares of its size, the largest first."""
+        size = self.groups[name].size
+        widths = np.array([size - gone for gone in self.choices[name][1:]])
+        return sorted({int(widths[np.abs(widths - share * size).argmin()]) for share in shares}, reverse=True)
+
+    def widths(self, name: str) -> list[int]:
+        """The widths of a group that losses are found at, the largest first."""
+        return self.near(name, (*FRACTIONS, 0.0))
+
+
+class Survey:
+    """The sensitivities of all groups of a subject."""
+
+    def __init__(self, subject: Subject, effort: str, cache: Measurements | None) -> None:
+        self.subject, self.effort, self.cache = subject, effort, cache
+        self._kept: dict[tuple[str, int], float] = {}
+        self._orders: dict[str, tuple[int, ...]] | None = None  # once they were found for estimates
+
+    def run(self, progress: Progress | None) -> tuple[Sensitivity, ...]:
+        """Estimate and measure what is not kept."""
+        estimates = self._estimates(progress)
+        kinds = [estimates, self._shapes(estimates)] if estimates or self._shapes_alone else []
+        measured = self._measured(self._to_measure(kinds), progress)
+        curves = dict(measured)
+        for kind in kinds:
+            fits = _between([_fit(kind[name], measured[name]) for name in kind])
+            curves |= {name: fit.curve(kind[name], measured[name]) for name, fit in zip(kind, fits, strict=True)}
+        return tuple(
+            Sensitivity(name, self.subject.groups[name].size, tuple(curves[name].items()))
+            for name in self.subject.choices
+        )
+
+    def together(self, widths: Mapping[str, int], number: int = 0, progress: Progress | None = None) -> float:
+        """The loss with all groups at these widths at once; it is measured where it is not kept."""
+        key = hashlib.sha256(json.dumps(sorted(widths.items())).encode()).hexdigest()
+        name, total = f"together {key}", sum(widths.values())
+        loss = self._get(name, total)
+        if loss is None:
+            if progress is not None:
+                call_user(progress, number, CHECKS[self.effort], f"all groups together, try {number + 1}")
+            loss = self._laboratory.loss_together(widths)
+            logger.info("all groups together, %d channels: the outputs move by %.3g", total, loss)
+            self._put(name, total, loss)
+        return loss
+
+    # --------------------------------------------------------------------------------------------- measurements
+
+    def _measured(self, wanted: Sequence[tuple[str, int]], progress: Progress | None) -> dict[str, dict[int, float]]:
+        found: dict[str, dict[int, float]] = {name: {} for name in self.subject.choices}
+        started, fresh = time.perf_counter(), 0
+        for number, (name, width) in enumerate(wanted):
+            loss = self._get(name, width)
+            if loss is None:
+                if progress is not None:
+                    left = _left(time.perf_counter() - started, fresh, len(wanted) - number)
+                    call_user(progress, number, len(wanted), f"{name}: {width} channels{left}")
+                loss = self._laboratory.loss(name, width)
+                fresh += 1
+                size = self.subject.groups[name].size
+                logger.info("%s: %d of %d channels move the outputs by %.3g", name, width, size, loss)
+                self._put(name, width, loss)
+            found[name][width] = loss
+        if progress is not None:
+            call_user(progress, len(wanted), len(wanted), "")
+        return found
+
+    def _to_measure(self, kinds: Sequence[Mapping[str, Mapping[int, float]]]) -> list[tuple[str, int]]:
+        """The groups and widths that are measured: two of some of each kind, or all where there are no kinds."""
+        if not kinds:
+            return [(name, width) for name in self.subject.choices for width in self.subject.widths(name)]
+        fitted: set[str] = set()
+        for kind in kinds[self.effort == "fast" and not self._shapes_alone :]:
+            names = list(kind)
+            some = np.linspace(0, len(names) - 1, min(_FITTED, len(names))).round().astype(int)
+            fitted |= {names[number] for number in some}
+        chosen = [name for name in self.subject.choices if name in fitted]
+        return [(name, width) for name in chosen for width in self.subject.near(name, _FITTED_AT)]
+
+    def _shapes(self, estimates: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+        """By group without an estimate, and by width, what its loss is taken to be a power of."""
+        found = {}
+        for name in self.subject.choices:
+            if name not in estimates:
+                size = self.subject.groups[name].size
+                found[name] = {width: (1.0 - width / size) ** _SHAPE for width in self.subject.widths(name)}
+        return found
+
+    @property
+    def _shapes_alone(self) -> bool:
+        """Whether losses of all groups are taken to grow as a power of the channels that go."""
+        subject = self.subject
+        return isinstance(subject.options, PruneChannels) and self.effort != "thorough" and subject.evaluate is None
+
+    @cached_property
+    def _laboratory(self) -> Laboratory:
+        subject = self.subject
+        samples = MEASURED_ON[self.effort]
+        return Laboratory(self._narrowing, subject.batches, evaluate=subject.evaluate, samples=samples)
+
+    @property
+    def _narrowing(self) -> Narrowing:
+        subject = self.subject
+        if isinstance(subject.options, PruneChannels):
+            return Pruning(subject.options, subject.traced, subject.context)
+        return Merging(subject.options, subject.traced, self._known, subject.batches, subject.seed)
+
+    @cached_property
+    def _known(self) -> Known:
+        subject = self.subject
+        assert isinstance(subject.options, ClusterMerge)
+        if self._orders is not None:
+            return Known(subject.analysis, subject.groups, self._orders, {})
+        names = list(subject.choices)
+        least = {name: min(subject.widths(name)) for name in names}
+        return known_of(
+            subject.options, subject.traced, subject.analysis, subject.groups, names, subject.batches, least=least
+        )
+
+    def _get(self, name: str, width: int) -> float | None:
+        return self._kept.get((name, width)) if self.cache is None else self.cache.get(name, width)
+
+    def _put(self, name: str, width: int, loss: float) -> None:
+        if self.cache is None:
+            self._kept[name, width] = loss
+        else:
+            self.cache.put(name, width, loss)
+
+    # --------------------------------------------------------------------------------------------- to first order
+
+    def _estimates(self, progress: Progress | None) -> dict[str, dict[int, float]]:
+        """By group and width the loss to first order, where there is one."""
+        subject, options = self.subject, self.subject.options
+        eliminates = isinstance(options, ClusterMerge) and options.clustering == RECONSTRUCTION
+        if self.effort == "thorough" or subject.evaluate is not None or not eliminates:
+            return {}
+        names = readable_groups(subject.traced, subject.groups, list(subject.choices))
+        wanted = [(name, width) for name in names for width in subject.widths(name)]
+        kept = {key: loss for key in wanted if (loss := self._get(_first(key[0]), key[1])) is not None}
+        if len(kept) < len(wanted):
+            if progress is not None:
+                call_user(progress, 0, 1, "which channels every group needs least")
+            widths = {name: subject.widths(name) for name in names}
+            eliminated = eliminations(subject.traced, subject.groups, subject.batches, names, widths)
+            self._orders = {name: each.order for name, each in eliminated.items()}
+            batches = leading(subject.batches, _SAMPLES)
+            kept = first_order_losses(subject.traced, eliminated, batches, seed=subject.seed)
+            for (name, width), loss in kept.items():
+                self._put(_first(name), width, loss)
+        found: dict[str, dict[int, float]] = {}
+        for name, width in wanted:
+            if (name, width) in kept:
+                found.setdefault(name, {})[width] = kept[name, width]
+        return found
+
+
+def _first(name: str) -> str:
+    """What an estimate of a group is kept under."""
+    return f"{name} (first order)"
+
+
+def _left(seconds: float, done: int, left: int) -> str:
+    """How long the rest takes, where that can be told."""
+    if not done:
+        return ""
+    rest = seconds / done * left
+    return f" (about {rest / 60:.0f} min left)" if rest >= 90 else f" (about {rest:.0f} s left)"
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """`loss = scale * estimate ** exponent`."""
+
+    scale: float
+    exponent: float
+
+    def curve(self, estimates: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
+        """Losses by width; down to the last width that was measured to lose nothing there are none."""
+        free = min((width for width, loss in measured.items() if loss <= _NOTHING), default=math.inf)
+        return {
+            width: 0.0 if width >= free else self.scale * estimate**self.exponent
+            for width, estimate in estimates.items()
+        }
+
+
+def _fit(estimates: Mapping[int, float], measured: Mapping[int, float]) -> _Fit | None:
+    """Through what was measured; nothing where nothing was, or where nothing is lost."""
+    points = [
+        (math.log(estimates[width]), math.log(loss))
+        for width, loss in measured.items()
+        if loss > _NOTHING and estimates[width] > _NOTHING
+    ]
+    if not points:
+        return None
+    (x, y), (other_x, other_y) = points[0], points[-1]
+    exponent = _USUAL if other_x - x < _NOTHING else float(np.clip((other_y - y) / (other_x - x), *_EXPONENTS))
+    return _Fit(math.exp(y - exponent * x), exponent)
+
+
+def _between(fits: Sequence[_Fit | None]) -> list[_Fit]:
+    """Fits that are not known lie between those of the nearest groups that are."""
+    known = [(number, fit) for number, fit in enumerate(fits) if fit is not None]
+    if not known:
+        return [_Fit(1.0, _USUAL)] * len(fits)
+    places = [number for number, _ in known]
+    logs = np.interp(np.arange(len(fits)), places, [math.log(fit.scale) for _, fit in known])
+    exponents = np.interp(np.arange(len(fits)), places, [fit.exponent for _, fit in known])
+    return [
+        fit or _Fit(math.exp(log), float(exponent)) for fit, log, exponent in zip(fits, logs, exponents, strict=True)
+    ]

@@ -1,0 +1,105 @@
+"""Give a model that is being trained more room, and keep what it has learned."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from graphzip.api import prepare
+from graphzip.boundary import public
+from graphzip.errors import GraphZipError, PlanError
+from graphzip.graph.factored import AtomConv
+from graphzip.graph.state import joined, named_state
+from graphzip.plan.passes import AtomFactorize
+from graphzip.plan.plan import Plan
+from graphzip.training.prepared import Prepared, follow_modes
+
+__all__ = ["expand"]
+
+_FINER: Final = ("net", "block", "layer", None)
+"""Ways to share coefficients, each dividing the sets of the one before."""
+
+_SAME: Final = "same"
+
+
+@public
+def expand(
+    prepared: Prepared, *, share: str | None = _SAME, atoms: int | None = None, dynamic_shapes: Any | None = None
+) -> Prepared:
+    """A prepared model with finer sharing or more atoms that computes what `prepared` computes now (ACDC, appendix E).
+
+    `share` and `atoms` are those of `AtomFactorize` and stay as they are where they are not given. Layers take over the
+    coefficients they used; new atoms start at zero, with random coefficients. `prepared` is left as it is, and
+    `dynamic_shapes` is what it was prepared with. Optimizer state is not carried over.
+
+    Raises `GraphZipError` where `prepared` is not at a pass of atoms, `PlanError` where sharing would get coarser or
+    atoms fewer.
+    """
+    if not isinstance(prepared, Prepared):
+        raise GraphZipError(f"expected what graphzip.prepare gave, got {type(prepared).__name__}; pass that")
+    position = prepared._progress.position
+    options = prepared.plan.passes[position] if position < len(prepared.plan.passes) else None
+    if not isinstance(options, AtomFactorize):
+        raise GraphZipError("only a model that is at an atom_factorize pass can grow; expand it before convert()")
+    plan = _grown(prepared.plan, position, options, share, atoms)
+    hidden, traced = prepared._hidden, prepared._progress.traced
+    grown = prepare(
+        hidden["original"],
+        plan,
+        hidden["inputs"],
+        calibration=hidden["calibration"],
+        seed=prepared.seed,
+        scope=traced.scope or None,
+        dynamic_shapes=dynamic_shapes,
+    )
+    while grown._progress.position < position:
+        grown._carry_out()
+    _place_like(grown.model, prepared.model)
+    _inherit(grown.model, prepared.model)
+    return grown
+
+
+def _grown(plan: Plan, position: int, options: AtomFactorize, share: str | None, atoms: int | None) -> Plan:
+    share = options.share if share == _SAME else share
+    atoms = options.atoms if atoms is None else atoms
+    update = options.model_copy(update={"share": share, "atoms": atoms, "init": "random"})
+    if _FINER.index(share) < _FINER.index(options.share):
+        raise PlanError(f"share: {share!r} is coarser than {options.share!r}; a model grows towards finer sharing")
+    if atoms < options.atoms:
+        raise PlanError(f"atoms: {atoms} is fewer than {options.atoms}; a model grows by more atoms")
+    passes = list(plan.passes)
+    passes[position] = update
+    return Plan(passes, inputs=plan.inputs)
+
+
+def _place_like(grown: nn.Module, model: nn.Module) -> None:
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    grown.to(like.device, like.dtype)
+    follow_modes(grown, model)
+
+
+@torch.no_grad()
+def _inherit(grown: nn.Module, model: nn.Module) -> None:
+    """Copy every tensor; coefficients corner by corner, atoms into the first places."""
+    old = dict(model.named_modules())
+    taken: set[str] = set()
+    for name, layer in grown.named_modules():
+        if isinstance(layer, AtomConv):
+            _inherit_layer(layer, old[name])
+            taken |= {joined(name, leaf) for leaf in ("atoms", "coefficients")}
+    tensors = dict(named_state(model))
+    for name, tensor in named_state(grown):
+        source = tensors[name]
+        if name not in taken:
+            tensor.copy_(source)
+        tensor.requires_grad_(source.requires_grad)
+
+
+def _inherit_layer(layer: AtomConv, source: Any) -> None:
+    atoms, count = source.atoms.shape[1], source.atoms.shape[0]
+    layer.atoms[:, atoms:] = 0.0
+    layer.atoms[:, :atoms] = source.atoms
+    rows, columns = layer.out_channels // count, layer.in_channels // layer.groups
+    layer.coefficients[..., :rows, :columns, :atoms] = source.coefficients[..., :rows, :columns, :]

@@ -1,0 +1,1 @@
+"""Cluster-merge (C-SGD)."""

@@ -1,0 +1,307 @@
+"""Weights that layers share, by least squares: what their models gave before is given again as well as can be.
+
+Layer after layer, in the order in which they run. With calibration data, let `X_d` (rows, channels of model d * kernel)
+be what the layer reads in model `d` now that the layers before it share weights, `T_d` what it gave before and `P_d`
+what it gives now. `S_d` adds up the columns of the channels of a cluster. The change of the shared weight and of the
+biases is
+
+    dW, db = argmin  sum_d || T_d - P_d - X_d S_d dW - 1 db_d^T ||^2 + n lambda || dW ||^2,
+
+n being the number of rows: one system of normal equations for both models. Where the weights were the centres of their
+clusters, those are what the damping draws to, and they stay where they are best.
+
+Then the clusters themselves are looked at, as k-means does, with what is lost by sharing in place of the distance of
+features. `R` being what is missing still, channel i would best be read by `g_i = g_c + (X_i^T X_i)^-1 X_i^T R`, and by
+the weights of a cluster c' loses `D(c') = || X_i (g_i - g_c') ||^2`. It leaves its cluster c where
+
+    D(c) m_c / (m_c - m_i) > D(c') m_c' / (m_c' + m_i),     m_c = sum over i in c of m_i = || X_i ||^2,
+
+the factors being what the centres give way (they are exact where channels are not correlated). The weights are solved
+for after every round, and of all rounds the best counts. It is done on second moments, which do not grow with the data.
+
+Sources: Gao, Deng and Huang, "Cross Domain Model Compression by Structurally Weight Sharing" (2019), section 3.4, for
+weights that are shared; He et al., "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017), section
+3.1, for layers fitted one after the other; Hartigan, "Clustering Algorithms" (1975), for the factors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphzip.labels import IntArray
+from graphzip.numeric.im2col import Window
+from graphzip.numeric.moments import CrossMoments, Moments, gathered
+from graphzip.numeric.solvers import factorised, pseudo_inverse, ridge
+from graphzip_passes.cross_domain.shared_layers import SharedLayer
+
+__all__ = ["fit_shared"]
+
+logger = logging.getLogger(__name__)
+
+_FEATURES: Final = 8192  # of a layer in one model, at most: their second moments are a matrix of the square of them
+_PLACES: Final = 16  # of the output of one sample that count
+_CHUNK: Final = 64  # samples whose patches are laid out at once
+_PRECISION: Final = 2.0**-23  # of what layers read, relative
+_ROUNDS: Final = 10  # in which channels change their clusters
+_LEAST: Final = 1e-3  # of a channel's mass: what is left of its cluster without it, at least
+_GAIN: Final = 1e-9  # of a channel's share of the output: what a move has to bring, so that rounding moves nothing
+
+_See = Callable[[str, nn.Module, Tensor, Tensor, Tensor], None]
+"""Told of every call of a layer: the task, the layer, what it reads, what it gives and what it gave before."""
+
+
+@torch.no_grad()
+def fit_shared(
+    layer: SharedLayer, number: IntArray, model: nn.Module, before: nn.Module, run: Callable[[], None], *, move: bool
+) -> IntArray:
+    """Fit a layer of `model`, whose clusters have equal weights, to what it gives in `before`, in place.
+
+    `number` is the cluster of every input channel, of the first task before those of the second. With `move` channels
+    may change it; what they have in the end is given. `run` feeds the calibration data to the tasks of `model`.
+    """
+    features = max(layer.sizes) * math.prod(layer.kernel)
+    if features > _FEATURES:
+        logger.info("%s keeps the centres of its clusters: it has %d inputs, too many to fit", layer.name, features)
+        return number
+    seen = _Seen(layer, intercept=_own_biases(layer, model))
+    with _watched(layer, model, before.eval(), seen.add):
+        run()
+    best = fit = _Fit.of(seen, number, _rows(layer, model))
+    best.solve()
+    for _ in range(_ROUNDS if move else 0):
+        fit = fit.copy()
+        if not fit.moved():
+            break
+        fit.solve()
+        best = min(best, fit, key=lambda each: each.lost)
+    found: tuple[IntArray, Tensor, list[Tensor]] = gathered((best.number, best.weights, best.biases))[0]
+    chosen, weights, biases = found
+    shared = weights[torch.from_numpy(chosen)].reshape(layer.channels, *layer.kernel, layer.outs).movedim(-1, 0)
+    for task, part, change in zip(layer.tasks, torch.split(shared, list(layer.sizes), 1), biases, strict=True):
+        module = model.get_submodule(f"{task}.{layer.name}")
+        module.get_parameter("weight").copy_(part)
+        if seen.intercept:
+            module.get_parameter("bias").add_(change.to(module.get_parameter("bias")))
+    return chosen
+
+
+def _own_biases(layer: SharedLayer, model: nn.Module) -> bool:
+    """Whether the layer has a bias in every task that nothing else has."""
+    held = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    biases = [model.get_submodule(f"{task}.{layer.name}").bias for task in layer.tasks]
+    return all(bias is not None and held.count(id(bias)) == 1 for bias in biases)
+
+
+def _rows(layer: SharedLayer, model: nn.Module) -> Tensor:
+    """The weights of all channels, (channels, kernel, outs), in float64."""
+    held = [model.get_submodule(f"{task}.{layer.name}").get_parameter("weight") for task in layer.tasks]
+    rows = torch.cat([weight.movedim(0, -1).flatten(1, -2) if layer.dims else weight.t()[:, None] for weight in held])
+    return rows.to("cpu", torch.float64)
+
+
+@contextmanager
+def _watched(layer: SharedLayer, model: nn.Module, before: nn.Module, see: _See) -> Iterator[None]:
+    """Inside, `see` is told of every call of the layer: `before` runs along with `model`, batch by batch."""
+    hooks: list[Any] = []
+    wanted: dict[str, Tensor] = {}
+
+    def watch(task: str) -> None:
+        original, inner = before.get_submodule(task), f"{task}.{layer.name}"
+
+        def along(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            original(*args, **kwargs)
+
+        def remember(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            wanted[task] = output
+
+        def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            see(task, module, args[0], output, wanted.pop(task))
+
+        hooks.append(model.get_submodule(task).register_forward_pre_hook(along, with_kwargs=True))
+        hooks.append(before.get_submodule(inner).register_forward_hook(remember))
+        hooks.append(model.get_submodule(inner).register_forward_hook(compare))
+
+    try:
+        for task in layer.tasks:
+            watch(task)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Seen:
+    """Second moments of what a layer reads and of what it lacks, by task; with `intercept` a one goes with the read."""
+
+    def __init__(self, layer: SharedLayer, *, intercept: bool) -> None:
+        self.layer, self.intercept = layer, intercept
+        sizes = [size * math.prod(layer.kernel) + intercept for size in layer.sizes]
+        self.read = {task: Moments(size) for task, size in zip(layer.tasks, sizes, strict=True)}
+        self.missing = {task: CrossMoments(layer.outs, size) for task, size in zip(layer.tasks, sizes, strict=True)}
+        self._random = torch.Generator().manual_seed(0)
+
+    def add(self, task: str, module: nn.Module, x: Tensor, given: Tensor, wanted: Tensor) -> None:
+        """Count what a layer reads, and what it lacks."""
+        lacking, dims = wanted - given, self.layer.dims
+        if dims == 0:
+            self._count(task, x.reshape(-1, x.shape[-1]), lacking.reshape(-1, self.layer.outs))
+            return
+        batch = [each.reshape(-1, *each.shape[-dims - 1 :]) for each in (x, lacking)]
+        for read, lack in zip(*(torch.split(each, _CHUNK) for each in batch), strict=True):
+            places = torch.randperm(lack[0, 0].numel(), generator=self._random)[:_PLACES].to(x.device)
+            rows = Window.of_module(module).patches(read)[..., places].movedim(3, 1).flatten(0, 1).flatten(1)
+            self._count(task, rows, lack.flatten(2)[..., places].transpose(1, 2).flatten(0, 1))
+
+    def _count(self, task: str, rows: Tensor, lacking: Tensor) -> None:
+        """Rows of what is read (n, channels * kernel) and of what is missing (n, outs)."""
+        rows, lacking = (each.to("cpu", torch.float64) for each in (rows, lacking))
+        if self.intercept:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        self.read[task].add(rows)
+        self.missing[task].add(lacking, rows)
+
+    def sums(self, task: str) -> tuple[Tensor, Tensor, int]:
+        """`X^T X` and `X^T (T - P)` of one task, and the number of rows, of all processes."""
+        read, missing = self.read[task], self.missing[task]
+        read.add_up()
+        missing.add_up()
+        cross = missing.among(np.arange(self.layer.outs), np.arange(read.inputs))
+        return read.dense() * read.count, cross.t() * read.count, read.count
+
+
+@dataclass
+class _Fit:
+    """The shared weights of one layer and the clusters of its channels, on second moments.
+
+    `gram[d]` is `X_d^T X_d` and `left[d]` is `X_d^T R_d`; where there is a bias, `X_d` ends with a column of ones.
+    `weights` (clusters, kernel, outs); `biases` is by how much those of each task changed. `lost` is
+    `sum_d ||R_d||^2`, less what it was to begin with.
+    """
+
+    layer: SharedLayer
+    gram: list[Tensor]
+    left: list[Tensor]
+    rows: int
+    intercept: bool
+    number: IntArray
+    weights: Tensor
+    biases: list[Tensor]
+    lost: float = 0.0
+
+    @classmethod
+    def of(cls, seen: _Seen, number: IntArray, rows: Tensor) -> _Fit:
+        """Begin with the weights that the channels, `rows`, have."""
+        layer = seen.layer
+        gram, left, counts = zip(*(seen.sums(task) for task in layer.tasks), strict=True)
+        first = np.unique(number, return_index=True)[1]
+        biases = [torch.zeros(layer.outs, dtype=torch.float64) for _ in layer.tasks]
+        return cls(
+            layer,
+            list(gram),
+            list(left),
+            sum(counts),
+            seen.intercept,
+            number.copy(),
+            rows[torch.from_numpy(first)],
+            biases,
+        )
+
+    def copy(self) -> _Fit:
+        """The same, to go on from."""
+        left = [each.clone() for each in self.left]
+        return replace(self, left=left, number=self.number.copy(), biases=list(self.biases))
+
+    @property
+    def columns(self) -> list[IntArray]:
+        """The cluster of every channel, by task."""
+        return np.split(self.number, np.cumsum(self.layer.sizes)[:-1])
+
+    def solve(self) -> None:
+        """Bring weights and biases to the least squares for the clusters as they are."""
+        spread = [self._spread(task) for task in range(len(self.gram))]
+        gram = sum(
+            (self._summed(self._summed(gram, to).t(), to) for gram, to in zip(self.gram, spread, strict=True)),
+            torch.zeros(()),
+        )
+        left = sum((self._summed(each, to) for each, to in zip(self.left, spread, strict=True)), torch.zeros(()))
+        count = self.weights.shape[0] * self.weights.shape[1]
+        square = gram.diagonal()[:count]
+        sums, rows = gram[count:, :count], gram.diagonal()[count:]
+        about = square - (sums.square() / rows.clamp_min(1.0)[:, None]).sum(0)
+        damping = torch.zeros_like(gram.diagonal())
+        damping[:count] = ridge(square, about.clamp_min(0.0), self.rows, precision=_PRECISION)
+        change = factorised(gram, damping, what=f"layer {self.layer.name!r}").solve(left)
+        self.weights = self.weights + change[:count].reshape(self.weights.shape)
+        for task, to in enumerate(spread):
+            before, step = self.left[task], change[to]
+            self.left[task] = before - self.gram[task] @ step
+            self.lost -= float(((before + self.left[task]) * step).sum())
+            if self.intercept:
+                self.biases[task] = self.biases[task] + change[count + task]
+
+    def _spread(self, task: int) -> Tensor:
+        """The unknown that each column of `X_d` is multiplied by."""
+        clusters, kernel, _ = self.weights.shape
+        number = torch.from_numpy(self.columns[task])
+        own = (number[:, None] * kernel + torch.arange(kernel)).flatten()
+        return torch.cat([own, torch.tensor([clusters * kernel + task])]) if self.intercept else own
+
+    def _summed(self, rows: Tensor, to: Tensor) -> Tensor:
+        clusters, kernel, _ = self.weights.shape
+        size = clusters * kernel + (len(self.gram) if self.intercept else 0)
+        return rows.new_zeros(size, rows.shape[1]).index_add(0, to, rows)
+
+    def moved(self) -> int:
+        """Let channels go to the clusters whose weights suit them best, one after the other; how many went."""
+        kernel, moves, first = self.weights.shape[1], 0, 0
+        sizes = np.bincount(self.number, minlength=self.layer.count)
+        masses = [gram.diagonal()[: size * kernel] for gram, size in zip(self.gram, self.layer.sizes, strict=True)]
+        mass = torch.cat(masses).reshape(-1, kernel).sum(1)
+        held = mass.new_zeros(self.layer.count).index_add(0, torch.from_numpy(self.number), mass)
+        for task, size in enumerate(self.layer.sizes):
+            wanted = self._nearest(task, torch.arange(size), first, mass, held)
+            for own in np.flatnonzero(wanted.numpy() != self.columns[task]):
+                channel, here = first + own, int(self.number[first + own])
+                to = int(self._nearest(task, torch.tensor([own]), first, mass, held)) if sizes[here] > 1 else here
+                if to == here:
+                    continue
+                self._move(task, slice(own * kernel, (own + 1) * kernel), here, to)
+                self.number[channel] = to
+                sizes[here], sizes[to] = sizes[here] - 1, sizes[to] + 1
+                held[here], held[to] = held[here] - mass[channel], held[to] + mass[channel]
+                moves += 1
+            first += size
+        return moves
+
+    def _nearest(self, task: int, own: Tensor, first: int, mass: Tensor, held: Tensor) -> Tensor:
+        """The cluster that suits each of the channels `own` of a task, whose channels begin with number `first`."""
+        kernel = self.weights.shape[1]
+        here, mass = torch.from_numpy(self.number)[first + own], mass[first + own]
+        columns = own[:, None] * kernel + torch.arange(kernel)
+        block = self.gram[task][columns[:, :, None], columns[:, None, :]]
+        pull = self.left[task][columns] + block @ self.weights[here]
+        best = pseudo_inverse(block, hermitian=True, what=f"layer {self.layer.name!r}") @ pull
+        squares = (self.weights @ self.weights.transpose(1, 2)).flatten(1)
+        distance = block.flatten(1) @ squares.t() - 2.0 * (pull.flatten(1) @ self.weights.flatten(1).t())
+        distance = distance + (pull * best).sum((1, 2))[:, None]
+        factor = held / (held + mass[:, None]).clamp_min(torch.finfo(held.dtype).tiny)
+        left = held[here] / torch.maximum(held[here] - mass, _LEAST * mass).clamp_min(torch.finfo(held.dtype).tiny)
+        cost = distance.clamp_min(0.0) * factor.scatter(1, here[:, None], left[:, None])
+        now, (least, to) = cost.gather(1, here[:, None])[:, 0], cost.min(1)
+        gained = now - least > _GAIN * (squares[here] * block.flatten(1)).sum(1)
+        return torch.where(gained, to, here)
+
+    def _move(self, task: int, own: slice, here: int, to: int) -> None:
+        step, left = self.weights[to] - self.weights[here], self.left[task]
+        before = left[own].clone()
+        left -= self.gram[task][:, own] @ step
+        self.lost -= float(((before + left[own]) * step).sum())

@@ -1,0 +1,1 @@
+"""Factored kernels: atoms and coefficients (ACDC), slices from codes (CSG)."""

@@ -1,0 +1,270 @@
+"""Store layers as products of thinner ones: two or three plain layers in place of one (`factors`).
+
+A layer is cut where that costs fewer multiply-accumulates, and stays as it is elsewhere. With calibration data the last
+of the thin layers is re-fitted to what the original gave (`graphzip_passes.parts.compensation`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphzip.analysis.groups import Analysed
+from graphzip.analysis.layers import Layer, own_layers
+from graphzip.errors import PlanError
+from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.interpreter import Values
+from graphzip.graph.operators import arguments_of, set_argument
+from graphzip.graph.state import attach, get_tensor, joined, like
+from graphzip.graph.traced import Traced
+from graphzip.numeric.im2col import per_dimension
+from graphzip.numeric.solvers import check_finite, checked
+from graphzip.plan.passes import LowRank
+from graphzip.plan.problems import plan_error
+from graphzip.report.outcome import Outcome, Table
+from graphzip.report.tables import closest
+from graphzip.rewrite.edit import Edit, before
+from graphzip.rewrite.layout import Layout
+from graphzip_passes.base import PassContext, register_pass
+from graphzip_passes.low_rank.factors import Factors, factorised_by, rank_of
+from graphzip_passes.parts.compensation import refit, sampled_rows
+
+__all__ = ["low_rank"]
+
+LOST: Final = "layers are products of thinner ones, of a lower rank than they had"
+
+_ROWS: Final = 1 << 15
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A layer, what becomes of it, and what a place of its output costs before and after."""
+
+    layer: Layer
+    factors: Factors
+    before: int
+    after: int
+
+
+@register_pass(LowRank, only_reads=True)
+def low_rank(traced: Traced, options: LowRank, context: PassContext) -> Outcome:
+    """Carry `LowRank` out."""
+    layers, left = _selected(traced, options, context.where)
+    batches = [] if context.calibration is None else context.calibration.graph_inputs()
+    if not batches and (options.method == "data-svd" or options.compensate == "data"):
+        asks = "method: 'data-svd'" if options.method == "data-svd" else "compensate: 'data'"
+        raise PlanError(
+            f"{context.where}.{asks} needs calibration data; pass calibration=, a list of batches, or use method='svd'"
+        )
+    outputs = _products(traced, layers, batches) if options.method == "data-svd" else {}
+    cuts: list[_Cut] = []
+    for layer in layers:
+        cut = _cut(traced, layer, options, outputs.get(layer.node))
+        if cut.after < cut.before:
+            cuts.append(cut)
+        else:
+            ranks = " and ".join(map(str, cut.factors.ranks))
+            left[_name(traced, layer)] = f"at rank {ranks} it costs {cut.after:,} and whole {cut.before:,}"
+    if not cuts:
+        return Outcome(traced, changed=False, proven=True, details={"ranks": {}, "left": left})
+    result = _rewritten(traced, cuts)
+    if batches and options.compensate != "none":
+        nothing = Layout.of((context.known or Analysed.of(traced)).analysis, [])
+        refit(Values(traced, batches), Values(result, batches), nothing, nothing)
+    return _outcome(traced, result, cuts, left)
+
+
+def _outcome(traced: Traced, result: Traced, cuts: Sequence[_Cut], left: Mapping[str, str]) -> Outcome:
+    rows = [
+        (
+            _name(traced, cut.layer),
+            " x ".join(map(str, cut.layer.shape)),
+            ", ".join(map(str, cut.factors.ranks)),
+            f"{cut.after / cut.before:.1%}",
+            f"{cut.factors.lost:.2e}",
+        )
+        for cut in cuts
+    ]
+    table = Table(("layer", "weight", "rank", "MACs", "energy lost"), tuple(rows))
+    ranks = {_name(traced, cut.layer): list(cut.factors.ranks) for cut in cuts}
+    return Outcome(
+        result,
+        changed=True,
+        lossless=all(cut.factors.exact for cut in cuts),
+        loss=LOST,
+        proven=True,
+        tables=(table,),
+        details={"ranks": ranks, "left": dict(left)},
+    )
+
+
+def _name(traced: Traced, layer: Layer) -> str:
+    return traced.qualified(layer.module)
+
+
+# ------------------------------------------------------------------------------------------------- which layers
+
+
+def _selected(traced: Traced, options: LowRank, where: str) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that are meant and can be cut, and why the others that are meant cannot.
+
+    Raises `PlanError` where a glob matches no layer.
+    """
+    layers = {_name(traced, layer): layer for layer in own_layers(traced).values()}
+    globs = {"include": options.include, "exclude": options.exclude}
+    globs |= {"rank": tuple(options.rank)} if isinstance(options.rank, Mapping) else {}
+    problems = [
+        f"{where}.{key}: {glob!r} matches no layer; {closest(glob, layers)}"
+        for key, found in globs.items()
+        for glob in found
+        if not any(fnmatchcase(name, glob) for name in layers)
+    ]
+    if problems:
+        raise plan_error(problems)
+    chosen, left = [], {}
+    for name, layer in layers.items():
+        meant = not options.include or any(fnmatchcase(name, glob) for glob in options.include)
+        if not meant or any(fnmatchcase(name, glob) for glob in options.exclude):
+            continue
+        reason = _reason(layer, options)
+        if reason is None and _wanted(options, name) != "no":
+            chosen.append(layer)
+        elif reason is not None:
+            left[name] = reason
+    return chosen, left
+
+
+def _reason(layer: Layer, options: LowRank) -> str | None:
+    if layer.groups > 1:
+        return "its convolution has groups"
+    if layer.transposed:
+        return "its convolution is transposed"
+    if options.method == "cp-spatial" and len(layer.kernel) != 2:
+        return "its kernel has not two dimensions"
+    return None
+
+
+def _wanted(options: LowRank, name: str) -> float | str | None:
+    """The rank that a layer is to have; `None` where the energy says, "no" where no key of the ranks matches."""
+    if not isinstance(options.rank, Mapping):
+        return options.rank
+    return next((amount for glob, amount in options.rank.items() if fnmatchcase(name, glob)), "no")
+
+
+# ------------------------------------------------------------------------------------------------- factors
+
+
+def _products(traced: Traced, layers: Sequence[Layer], batches: Sequence[tuple[Any, ...]]) -> dict[fx.Node, Tensor]:
+    """Mean products (O, O) of what layers give, without their bias."""
+    wanted = {layer.node: layer for layer in layers}
+    values = Values(traced, batches)
+    found = {}
+    with torch.no_grad():
+        for node in values.steps(max((values.place[node] for node in wanted), default=-1)):
+            if node not in wanted:
+                continue
+            layer, outputs = wanted[node], values[node]
+            check_finite(layer.name, *outputs)
+            rows = sampled_rows(layer, outputs, _ROWS)
+            given = torch.cat([layer.picked(value, chosen) for value, chosen in zip(outputs, rows, strict=True)])
+            given = given.double() if layer.bias is None else given.double() - _held(traced, layer.bias).double()
+            found[node] = (given.T @ given / len(given)).cpu()
+    return found
+
+
+def _cut(traced: Traced, layer: Layer, options: LowRank, outputs: Tensor | None) -> _Cut:
+    name = _name(traced, layer)
+    weight = _held(traced, layer.weight)
+    checked(weight, f"layer {name!r}")
+    wanted: Any = _wanted(options, name)
+    factors = factorised_by(
+        options.method,
+        weight.cpu(),
+        outputs,
+        lambda spectrum: rank_of(spectrum, wanted=wanted, energy=options.energy),
+        f"layer {name!r}",
+    )
+    inside, outside = _sizes(layer)
+    done, after = [False] * len(outside), 0
+    for part, own in zip(factors.weights, factors.own, strict=True):
+        done = [earlier or now for earlier, now in zip(done, own, strict=True)]
+        sizes = [out if there else size for out, size, there in zip(outside, inside, done, strict=True)]
+        after += part.numel() * math.prod(sizes)
+    return _Cut(layer, factors, weight.numel() * math.prod(outside), after)
+
+
+def _sizes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes that a kernel slides over, of the input and of the output, on the example; none for a linear layer."""
+    dims = len(layer.kernel)
+    read, given = (concrete_shape(node.meta["val"]) for node in (layer.input, layer.node))
+    return read[len(read) - dims :], given[len(given) - dims :]
+
+
+def _held(traced: Traced, node: fx.Node) -> Tensor:
+    return get_tensor(traced.module, str(node.target)).detach()
+
+
+# ------------------------------------------------------------------------------------------------- the graph
+
+
+def _rewritten(traced: Traced, cuts: Sequence[_Cut]) -> Traced:
+    """The graph with several layers in place of each one; the last of them is the node that was there."""
+    edit = Edit(traced)
+    twins = edit.twins
+    for cut in cuts:
+        _rewrite(edit, cut, twins[cut.layer.node])
+    return edit.done(unread=True)
+
+
+def _rewrite(edit: Edit, cut: _Cut, node: fx.Node) -> None:
+    layer, types, module = cut.layer, edit.traced.module_types, edit.module
+    base, kind = _base(layer, module), types.pop(layer.module, "")
+    build, given = before(node), arguments_of(node)
+    flowing, last = given["input"], len(cut.factors.weights) - 1
+    for number, (part, own) in enumerate(zip(cut.factors.weights, cut.factors.own, strict=True)):
+        name = joined(base, str(number))
+        attach(module, joined(name, "weight"), like(part, get_tensor(module, layer.name)))
+        if kind:
+            types[name] = kind
+        call = _call(build.fetch(joined(name, "weight")), given, own)
+        if number < last:
+            flowing = build(node.target, flowing, **call)
+            continue
+        if layer.bias is not None:
+            bias = get_tensor(module, str(layer.bias.target))
+            attach(module, joined(name, "bias"), like(bias.detach().clone(), bias))
+            call["bias"] = build.fetch(joined(name, "bias"))
+        for key, value in ({"input": flowing} | call).items():
+            set_argument(node, key, value)
+
+
+def _base(layer: Layer, module: nn.Module) -> str:
+    """The name of what holds the thin layers: that of the layer, where it has one of its own."""
+    owner, _, leaf = layer.name.rpartition(".")
+    if leaf == "weight" and not module.get_submodule(owner)._modules:
+        return owner
+    name = joined(owner, "low_rank" if leaf == "weight" else f"{leaf}_low_rank")
+    while hasattr(module.get_submodule(owner), name.rpartition(".")[2]):
+        name = f"{name}_"
+    return name
+
+
+def _call(weight: fx.Node, given: Mapping[str, Any], own: Sequence[bool]) -> dict[str, Any]:
+    """The arguments of one of the layers, which slides along the dimensions that are its own."""
+    call: dict[str, Any] = {"weight": weight, "bias": None}
+    if not own:
+        return call
+    for key, none in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = given[key]
+        if isinstance(value, str):
+            call[key] = value  # a kernel of one place needs no padding, of either kind
+            continue
+        numbers = per_dimension(value, len(own))
+        call[key] = [number if mine else none for number, mine in zip(numbers, own, strict=True)]
+    return call | {"groups": 1}

@@ -1,0 +1,1 @@
+"""Taking out what a network holds for nothing."""

@@ -1,0 +1,73 @@
+"""Derivatives of a graph's outputs, in random directions, by what some of its nodes give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphzip.graph.dual_mode import returned
+from graphzip.graph.interpreter import stream
+from graphzip.graph.torch_private import pytree
+from graphzip.graph.traced import Traced
+
+__all__ = ["Slopes", "output_slopes"]
+
+
+@dataclass
+class Slopes:
+    """Of one batch: what some nodes give, and for every direction the derivative by each of the others.
+
+    `outputs` has those that can be differentiated, flat. A node that they do not depend on has no slopes.
+    """
+
+    values: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    along: dict[fx.Node, list[torch.Tensor]] = field(default_factory=dict)
+    outputs: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def output_slopes(
+    traced: Traced,
+    by: Collection[fx.Node],
+    batch: tuple[Any, ...],
+    generator: torch.Generator,
+    *,
+    directions: int = 1,
+    keep: Collection[fx.Node] = (),
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Slopes:
+    """Run the graph on a batch; `keep` names the nodes whose values are wanted. Directions are standard normal.
+
+    With a `loss` of what the model returns, it is the loss that is differentiated, once.
+    """
+    inputs, (end,) = traced.graph.find_nodes(op="placeholder"), traced.graph.find_nodes(op="output")
+    order = [node for node in traced.graph.nodes if node.op in ("get_attr", "call_function")]
+    values, reached, found = dict(zip(inputs, batch, strict=True)), dict[fx.Node, torch.Tensor](), Slopes()
+    found.values = {node: value for node, value in values.items() if node in keep}
+
+    def watch(node: fx.Node, value: Any) -> Any:
+        if node in by:
+            reached[node] = value = value if value.requires_grad else value.detach().requires_grad_()
+        if node in keep:
+            found.values[node] = value.detach()
+        return value
+
+    with torch.enable_grad():
+        for _ in stream(traced.module, order, values, live=end.all_input_nodes, seen=watch):
+            pass
+        leaves = pytree.tree_leaves(fx.node.map_arg(end.args[0], values.__getitem__))
+        ends = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        goal = None if loss is None else [loss(returned(traced.graph, leaves, traced.forms))]
+        for number in range(directions if ends else 0):
+            along = None if goal else [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in ends]
+            more = number + 1 < directions
+            slopes = torch.autograd.grad(goal or ends, [*reached.values()], along, retain_graph=more, allow_unused=True)
+            for node, slope in zip(reached, slopes, strict=True):
+                if slope is not None:
+                    found.along.setdefault(node, []).append(slope)
+    if ends:
+        found.outputs = torch.cat([leaf.detach().flatten() for leaf in ends])
+    return found

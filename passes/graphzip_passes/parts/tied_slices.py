@@ -1,0 +1,289 @@
+"""Slices of many tensors that a partition ties together, as the rows of a few matrices.
+
+C-SGD multiplies gradients by an averaging matrix `Gamma`, `Gamma[m, n] = 1 / |H(m)|` where `H(m) = H(n)` (Eq. 19 of
+Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pruning on Deep and Complicated CNN"). Here that
+product is a segment mean: rows in the order of their clusters, one mean per cluster, spread over the members again. No
+matrix of channels by channels is made, and tensors with slices of the same length share one matrix, so that a step
+takes a few large operations whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphzip.analysis.groups import ChannelGroup, ChannelGroups
+from graphzip.errors import GraphZipError, WeightsError
+from graphzip.graph.state import get_tensor
+from graphzip.graph.torch_private import foreach_copy_
+from graphzip.graph.traced import Traced
+from graphzip.labels import IntArray
+from graphzip_passes.base import Constraint
+
+__all__ = [
+    "Partition",
+    "Place",
+    "Rows",
+    "Slices",
+    "Tying",
+    "features_of",
+    "pull",
+    "rows_of",
+    "slices_of",
+    "squared_deviations",
+]
+
+Partition = tuple[tuple[int, ...], ...]
+"""Clusters of a group's channels: each sorted, ordered by their smallest channel."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """One dimension of one tensor: `cluster[i]` is the first slice of the cluster that slice i belongs to.
+
+    `owner[i]` is the number of the clustered group of slice i, -1 where it has none. `kernel` tells the slices that
+    make channels from those that only act on them. Tensors with the same `pool` have clusters in common: slices with
+    equal numbers in `cluster` are then in one cluster, whichever of the tensors they are of.
+    """
+
+    name: str
+    dim: int
+    cluster: IntArray
+    owner: IntArray
+    kernel: bool
+    pool: str = ""
+
+
+def slices_of(groups: ChannelGroups, partitions: Mapping[str, Partition], traced: Traced) -> list[Slices]:
+    """Producer and pointwise slices of all clustered groups, one entry per tensor, dimension and kind.
+
+    A tensor that several groups share (a batch norm after a concatenation) has one entry with the clusters of each
+    group at its offset.
+    """
+    found: dict[tuple[str, int, bool], Slices] = {}
+    for number, (name, parts) in enumerate(partitions.items()):
+        channels = [channel for part in parts for channel in part]
+        firsts = [part[0] for part in parts for _ in part]
+        for param in groups[name].params:
+            if param.role == "consumer":
+                continue
+            key = traced.local(param.param), param.dim, param.role == "producer"
+            if key not in found:
+                size = get_tensor(traced.module, key[0]).shape[param.dim]
+                found[key] = Slices(key[0], key[1], np.arange(size), np.full(size, -1, dtype=np.int64), key[2])
+            places = param.indices[channels]
+            found[key].owner[places] = number
+            found[key].cluster[places] = param.indices[firsts]
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model holds a tensor. It is looked up each time, for a moved model holds another one."""
+
+    holder: Mapping[str, torch.Tensor | None]
+    leaf: str
+    slices: Slices
+
+    @classmethod
+    def of(cls, model: nn.Module, slices: Slices) -> Place:
+        """The place of `slices` in `model`."""
+        path, _, leaf = slices.name.rpartition(".")
+        owner = model.get_submodule(path)
+        return cls(owner._parameters if leaf in owner._parameters else owner._buffers, leaf, slices)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether its slices make channels and have more than one element, as Eq. 7 counts them."""
+        return self.slices.kernel and self.tensor.dim() > 1
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor that is there now."""
+        value = self.holder[self.leaf]
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Slices of several tensors of one device, dtype and slice length L as one matrix (rows, L)."""
+
+    places: tuple[Place, ...]
+    cluster: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor
+    heights: list[int]
+    vectors: bool
+
+    @classmethod
+    def of(cls, places: Sequence[Place], device: torch.device) -> Rows:
+        """The matrix of these places; what it computes with lives on `device`."""
+        heights = [place.slices.cluster.size for place in places]
+        first = _numbers([place.slices for place in places])
+        order = np.argsort(first, kind="stable")
+        _, starts, cluster = np.unique(first[order], return_index=True, return_inverse=True)
+        number = np.empty_like(first)
+        number[order] = cluster.reshape(-1)
+        indices = [torch.from_numpy(each.astype(np.int64)).to(device) for each in (number, order, starts)]
+        vectors = all(place.tensor.dim() == 1 for place in places)
+        return cls(tuple(places), indices[0], indices[1], indices[2], heights, vectors)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors, as they are now."""
+        return [place.tensor.detach() for place in self.places]
+
+    def gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A matrix (rows, L) with the slices of `tensors`, which are shaped as those of the places."""
+        if self.vectors:
+            return torch.cat(tuple(tensors)).unsqueeze(1)
+        return torch.cat([_flat(tensor, at.slices.dim) for tensor, at in zip(tensors, self.places, strict=True)])
+
+    def parts(self, rows: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The matrix cut into tensors of the shapes of `like`, without a copy."""
+        if self.vectors:
+            return list(torch.split(rows.squeeze(1), self.heights))
+        found = []
+        for part, tensor, place in zip(torch.split(rows, self.heights), like, self.places, strict=True):
+            dim = place.slices.dim
+            if dim == 0:
+                found.append(part.view_as(tensor))
+            else:
+                shape = (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
+                found.append(part.view(-1, *shape).movedim(0, dim))
+        return found
+
+    def means(self, rows: torch.Tensor) -> torch.Tensor:
+        """For every row the mean over its cluster: the product with `Gamma`, shape (rows, L)."""
+        centres = F.embedding_bag(self.order, rows, self.starts, mode="mean")
+        return centres.index_select(0, self.cluster)
+
+    def first(self, rows: torch.Tensor) -> torch.Tensor:
+        """For every row the first one of its cluster, shape (rows, L)."""
+        return rows.index_select(0, self.order[self.starts][self.cluster])
+
+    def fits(self) -> bool:
+        """Whether the model still lives where the matrix was made for."""
+        return self.places[0].tensor.device == self.order.device
+
+
+def _numbers(slices: Sequence[Slices]) -> IntArray:
+    """A number for the cluster of every row; what has no pool in common has no number in common."""
+    keys = [each.pool or position for position, each in enumerate(slices)]
+    span: dict[Any, int] = {}
+    for key, each in zip(keys, slices, strict=True):
+        span[key] = max(span.get(key, 0), int(each.cluster.max(initial=-1)) + 1)
+    base = dict(zip(span, np.cumsum([0, *span.values()]).tolist(), strict=False))
+    return np.concatenate([each.cluster + base[key] for key, each in zip(keys, slices, strict=True)])
+
+
+def _flat(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    rows = tensor if dim == 0 else tensor.movedim(dim, 0)
+    return rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+
+
+def rows_of(places: Iterable[tuple[Place, int]]) -> list[tuple[int, Rows]]:
+    """As few matrices as possible; places with different numbers do not share one, and the number goes with it.
+
+    A tensor that is clustered along two dimensions is in two matrices, and the later one sees what the earlier did.
+    Raises `GraphZipError` where tensors with clusters in common cannot be in one matrix.
+    """
+    found: dict[tuple[int, int, torch.device, torch.dtype, int, bool], list[Place]] = {}
+    seen: dict[tuple[int, str], int] = {}
+    for place, number in places:
+        tensor = place.tensor
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        level = seen[id(place.holder), place.leaf] = seen.get((id(place.holder), place.leaf), -1) + 1
+        length = tensor.numel() // tensor.shape[place.slices.dim]
+        key = level, number, tensor.device, tensor.dtype, length, tensor.dim() == 1
+        found.setdefault(key, []).append(place)
+    _check_pools(found.values())
+    return [(key[1], Rows.of(found[key], key[2])) for key in sorted(found, key=lambda key: key[0])]
+
+
+@torch.no_grad()
+def pull(places: Iterable[Place], fraction: float) -> None:
+    """Move every slice by `fraction` (0 to 1) of the way to the centre of its cluster."""
+    for _, rows in rows_of((place, 0) for place in places):
+        tensors = rows.tensors()
+        apart = rows.gather(tensors)
+        centre = rows.means(apart)
+        moved = centre if fraction == 1.0 else torch.lerp(apart, centre, fraction)
+        foreach_copy_(tensors, rows.parts(moved, tensors))
+
+
+@torch.no_grad()
+def squared_deviations(places: Iterable[Place], names: Sequence[str]) -> dict[str, float]:
+    """Sum of squared distances of kernels from the centres of their clusters (C-SGD, Eq. 7), by the name of the owner.
+
+    `names[n]` is the owner with number n.
+    """
+    total = np.zeros(len(names))
+    for _, rows in rows_of((place, 0) for place in places if place.is_kernel):
+        apart = rows.gather(rows.tensors()).double()
+        apart = apart - rows.first(apart)  # slices that are equal are exactly no distance apart
+        squares = (apart - rows.means(apart)).square().sum(1).cpu().numpy()
+        owner = np.concatenate([place.slices.owner for place in rows.places])
+        total += np.bincount(owner[owner >= 0], weights=squares[owner >= 0], minlength=total.size)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def _check_pools(matrices: Iterable[Sequence[Place]]) -> None:
+    seen: dict[str, str] = {}
+    for places in matrices:
+        own = {place.slices.pool: place.slices.name for place in places if place.slices.pool}
+        for pool, name in own.items():
+            if pool in seen:
+                raise GraphZipError(
+                    f"{seen[pool]} and {name} share clusters; keep them on one device and in one dtype, and give the "
+                    "optimizer both in one parameter group, or none of them"
+                )
+        seen |= own
+
+
+def features_of(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
+    """The flattened kernels of a group's first producer, the pacesetter: one row per channel.
+
+    Raises `WeightsError` where the model has no weights.
+    """
+    leaders = [param for param in group.params if param.role == "producer"] or list(group.params)
+    lead = leaders[0]
+    tensor = get_tensor(traced.module, traced.local(lead.param)).detach()
+    if tensor.is_meta:
+        raise WeightsError(
+            f"group {group.name!r} has no weights to cluster (they are on the meta device); load them first"
+        )
+    tensor_rows = tensor.movedim(lead.dim, 0).reshape(tensor.shape[lead.dim], -1).cpu()
+    values = (tensor_rows if tensor_rows.dtype == torch.float64 else tensor_rows.float()).numpy()
+    rows: np.ndarray[Any, np.dtype[np.floating[Any]]] = values[lead.indices].reshape(group.size, -1)
+    return rows
+
+
+class Tying(Constraint):
+    """What a pass is like whose clusters tie slices of parameters together until they are one."""
+
+    clusters: Mapping[str, Any]
+    _found: tuple[nn.Module, list[Place]] | None = None
+
+    def pull_(self, model: nn.Module, fraction: float) -> None:
+        pull(self._places(model), fraction)
+
+    def deviations(self, model: nn.Module) -> dict[str, float]:
+        return squared_deviations(self._places(model), list(self.clusters))
+
+    def _tied(self) -> Iterable[Slices]:
+        """The slices, each group of clusters with a number of its own."""
+        raise NotImplementedError
+
+    def _places(self, model: nn.Module) -> list[Place]:
+        """Where the slices are; the same list for the same model until `_found` is forgotten."""
+        if self._found is None or self._found[0] is not model:
+            self._found = model, [Place.of(model, slices) for slices in self._tied()]
+        return self._found[1]

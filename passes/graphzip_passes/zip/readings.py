@@ -1,0 +1,187 @@
+"""What the layers of several tasks read on their calibration data, and what they gave in the models as they were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from graphzip.analysis.layers import calls_of_layers
+from graphzip.calibration import Feeds
+from graphzip.graph.torch_private import pytree
+from graphzip.graph.traced import Traced
+from graphzip.labels import IntArray
+from graphzip.numeric.moments import ChannelMoments, CrossMoments, Moments, Spread, gathered
+from graphzip.numeric.solvers import check_finite
+from graphzip_passes.zip.inputs import Feed, Kept, rows_of, values_of
+from graphzip_passes.zip.layers import TaskLayer
+from graphzip_passes.zip.weights import augmented, matrix, outputs, parted
+
+__all__ = ["Read", "Readings"]
+
+logger = logging.getLogger(__name__)
+
+_ROUNDING = 1e-12  # of the largest product with an output: what is taken for nothing
+
+Read = list[Moments] | ChannelMoments
+"""Moments of what a layer reads, with a one for the bias: of each of its parts, or of each channel by itself."""
+
+
+@dataclass
+class _Given:
+    """A layer's outputs on the calibration data, `(samples, outputs)`, in the models as they were given."""
+
+    spread: Spread
+    outputs: torch.Tensor
+
+
+class Readings:
+    """Layers run on the calibration data, of which `places` of every sample count."""
+
+    def __init__(self, tasks: Sequence[str], *, places: int, seed: int) -> None:
+        self.tasks, self.places, self.seed = tuple(tasks), places, seed
+        self._kept = {task: Kept() for task in tasks}
+        self._given: dict[str, _Given] | None = None
+        self._wanted: dict[str, list[CrossMoments]] = {}
+        self._batches: dict[str, list[float]] = {}
+        self._batches_given: dict[str, list[float]] = {}
+
+    def forget(self, task: str | None = None) -> None:
+        """Compute values anew from here on, of one task or of all."""
+        for each in self.tasks if task is None else (task,):
+            self._kept[each].clear()
+
+    def has_run(self, layer: TaskLayer) -> bool:
+        """Whether values are known that depend on what the layer gave."""
+        return any(node in self._kept[layer.task].done for node in layer.nodes)
+
+    def done(self, layer: TaskLayer) -> None:
+        """Nothing more will be asked of a layer."""
+        if self._given is not None:
+            self._given.pop(layer.weight, None)
+        self._wanted.pop(layer.weight, None)
+
+    def note_given(self, traced: Traced, layers: Sequence[TaskLayer], feeds: Feeds) -> None:
+        """Remember the outputs of layers in the models as they are given; once."""
+        if self._given is not None:
+            return
+        pieces: dict[str, list[torch.Tensor]] = {}
+        for task in self.tasks if feeds else ():
+            own = [layer for layer in layers if layer.task == task]
+            for layer, rows in self._read(traced, own, feeds, Kept()) if own else ():
+                pieces.setdefault(layer.weight, []).append(_outputs(traced, layer, rows))
+            self._batches_given[task] = list(self._batches.get(task, []))
+        self._given = {}
+        for key, outs in pieces.items():
+            out = torch.cat(outs)
+            parts = gathered((out.sum(0), out.square().sum(0), len(out)))
+            total, square, count = (sum((part[place] for part in parts), torch.zeros(())) for place in range(3))
+            self._given[key] = _Given(Spread.of(total / count, square / count), out)
+
+    def inputs(self, traced: Traced, layer: TaskLayer, feeds: Feeds) -> Read:
+        """What a layer reads in the models as they are now."""
+        pieces = (rows for _, rows in self._read(traced, [layer], feeds, self._kept[layer.task]))
+        if layer.depthwise:
+            apart = ChannelMoments(layer.shape[0], layer.positions)
+            for rows in pieces:
+                apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
+            apart.add_up()
+            return apart
+        found = [Moments(layer.features + 1) for _ in range(layer.parts)]
+        wanted = [CrossMoments(layer.height, layer.features + 1) for _ in range(layer.parts)]
+        given = (self._given or {}).get(layer.weight)
+        for rows in pieces:
+            start = found[0].count
+            known = None if given is None else given.outputs[start : start + len(rows)]
+            for part, flat in enumerate(parted(layer, rows)):
+                if known is not None and len(known) == len(flat):
+                    wanted[part].add(known[:, part * layer.height : (part + 1) * layer.height], flat)
+                found[part].add(flat)
+        for moments, cross in zip(found, wanted, strict=True):
+            moments.add_up()
+            cross.add_up()
+        if not all(gathered(self._batches[layer.task] == self._batches_given[layer.task])):
+            logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
+        elif wanted[0].count == found[0].count:
+            self._wanted[layer.weight] = wanted
+        return found
+
+    def missed(
+        self, traced: Traced, layer: TaskLayer, read: Read, rows: IntArray, columns: IntArray
+    ) -> torch.Tensor | None:
+        """What rows of one part lack of their outputs at first, times some of the inputs; nothing where none is known.
+
+        `columns` are features of the part, the last of them the one.
+        """
+        wanted = self._wanted.get(layer.weight)
+        if wanted is None or isinstance(read, ChannelMoments):
+            return None
+        part = int(rows[0]) // layer.height
+        now = read[part].products(augmented(traced, layer, rows), columns)
+        aim = wanted[part].among(rows - part * layer.height, columns)
+        lack = aim - now
+        return torch.where(lack.abs() > _ROUNDING * aim.abs().amax(1, keepdim=True), lack, 0.0)
+
+    def spread(self, layer: TaskLayer) -> Spread | None:
+        """Mean and variance of a layer's outputs at first, where they are known."""
+        given = (self._given or {}).get(layer.weight)
+        return None if given is None else given.spread
+
+    def follow(self, layer: TaskLayer, source: IntArray) -> None:
+        """Row `i` of a layer has become what row `source[i]` was, within its part."""
+        given = (self._given or {}).get(layer.weight)
+        if given is not None:
+            given.spread = Spread(given.spread.mean[source], given.spread.var[source])
+            given.outputs = given.outputs[:, source]
+        if layer.weight in self._wanted:
+            parts = source.reshape(layer.parts, layer.height) % layer.height
+            self._wanted[layer.weight] = [
+                each.reordered(part) for each, part in zip(self._wanted[layer.weight], parts, strict=True)
+            ]
+
+    def rescale(self, layer: TaskLayer, scale: torch.Tensor) -> None:
+        """Every output of a layer has been multiplied by a number of its own."""
+        given = (self._given or {}).get(layer.weight)
+        if given is not None:
+            given.spread = Spread(given.spread.mean * scale, given.spread.var * scale.square())
+            given.outputs = given.outputs * scale
+        if layer.weight in self._wanted:
+            scales = torch.chunk(scale, layer.parts)
+            self._wanted[layer.weight] = [
+                each.scaled(part) for each, part in zip(self._wanted[layer.weight], scales, strict=True)
+            ]
+
+    def _read(
+        self, traced: Traced, layers: Sequence[TaskLayer], feeds: Feeds, kept: Kept
+    ) -> Iterator[tuple[TaskLayer, torch.Tensor]]:
+        """What layers of one task read, in pieces of rows `(samples, channels, positions)`, in one pass."""
+        by_name = {name: layer for layer in layers for name in layer.nodes}
+        calls = [(by_name[each.node.name], each) for each in calls_of_layers(traced) if each.node.name in by_name]
+        sources = [call.input for _, call in calls]
+        draws = {layer.name: torch.Generator().manual_seed(self.seed) for layer in layers}
+        task = layers[0].task
+        sums: list[float] = []
+        for values in values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept):
+            for (layer, call), value in zip(calls, values, strict=True):
+                rows = rows_of(call, value, self.places, draws[layer.name])
+                check_finite(layer.name, rows)
+                yield layer, rows.detach().to("cpu", torch.float64)
+        self._batches[task] = sums or self._batches.get(task, sums)
+
+
+def _outputs(traced: Traced, layer: TaskLayer, rows: torch.Tensor) -> torch.Tensor:
+    if layer.depthwise:
+        return (rows.repeat_interleave(layer.shape[0] // layer.groups, 1) * matrix(traced, layer)).sum(2)
+    return outputs(traced, layer, rows)
+
+
+def _watched(feed: Feed, sums: list[float]) -> Iterator[tuple[Any, ...]]:
+    """The batches, with a number of each noted that tells it from others."""
+    for batch in feed():
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        sums.append(sum(float(tensor.double().sum()) for tensor in tensors))
+        yield batch

@@ -1,0 +1,204 @@
+"""Zip several trained models into one that shares neurons (MTZ).
+
+Layer by layer in order of execution: with the inputs of a layer shared as far as the layers before it were zipped, its
+neurons are paired by how much error sharing them costs, the newcomer's channels are put in the order of their partners
+(which changes nothing), and the weights from shared inputs to shared neurons become one (`graphzip_passes.zip.solve`).
+Then every model is put together from what it shares and what it has alone (Fig. 1; `graphzip.rewrite.partition`).
+
+What couples channels is the channel groups' business (`graphzip_passes.zip.channels`): a residual stream is paired
+once, by the layer that makes it first, and every other layer that writes to it or reads it follows; heads of attention
+are paired as wholes and inside. A batch norm stays with its task: the scale of a layer before it is free, so rows are
+joined in units of their deviation, and its statistics move as far as the layer's outputs did on the calibration data.
+
+Source: He, Zhou and Thiele, "Multi-Task Zipping via Layer-wise Neuron Sharing": Algorithm 1, sections 3.2 to 3.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphzip.graph.state import attach, named_state
+from graphzip.graph.traced import Traced
+from graphzip.plan.passes import Zip
+from graphzip.plan.problems import plan_error
+from graphzip.report.outcome import Outcome
+from graphzip.report.tables import closest
+from graphzip.rewrite.edit import settle, tie
+from graphzip.rewrite.partition import share
+from graphzip_passes.base import Decision, PassContext, Stage, register_pass
+from graphzip_passes.zip.channels import Channels
+from graphzip_passes.zip.joining import Joining
+from graphzip_passes.zip.joint import Arrival, Joint, joins_bias
+from graphzip_passes.zip.layers import match
+from graphzip_passes.zip.pairing import Pairing
+from graphzip_passes.zip.readings import Readings
+from graphzip_passes.zip.refitting import Refitting
+
+__all__ = ["ZipPass", "zip_models"]
+
+
+@register_pass(Zip, decides=True, only_reads=True)
+def zip_models(traced: Traced, options: Zip, context: PassContext) -> Decision:
+    """Decide which layers correspond; each is then zipped when its stage begins."""
+    zipping = ZipPass(options, traced, seed=context.seed, where=context.where)
+    return Decision(zipping.finish, stages=zipping.stages)
+
+
+class ZipPass:
+    """`Zip` bound to several models: which layers correspond is decided here, who is paired stage by stage."""
+
+    def __init__(self, options: Zip, traced: Traced, *, seed: int, where: str) -> None:
+        options = _as_paper(options, where) if options.paper else options
+        tasks = _order(options, [task.name for task in traced.tasks], where)
+        matching = match(traced, tasks, options.match or {}, where=where)
+        readings = Readings(tasks, places=options.places, seed=seed)
+        channels = Channels(matching, tasks)
+        self.joint = Joint(options, where, tasks, matching, channels, readings, np.random.default_rng(seed))
+        amounts = self._amounts()
+        self.layers = [name for name in matching.layers if name in amounts and self._takes_part(name)]
+        self.pairing, self.joining = Pairing(self.joint, amounts, self.layers), Joining(self.joint)
+        self.refitting = Refitting(self.joint, self.joining, self.layers)
+        self.zipped: set[str] = set()
+        self.stored: dict[str, tuple[int, int]] = {}
+        self.left: dict[str, torch.Tensor] = {}
+
+    def _amounts(self) -> dict[str, float | int]:
+        """How much of each layer is shared, or its threshold; layers of which nothing is are left out."""
+        options, where, layers = self.joint.options, self.joint.where, list(self.joint.matching.layers)
+        key = "share" if options.threshold is None else "threshold"
+        given = options.share if options.threshold is None else options.threshold
+        table = given if isinstance(given, Mapping) else {"*": given}
+        problems = [
+            f"{where}.{what}: {glob!r} matches no layer; {closest(glob, layers)}"
+            for globs, what in ((options.exclude, "exclude"), (table if isinstance(given, Mapping) else (), key))
+            for glob in globs
+            if not any(fnmatchcase(name, glob) for name in layers)
+        ]
+        if problems:
+            raise plan_error(problems)
+        found = {}
+        for name in layers:
+            amount = next((value for glob, value in table.items() if fnmatchcase(name, glob)), 0)
+            if amount and not any(fnmatchcase(name, glob) for glob in options.exclude):
+                found[name] = amount
+        return found
+
+    def _takes_part(self, name: str) -> bool:
+        matching, channels = self.joint.matching, self.joint.channels
+        made = channels.made(matching.layers[name][self.joint.tasks[0]])
+        stays = all(channels.parts_stay(each) for each in matching.layers[name].values())
+        return stays and bool(made) and matching.outputs.isdisjoint(made)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One for each layer that is not zipped yet."""
+        return tuple(
+            Stage(f"zip/{name}", rewrite=partial(self._zip, name)) for name in self.layers if name not in self.zipped
+        )
+
+    def _zip(self, name: str, traced: Traced, context: PassContext) -> Traced:
+        """Zip one layer."""
+        joint, feeds = self.joint, {} if context.calibration is None else context.calibration.feeds
+        if joint.options.metric == "hessian" and not feeds:
+            text = "'hessian' needs calibration data; pass calibration={...}, or write metric: euclidean"
+            raise plan_error([f"{joint.where}.metric: {text}"])
+        readings, layers = joint.readings, joint.matching.layers[name]
+        joined = [task for task in joint.tasks if task in layers]
+        result = traced.copy()
+        state = dict(named_state(traced.module))
+        if any(state.get(key) is not tensor for key, tensor in self.left.items()):
+            readings.forget()  # it was trained since
+        taking_part = [layer for each in self.layers for layer in joint.matching.layers[each].values()]
+        readings.note_given(traced, [*taking_part, *self.refitting.watched()], feeds)
+        inputs = {task: readings.inputs(result, layers[task], feeds) for task in joined} if feeds else {}
+        self.refitting.rows(result, layers, inputs)
+        for number, task in enumerate(joined[1:], start=1):
+            arrival = Arrival(result, name, layers, tuple(joined[:number]), task, inputs)
+            self.pairing.decide(arrival)
+            self.joining.merge(arrival)
+        self.refitting.rest(result, {task: layers[task] for task in joined}, inputs)
+        for task, found in inputs.items():
+            self.joining.correct(result, layers[task], found)
+            readings.done(layers[task])
+        self._store(result, name, joined)
+        self.refitting.behind(result, name, feeds)
+        self.left = dict(named_state(result.module))
+        if any(len(layer.nodes) > 1 for layer in layers.values()):
+            readings.forget()  # a layer that reads what it made itself
+        self.zipped.add(name)
+        return result
+
+    def _store(self, traced: Traced, name: str, joined: Sequence[str]) -> None:
+        """Store what the tasks share of a layer once."""
+        layers = self.joint.matching.layers[name]
+        keys = self.joint.channels.keys({task: layers[task] for task in joined})
+        stored = share(traced, {task: layers[task].weight for task in joined}, keys)
+        if joins_bias(layers):
+            biases = {task: str(layers[task].bias) for task in joined}
+            sizes = share(traced, biases, {task: (rows, None) for task, (rows, _) in keys.items()})
+            stored = stored[0] + sizes[0], stored[1] + sizes[1]
+        self.stored[name] = stored
+        tie(traced)
+        traced.module.recompile()
+
+    def finish(self, traced: Traced, context: PassContext) -> Outcome:
+        """Other parameters of shared channels that are equal in several tasks are one from here on."""
+        result = traced.copy()
+        state = dict(named_state(result.module))
+        first, *others = self.joint.tasks
+        for name, tensor in state.items():
+            task, _, local = name.partition(".")
+            other = state.get(f"{first}.{local}")
+            if not isinstance(tensor, nn.Parameter) or not isinstance(other, nn.Parameter) or task not in others:
+                continue
+            if torch.equal(other, tensor) and self.joint.channels.is_shared(name):
+                attach(result.module, name, other)
+        tie(result)
+        return Outcome(settle(result), changed=bool(self.stored), details=self._details())
+
+    def _details(self) -> dict[str, Any]:
+        """For every layer what is shared: channels, and its parameters as a share of all (Table 3's count)."""
+        layers = {
+            name: {
+                "channels": self.pairing.shared.get(name, {}),
+                "parameters": list(sizes),
+                "shared": self._share(sizes),
+            }
+            for name, sizes in self.stored.items()
+        }
+        total = [sum(sizes[side] for sizes in self.stored.values()) for side in (0, 1)]
+        refitted = sorted(self.refitting.fitted)
+        return {"layers": layers, "parameters": total, "shared": self._share(total), "refitted": refitted}
+
+    def _share(self, sizes: Sequence[int]) -> float:
+        """The share of each network's parameters that all have, from their numbers before and after."""
+        before, after = sizes
+        return (before - after) / (before * (1.0 - 1.0 / len(self.joint.tasks))) if before else 0.0
+
+
+def _as_paper(options: Zip, where: str) -> Zip:
+    wanted = {"refit": False, "pairing": "greedy"}
+    problems = [
+        f"{where}.{name}: {getattr(options, name)!r} is not what Algorithm 1 does; leave it out, or write paper: false"
+        for name, value in wanted.items()
+        if name in options.model_fields_set and getattr(options, name) != value
+    ]
+    if problems:
+        raise plan_error(problems)
+    return options.model_copy(update=wanted)
+
+
+def _order(options: Zip, names: list[str], where: str) -> tuple[str, ...]:
+    if options.order and sorted(options.order) != sorted(names):
+        raise plan_error([f"{where}.order: {list(options.order)} are not the tasks {names}; name each of them once"])
+    tasks = tuple(options.order) or tuple(names)
+    for task in options.match or {}:
+        if task not in tasks[1:]:
+            raise plan_error([f"{where}.match: no task {task!r} to match; {closest(task, tasks[1:])}"])
+    return tasks
