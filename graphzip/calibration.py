@@ -166,7 +166,8 @@ def with_submodule(model: nn.Module, scope: str, value: nn.Module) -> nn.Module:
 def drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any], signature: Signature) -> float:
     """Largest difference of outputs relative to the largest output, both in eval mode; of those that `after` gives.
 
-    NaN where an output is not finite.
+    NaN where an output is not finite; infinity where one has another shape, which only outputs do whose values decide
+    how many there are.
     """
     old, new = eval_copy(before), eval_copy(after)
     worst = scale = 0.0
@@ -175,6 +176,8 @@ def drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any], signa
         expected = tensors_by_way(run_batch(old, *call))
         for way, value in tensors_by_way(run_batch(new, *placed(call, place_of(old), place_of(new)))).items():
             left, right = expected[way].double(), value.double()
+            if left.shape != right.shape:
+                return math.inf
             if left.numel():
                 apart, size = float((left - right.to(left.device)).abs().max()), float(left.abs().max())
                 if not math.isfinite(apart):

@@ -62,6 +62,9 @@ class NodeMeta(TypedDict, total=False):
     factored: Factored
     """On a convolution: its kernel is built from the factors of one module."""
 
+    onnx: str
+    """In the graph that an ONNX file was converted to: the name of the value of the file that the node gives."""
+
 
 _ITS_OWN = frozenset(NodeMeta.__annotations__) - {"owner", "source"}
 

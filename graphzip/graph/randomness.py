@@ -1,20 +1,24 @@
 """Which operators of a graph draw random numbers, and along which dimensions they draw independently.
 
-PyTorch tags every operator that may draw. Many have a switch: a dropout draws where its call says that it trains.
+PyTorch tags every operator that may draw. Many have a switch: a dropout draws where its call says that it trains. What
+is drawn while a user's model is looked at is given back to the process's generators.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.source import describe
 
-__all__ = ["is_dropout", "is_random", "random_nodes", "random_notes", "shared_dims"]
+__all__ = ["generators_kept", "is_dropout", "is_random", "random_nodes", "random_notes", "shared_dims"]
 
 _Arguments = Mapping[str, Any]
 
@@ -97,3 +101,25 @@ def _name(node: fx.Node) -> str:
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+@contextmanager
+def generators_kept(drawn: list[str] | None = None) -> Iterator[None]:
+    """Put back the generators of Python, numpy and PyTorch; `drawn` names those of the first two that moved."""
+    drawn = [] if drawn is None else drawn
+    python, numbers = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        if random.getstate() != python:
+            drawn.append("random")
+            random.setstate(python)
+        if not _same(np.random.get_state(), numbers):
+            drawn.append("numpy.random")
+            np.random.set_state(numbers)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

@@ -102,9 +102,9 @@ class Factor:
         found: Tensor = torch.linalg.solve_triangular(self.lower, columns, upper=False)
         return found
 
-    def inverse(self) -> Tensor:
-        """`(A + D)^-1`."""
-        return torch.cholesky_inverse(self.lower)
+    def inverse(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """`(A + D)^-1`, computed in this type: large ones take half the time in float32."""
+        return torch.cholesky_inverse(self.lower.to(dtype))
 
 
 def factorised(matrix: Tensor, damping: Tensor | float = 0.0, *, what: str) -> Factor:

@@ -6,7 +6,6 @@ second trace tells what another answer would change. What `torch.nn` asks for it
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from graphzip.global_lock import ALONE
+from graphzip.graph.randomness import generators_kept
 from graphzip.graph.source import OWN_HOME, TORCH_HOME
 
 __all__ = ["Asked", "asked"]
@@ -65,7 +64,7 @@ def _asked(grad: bool | None) -> Iterator[Asked]:
         asks = threading.get_ident() == me and _note(found.grad, sys._getframe(1))
         return grad if asks and grad is not None else grad_enabled()
 
-    with _generators_kept(found.drawn):
+    with generators_kept(found.drawn):
         nn.Module.training = property(training, set_training)  # type: ignore[assignment]
         torch.is_grad_enabled = is_grad_enabled
         try:
@@ -84,22 +83,3 @@ def _note(lines: list[str], frame: FrameType) -> bool:
     if line not in lines:
         lines.append(line)
     return True
-
-
-@contextmanager
-def _generators_kept(drawn: list[str]) -> Iterator[None]:
-    """Put back the generators of Python and numpy, and name those that moved."""
-    python, numbers = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        if random.getstate() != python:
-            drawn.append("random")
-            random.setstate(python)
-        if not _same(np.random.get_state(), numbers):
-            drawn.append("numpy.random")
-            np.random.set_state(numbers)
-
-
-def _same(one: Any, other: Any) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

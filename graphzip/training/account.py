@@ -14,7 +14,7 @@ from graphzip.analysis.cost import Cost, cost_of
 from graphzip.calibration import drift
 from graphzip.calls import Call, Signature, example_of
 from graphzip.graph.copies import eval_copy
-from graphzip.graph.randomness import random_nodes
+from graphzip.graph.randomness import generators_kept, random_nodes
 from graphzip.graph.traced import Traced
 from graphzip.report.card import Scores
 from graphzip.report.origin import Origin
@@ -73,8 +73,8 @@ class Account:
         *,
         trained: bool,
     ) -> Moves:
-        """How far outputs moved; without data nothing is run where what is lost is known and nothing was `trained`."""
-        if data is None and self.proven and not trained:
+        """How far outputs moved; without data nothing is run where what is lost is known; a model that was `trained` may lose more."""
+        if data is None and self.proven and (self.losses or not trained):
             return Moves(dict.fromkeys(calls, 0.0), False, 0.0)
         return Moves.of(original, module, data, calls)
 
@@ -91,7 +91,7 @@ class Account:
             changed=self.changed,
             lossless=not losses,
             drift=moved if finite and moves.has_data else None,
-            notes=traced.notes if finite or not moves.has_data else (*traced.notes, _NOT_FINITE),
+            notes=(*traced.notes, _NOT_FINITE) if math.isnan(moved) and moves.has_data else traced.notes,
             passes=tuple(self.passes),
             tasks={
                 name: TaskChange(self.before_tasks[name], cost, moves.by_task[name] if moves.has_data else None)
@@ -128,7 +128,8 @@ class Moves:
         for name, call in calls.items():
             old, new = original.get_submodule(name), module.get_submodule(name)
             batches = [example_of(old, call)] if data is None else data[name]
-            found[name] = drift(old, new, batches, Signature.of(old, call))
+            with generators_kept():
+                found[name] = drift(old, new, batches, Signature.of(old, call))
         kinds = {each.dtype for each in (*original.parameters(), *original.buffers()) if each.is_floating_point()}
         return cls(found, data is not None, max((torch.finfo(kind).eps for kind in kinds), default=0.0))
 
@@ -143,6 +144,8 @@ class Moves:
         if not self.largest > math.sqrt(self.eps):
             return []
         where = "calibration data" if self.has_data else "example inputs"
+        if math.isinf(self.largest):
+            return [f"outputs have other shapes on the {where}"]
         return [f"outputs moved by {self.largest:.2e} of the largest output on the {where}"]
 
 

@@ -322,13 +322,14 @@ METHODS = {"cholesky", "cholesky_solve", "geqrf", "lu_solve", "pinverse", "qr", 
 
 
 def uses(source: str) -> set[str]:
-    """Linear algebra that a source text calls: anything of a `linalg` module, and factorisations of `torch`."""
+    """Linear algebra that a source text calls: all of a `linalg` module but norms, and factorisations of `torch`."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and "aten" not in ast.unparse(node).split("."):
             base = ast.unparse(node.value)
             inside = base.rpartition(".")[2] == "linalg"
-            if inside or node.attr in METHODS or (base == "torch" and node.attr in OF_TORCH):
+            norm = node.attr == "vector_norm"
+            if (inside and not norm) or node.attr in METHODS or (base == "torch" and node.attr in OF_TORCH):
                 found.add(ast.unparse(node))
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]

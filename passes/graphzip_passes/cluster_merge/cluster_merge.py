@@ -202,9 +202,9 @@ class ClusterMergePass(Tying):
                 held[name].copy_(value)
 
     def _is_collapsed(self, model: nn.Module) -> bool:
-        """Whether the channels of every cluster are equal, so that there is nothing to make up for."""
+        """Whether the channels of every cluster are equal, so that nothing is to make up for; `meta` ones are not."""
         found = ((rows, rows.gather(rows.tensors())) for _, rows in rows_of((at, 0) for at in self._places(model)))
-        return all(torch.equal(values, rows.first(values)) for rows, values in found)
+        return all(not values.is_meta and torch.equal(values, rows.first(values)) for rows, values in found)
 
     def _fitted(self, traced: Traced) -> Narrowed:
         """The slimmer model, compensated with data; `traced` stays as it is."""

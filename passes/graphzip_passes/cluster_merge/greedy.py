@@ -117,8 +117,8 @@ class Reader:
 def _damped_inverse(covariance: Tensor, what: str) -> Tensor:
     """`(covariance + lambda I)^-1`, in float32 where it is large: damped as it is, what comes next needs no more."""
     damping = relative_damping(covariance.diagonal().mean(), _DAMPING, otherwise=1.0)
-    factor = factorised(covariance, damping, what=what)
-    return torch.cholesky_inverse(factor.lower.float()) if len(covariance) > _LARGE else factor.inverse()
+    dtype = torch.float32 if len(covariance) > _LARGE else torch.float64
+    return factorised(covariance, damping, what=what).inverse(dtype)
 
 
 def _costs(inner: Tensor, weights: Tensor, what: str) -> Tensor:
