@@ -73,7 +73,7 @@ class Account:
         *,
         trained: bool,
     ) -> Moves:
-        """How far outputs moved; without data nothing is run where what is lost is known; a model that was `trained` may lose more."""
+        """How far outputs moved; without data nothing is run where losses are known and no more come of training."""
         if data is None and self.proven and (self.losses or not trained):
             return Moves(dict.fromkeys(calls, 0.0), False, 0.0)
         return Moves.of(original, module, data, calls)
