@@ -302,7 +302,8 @@ def assert_lossless(
     model = double(model)
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     randomize_(model, seed, inputs)
-    groups = gz.channel_groups(model, inputs)
+    traced = gz.trace(model, inputs)
+    groups = gz.channel_groups(traced)
     clusters = plant(model, groups, seed, fraction=fraction, choose=choose, whole=whole)
     snapshot = {name: tensor.detach().clone() for name, tensor in state_of(model).items()}
     more = _other_batch(inputs)
@@ -310,7 +311,7 @@ def assert_lossless(
         before, control, before_more = model(*inputs), model(*_noisy(inputs)), model(*more)
     if alive:
         assert_alive(before)
-    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), inputs)
+    compiled = gz.compile(traced, gz.Plan([gz.ClusterMerge(clusters=clusters)]))
     _assert_untouched(model, snapshot)
     with torch.no_grad():
         after, after_more = compiled.module(*inputs), compiled.module(*more)
