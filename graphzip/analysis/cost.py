@@ -15,7 +15,7 @@ from graphzip.graph.traced import Traced
 from graphzip.ops import OPS
 from graphzip.ops.site import Site
 
-__all__ = ["Cost", "cost_of"]
+__all__ = ["Cost", "batch_of", "cost_of"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def cost_of(traced: Traced) -> Cost:
         spec = OPS.get(node.target) if node.op == "call_function" else None
         if spec is not None and spec.macs is not None and node in fed and (counted is None or node in counted):
             total += spec.macs(Site.of(node, arguments_of(node)))
-    return Cost(sum(parameter.numel() for parameter in traced.module.parameters()), total // _batch(traced))
+    return Cost(sum(parameter.numel() for parameter in traced.module.parameters()), total // batch_of(traced))
 
 
-def _batch(traced: Traced) -> int:
+def batch_of(traced: Traced) -> int:
     """Samples in the example batch: the first dimension of the first tensor input."""
     for node in traced.graph.nodes:
         value = node.meta.get("val")

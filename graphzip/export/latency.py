@@ -1,4 +1,4 @@
-"""How long a convolution of atoms and coefficients takes in onnxruntime, on this machine.
+"""How long layers take in onnxruntime, on this machine: a convolution of atoms and coefficients, or layers in a row.
 
 onnxruntime builds a stored kernel `A D` once, when it loads the file; so that way is measured as a dense convolution.
 """
@@ -15,9 +15,11 @@ import numpy as np
 
 from graphzip.export.optional_packages import require
 
-__all__ = ["ConvCase", "milliseconds"]
+__all__ = ["ConvCase", "RowLayer", "milliseconds", "row_milliseconds"]
 
 logger = logging.getLogger(__name__)
+
+_Graph = tuple[list[Any], dict[str, tuple[int, ...]]]
 
 _ROUNDS = 7
 _ENOUGH = 0.02  # seconds of runs in one round
@@ -41,9 +43,47 @@ class ConvCase:
 
 def milliseconds(case: ConvCase) -> tuple[float, float]:
     """Median time of one run with the kernel built, and with the atoms first."""
-    sessions = [_session(case, nodes, weights) for nodes, weights in (_dense(case), _atoms_first(case))]
-    image = np.random.default_rng(0).standard_normal(case.image).astype(np.float32)
-    times: list[list[float]] = [[], []]
+    one, two = (float(np.median(each)) for each in _by_turns(case.image, [_dense(case), _atoms_first(case)]))
+    return one, two
+
+
+@dataclass(frozen=True)
+class RowLayer:
+    """A convolution or, without `strides`, a linear layer of a row of layers: the shape of its weight, (O, I, *kernel),
+    and its settings; `pads` are those in front of every dimension and then those behind.
+    """
+
+    weight: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+
+
+def row_milliseconds(image: tuple[int, ...], rows: Sequence[Sequence[RowLayer]]) -> list[float]:
+    """Time of one run of each of these rows of layers over an input of that shape, where nothing else delays it."""
+    return [min(each) for each in _by_turns(image, [_row(stages) for stages in rows])]
+
+
+def _row(stages: Sequence[RowLayer]) -> _Graph:
+    helper, nodes = require("onnx").helper, []
+    weights: dict[str, tuple[int, ...]] = {}
+    for number, stage in enumerate(stages):
+        names = ["x" if number == 0 else f"x{number}", f"w{number}"]
+        output = "y" if number == len(stages) - 1 else f"x{number + 1}"
+        if stage.strides:
+            settings = {"strides": stage.strides, "pads": stage.pads, "dilations": stage.dilations}
+            nodes.append(helper.make_node("Conv", names, [output], **settings))
+        else:
+            nodes.append(helper.make_node("MatMul", names, [output]))
+        weights[names[1]] = stage.weight if stage.strides else stage.weight[::-1]
+    return nodes, weights
+
+
+def _by_turns(shape: tuple[int, ...], graphs: Sequence[_Graph]) -> list[list[float]]:
+    """Milliseconds of one run of each graph, in several rounds."""
+    sessions = [_session(shape, nodes, weights) for nodes, weights in graphs]
+    image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    times: list[list[float]] = [[] for _ in sessions]
     repeats = [_repeats(session, image) for session in sessions]
     for _ in range(_ROUNDS):
         for number, session in enumerate(sessions):  # by turns, so that both see the same machine
@@ -51,8 +91,7 @@ def milliseconds(case: ConvCase) -> tuple[float, float]:
             for _ in range(repeats[number]):
                 session.run(None, {"x": image})
             times[number].append((time.perf_counter() - start) / repeats[number])
-    one, two = (1e3 * float(np.median(each)) for each in times)
-    return one, two
+    return [[1e3 * each for each in one] for one in times]
 
 
 def _repeats(session: Any, image: Any) -> int:
@@ -60,9 +99,6 @@ def _repeats(session: Any, image: Any) -> int:
     start = time.perf_counter()
     session.run(None, {"x": image})
     return max(1, round(_ENOUGH / max(time.perf_counter() - start, 1e-6)))
-
-
-_Graph = tuple[list[Any], dict[str, tuple[int, ...]]]
 
 
 def _conv(inputs: Sequence[str], output: str, case: ConvCase, groups: int, *, spatial: bool) -> Any:
@@ -101,7 +137,7 @@ def _atoms_first(case: ConvCase) -> _Graph:
     return nodes, weights
 
 
-def _session(case: ConvCase, nodes: list[Any], weights: dict[str, tuple[int, ...]]) -> Any:
+def _session(image: tuple[int, ...], nodes: list[Any], weights: dict[str, tuple[int, ...]]) -> Any:
     onnx, runtime = require("onnx"), require("onnxruntime")
     random = np.random.default_rng(0)
     constants = [
@@ -112,7 +148,7 @@ def _session(case: ConvCase, nodes: list[Any], weights: dict[str, tuple[int, ...
     graph = onnx.helper.make_graph(
         nodes,
         "layer",
-        [onnx.helper.make_tensor_value_info("x", float32, case.image)],
+        [onnx.helper.make_tensor_value_info("x", float32, image)],
         [onnx.helper.make_tensor_value_info("y", float32, None)],
         constants,
     )

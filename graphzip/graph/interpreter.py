@@ -90,11 +90,14 @@ class Values:
     def fork(self, traced: Traced) -> Values:
         """Values of another graph, or of this one, that stand where these stand.
 
-        All that has run here must compute the same there; nodes correspond by name.
+        All that has run here must compute the same there; nodes correspond by name, and what has none to correspond to
+        has not run.
         """
         other = Values(traced, self.batches)
-        start = self.nodes[self._done].name
-        other._done = next(place for place, node in enumerate(other.nodes) if node.name == start)
+        done = {node.name for node in self.nodes[: self._done]}
+        other._done = next(
+            place for place, node in enumerate(other.nodes) if node.name not in done and node.op != "get_attr"
+        )
         here = {node.name: values for node, values in self._values.items()}
         for node in other.nodes[: other._done]:
             left = sum(other.place[user] >= other._done for user in node.users)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from graphzip.study.cost_model import Point, Price
 
-__all__ = ["Budget", "Curve", "allocate"]
+__all__ = ["Budget", "Curve", "allocate", "cheapest"]
 
 Vector = NDArray[np.float64]
 Chosen = NDArray[np.int64]
@@ -73,8 +73,7 @@ class Budget:
 
 def allocate(curves: Sequence[Curve], budgets: Sequence[Budget]) -> NDArray[np.int64] | None:
     """How many channels go of every group, so that all budgets are met, or None where that cannot be."""
-    narrowest = np.array([len(curve.gone) - 1 for curve in curves])
-    if not _are_met(budgets, _gone(curves, narrowest)):
+    if not _are_met(budgets, _gone(curves, _cheapest(curves, _together(budgets, np.ones(len(budgets)))))):
         return None
     alone = (_bisected(curves, [budget], np.ones(1)) for budget in budgets)
     found = next((each for each in alone if _are_met(budgets, _gone(curves, each))), None)
@@ -82,6 +81,24 @@ def allocate(curves: Sequence[Curve], budgets: Sequence[Budget]) -> NDArray[np.i
         found = _weighted(curves, budgets)
     gone: NDArray[np.int64] = _gone(curves, _spent(curves, budgets, found)).astype(np.int64)
     return gone
+
+
+def cheapest(choices: Sequence[Sequence[int] | Vector], price: Price) -> NDArray[np.int64]:
+    """How many channels go of every group where the cost is the lowest that these numbers of them lead to."""
+    curves = [Curve(np.array(each, dtype=np.float64), np.zeros(len(each))) for each in choices]
+    gone: NDArray[np.int64] = _gone(curves, _cheapest(curves, price)).astype(np.int64)
+    return gone
+
+
+def _cheapest(curves: Sequence[Curve], price: Price) -> Chosen:
+    """The widths with the lowest cost: the smallest ones, but thin layers may cost more than a narrow dense one."""
+    narrowest = np.array([len(curve.gone) - 1 for curve in curves], dtype=np.int64)
+    free = [Curve(curve.gone, np.zeros_like(curve.loss)) for curve in curves]
+    return _settled(free, price, narrowest, 1.0)
+
+
+def _together(budgets: Sequence[Budget], weights: Vector) -> Price:
+    return Price.total([(weight / budget.most, budget.price) for weight, budget in zip(weights, budgets, strict=True)])
 
 
 def _gone(curves: Sequence[Curve], chosen: Chosen) -> Vector:
@@ -109,9 +126,9 @@ def _weighted(curves: Sequence[Curve], budgets: Sequence[Budget]) -> Chosen:
 
 def _bisected(curves: Sequence[Curve], budgets: Sequence[Budget], weights: Vector) -> Chosen:
     """The widths with the least loss that meet the budgets, of those that a rate for their weighted sum leads to."""
-    price = Price.total([(weight / budget.most, budget.price) for weight, budget in zip(weights, budgets, strict=True)])
+    price = _together(budgets, weights)
     widest = np.zeros(len(curves), dtype=np.int64)
-    found = narrowest = np.array([len(curve.gone) - 1 for curve in curves])
+    found = narrowest = _cheapest(curves, _together(budgets, np.ones(len(budgets))))
     low, high = _RATES
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

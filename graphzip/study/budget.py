@@ -20,32 +20,33 @@ from graphzip.calibration import Calibration, Trained, check_calibration, with_s
 from graphzip.calls import Signature, call_of, example_of
 from graphzip.errors import PlanError
 from graphzip.files import check_target
+from graphzip.graph.batches import leading
 from graphzip.graph.copies import share_copy
 from graphzip.plan.criteria import CRITERIA
 from graphzip.plan.options import PassOptions
-from graphzip.plan.passes import ClusterMerge, PruneChannels
+from graphzip.plan.passes import ClusterMerge
 from graphzip.plan.plan import Plan
 from graphzip.report.origin import Study
 from graphzip.report.page import study_fragment
 from graphzip.report.tables import preformatted
 from graphzip.rewrite.join_modes import trace_in
-from graphzip.runtime.inference import latency_of
-from graphzip.study.allocation import Budget, Curve
+from graphzip.study.allocation import Budget, Curve, cheapest
 from graphzip.study.amounts import LATENCY, absolute, checked, given, shown
 from graphzip.study.correction import corrected
-from graphzip.study.cost_model import Price, prices_of
+from graphzip.study.cost_model import Price
 from graphzip.study.laboratory import CONSTANTS
+from graphzip.study.latency import fast_ranks, latency_at
 from graphzip.study.measurements import Measurements, identity, key_of
-from graphzip.study.narrowing import Narrows
+from graphzip.study.planned import planned_passes
 from graphzip.study.sensitivities import CHECKS, EFFORTS, MEASURED_ON, Progress, Sensitivity, Subject, Survey
-from graphzip.study.widths import Kinds, WidthRules
+from graphzip.study.units import Units, ranked_layers
+from graphzip.study.widths import WidthRules
 from graphzip.traces import Trace, of_trace
 from graphzip.tracing.results import Outputs
 from graphzip.version import __version__
 from graphzip_passes.base import PassContext
-from graphzip_passes.cluster_merge.cluster_merge import ClusterMergePass, Known
+from graphzip_passes.cluster_merge.cluster_merge import Known
 from graphzip_passes.parts.clustering import BUILT_IN, clustering_of
-from graphzip_passes.parts.widths import WidthOptions, resolve
 
 __all__ = ["Sensitivity", "WidthStudy", "plan_for"]
 
@@ -122,7 +123,9 @@ class WidthStudy:
     `calibration` is as for `compile`; plans then ask for reconstruction and compensation. Without it, the example
     inputs take its place and plans need no data. `evaluate` takes a module in eval mode and returns a score, the higher
     the better; with it, widths are judged by the score instead of by the outputs. `passes` are the plan's; the first
-    `ClusterMerge` or `PruneChannels` of them gets its `keep` here.
+    `ClusterMerge` or `PruneChannels` of them gets its `keep` here, and a `LowRank` without `rank` and `energy` its
+    `rank`. With both a layer is narrowed, thinned, both or neither; as good as widths or ranks alone on that part of
+    the data on which splits of the budget are tried.
 
     `scope`, `dynamic_shapes`, `outputs` and `mode` are those of `compile`, or a `Trace` has them. The budget is the
     scope's, and its outputs count; with the mode "train" those of both forms, and the cost of the eval form.
@@ -184,8 +187,9 @@ class WidthStudy:
         self.model, self.example_inputs, self.seed = source, example_of(source, call), seed
         self.evaluate, self.effort = evaluate, effort
         self.has_data = calibration is not None
-        self.passes, self.options = _passes_of(passes, has_data=self.has_data)
-        self.rules = WidthRules.of(self.options, round_to=round_to, min_width=min_width, target=target, uniform=uniform)
+        self.passes, self.options, self.low_rank = planned_passes(passes, has_data=self.has_data)
+        rules = {"round_to": round_to, "min_width": min_width, "target": target, "uniform": uniform}
+        self.rules = WidthRules.of(self.options, **rules)
         with torch.inference_mode(False):
             whole = share_copy(source)
             if given is not None:
@@ -195,11 +199,10 @@ class WidthStudy:
                 known = Analysed.of(self.traced)
             self.analysis, self.groups = known.analysis, known.groups
             self._feed([self.example_inputs] if calibration is None else calibration, signature, whole, known)
-        may = resolve(WidthOptions(1e-9, self.options.exclude), self.groups)
-        self.choices = self.rules.choices(self.groups, may)
-        chosen = [self.groups[name] for name in self.choices]
-        self.prices = prices_of(self.traced, self.analysis, chosen)
-        self.kinds = Kinds(chosen, uniform=self.rules.uniform)
+        batches = leading(self.batches, MEASURED_ON[self.effort])
+        layers = ranked_layers(self.traced, self.low_rank, self.rules, batches, self._where(self.low_rank))
+        self.units = Units(self.traced, known, self.options, layers, self.rules)
+        self.choices, self.prices, self.kinds = self.units.choices, self.units.prices, self.units.kinds
         key = None if cache is None else self._key(evaluate_name)
         self.cache = None if cache is None or key is None else Measurements(cache, key)
         self.sensitivities: tuple[Sensitivity, ...] = ()
@@ -209,22 +212,25 @@ class WidthStudy:
         trained = Trained(whole, self.traced)
         fed = Calibration({"": data}, {"": signature}, trained)
         self.batches = fed.graph_inputs()
-        where = f"passes[{self.passes.index(self.options)}].{self.options.kind}"
+        where = self._where(self.options or self.low_rank)
         self.context = PassContext(where, self.seed, trained, fed if self.has_data else None, known)
+
+    def _where(self, options: PassOptions | None) -> str:
+        """The path of one of the passes in the plan."""
+        return "" if options is None else f"passes[{self.passes.index(options)}].{options.kind}"
 
     @public
     def check(self, **budget: float) -> None:
         """Raises `PlanError` unless budgets are given and each of them can be met."""
         for what, amount in checked(budget).items():
             if what == LATENCY:
-                whole, least = self._latency({}), self._latency(self._narrowest())
+                whole, least = self._latency({}), self._latency(self._least_latency())
             else:
                 price = self._price(what)
-                gone = np.array([choice[-1] for choice in self.choices.values()], dtype=np.float64)
-                whole, least = price.whole, price.at(gone)
+                whole, least = price.whole, price.at(cheapest([*self.choices.values()], price).astype(np.float64))
             if absolute(amount, whole) < least:
                 raise PlanError(
-                    f"{what}: {shown(amount, what)} is out of reach; with every group at its smallest width the model "
+                    f"{what}: {shown(amount, what)} is out of reach; with every {self.units.smallest} the model "
                     f"keeps {shown(least, what)} of {shown(whole, what)} ({least / whole:.3g} of the original). Ask "
                     "for that much, or let more groups shrink"
                 )
@@ -246,19 +252,29 @@ class WidthStudy:
         amounts = checked(budget)
         curves = self._curves()
         if LATENCY in amounts:
-            return self._plan_of(self._for_latency(amounts[LATENCY]))
+            return self._plan_of(self._for_latency(amounts[LATENCY]), timed=True)
         prices = {what: self._price(what) for what in amounts}
         limits = [Budget(price, absolute(amounts[what], price.whole)) for what, price in prices.items()]
-        gone = corrected(
+        found = [self._split(each, limits, progress) for each in self.units.alone(curves)]
+        splits = [gone for gone in found if gone is not None]
+        if not splits:
+            raise PlanError(f"{', '.join(amounts)}: out of reach; call check() to see what can be reached")
+        gone = splits[0]
+        if len(splits) > 1:
+            gone = min(splits, key=lambda each: self.survey.together(self.units.widths(each), 0, progress))
+        self.chosen = self._point(next(iter(amounts)), curves, gone)
+        return self._plan_of(self.units.widths(gone))
+
+    def _split(
+        self, curves: Sequence[Curve], limits: Sequence[Budget], progress: Progress | None
+    ) -> NDArray[np.int64] | None:
+        return corrected(
             curves,
             lambda bent: self.kinds.allocate(bent, limits),
-            lambda tried, number: self.survey.together(self._widths(tried), number, progress),
+            lambda tried, number: self.survey.together(self.units.widths(tried), number, progress),
             most=CHECKS[self.effort],
+            order=self.units.order,
         )
-        if gone is None:
-            raise PlanError(f"{', '.join(amounts)}: out of reach; call check() to see what can be reached")
-        self.chosen = self._point(next(iter(amounts)), curves, gone)
-        return self._plan_of(self._widths(gone))
 
     @public
     def frontier(self, what: str = "macs", steps: int = 12) -> list[tuple[float, float]]:
@@ -300,14 +316,13 @@ class WidthStudy:
         """What a notebook shows: sensitivities and frontier, once they are measured."""
         return study_fragment(self.summary()) if self.sensitivities else preformatted(repr(self))
 
-    def _narrowest(self) -> dict[str, int]:
-        return {name: self.groups[name].size - gone[-1] for name, gone in self.choices.items()}
-
     def _curves(self) -> list[Curve]:
         if not self.sensitivities:
             raise PlanError("nothing is measured yet; call measure() before plan() and frontier()")
         return [
-            Curve.through(self.choices[each.group], [(each.size - width, loss) for width, loss in each.points])
+            Curve.through(
+                self.choices[each.group], [(self.units.size(each.group) - width, loss) for width, loss in each.points]
+            )
             for each in self.sensitivities
         ]
 
@@ -317,31 +332,35 @@ class WidthStudy:
         price: Price = getattr(self.prices, what)
         return price
 
-    def _widths(self, gone: NDArray[np.int64]) -> dict[str, int]:
-        return {name: self.groups[name].size - int(count) for name, count in zip(self.choices, gone, strict=True)}
-
-    def _plan_of(self, widths: Mapping[str, int]) -> Plan:
+    def _plan_of(self, widths: Mapping[str, int], *, timed: bool = False) -> Plan:
         inputs: Any = () if isinstance(self.example_inputs, Mapping) else self.example_inputs
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
         plain = all(value.is_floating_point() for value in tensors)  # a plan holds shapes, and no tokens
         shapes = [tuple(value.shape) for value in tensors] if plain else []
-        merge = self._merge(widths)
-        return Plan([merge if options is self.options else options for options in self.passes], inputs=shapes or None)
-
-    def _merge(self, widths: Mapping[str, int]) -> Narrows:
-        """Every group that may shrink by name, those with a `#n` first, for a name without one matches them too."""
-        keep = {
-            name: widths.get(name, self.groups[name].size) for name in sorted(self.choices, key=lambda n: "#" not in n)
-        }
-        return self.options.model_copy(update={"keep": keep, "round_to": 1})
+        found: dict[int, PassOptions] = (
+            {} if self.options is None else {id(self.options): self.units.narrowed(self.options, widths)}
+        )
+        if self.low_rank is not None:
+            found[id(self.low_rank)] = self.units.thinned(self.low_rank, widths).model_copy(
+                update={"timed": True} if timed else {}
+            )
+        return Plan([found.get(id(options), options) for options in self.passes], inputs=shapes or None)
 
     # ------------------------------------------------------------------------------------------------- latency
 
     def _latency(self, widths: Mapping[str, int]) -> float:
-        norms = self.options.norms if isinstance(self.options, ClusterMerge) else "exact"
-        merge = ClusterMerge(keep=dict(self._merge(widths).keep), clustering="even", norms=norms)  # type: ignore[arg-type]
-        found = ClusterMergePass(merge, self.traced, seed=self.seed, where="cluster_merge", known=self.nothing_known)
-        return latency_of(found.merged(self.traced).traced)
+        merge = None if self.options is None else self.units.narrowed(self.options, widths)
+        thin = None if self.low_rank is None else self.units.thinned(self.low_rank, widths)
+        return latency_at(self.traced, merge, thin, self.nothing_known)
+
+    def _least_latency(self) -> dict[str, int]:
+        fast = self.units.faster([Curve.through(gone, []) for gone in self.choices.values()], self._fast_ranks)
+        return self.units.widths(cheapest([curve.gone for curve in fast], self.prices.macs))
+
+    @cached_property
+    def _fast_ranks(self) -> dict[str, list[int]]:
+        """By layer how many of its parts may go so that it is faster."""
+        return {} if self.low_rank is None else fast_ranks(self.traced, self.units.layers, self.low_rank)
 
     def _for_latency(self, amount: float) -> dict[str, int]:
         """Bisect the multiply-accumulates, for these are what latency can be steered by, and measure."""
@@ -349,14 +368,15 @@ class WidthStudy:
         wanted = absolute(amount, whole)
         if wanted >= whole:
             return {}
-        low, high, best = 0.0, 1.0, self._narrowest()
+        low, high, best = 0.0, 1.0, self._least_latency()
+        curves = self.units.faster(self._curves(), self._fast_ranks)
         for _ in range(_TRIES):
             middle = (low + high) / 2
-            gone = self.kinds.allocate(self._curves(), [Budget(self.prices.macs, middle * self.prices.macs.whole)])
+            gone = self.kinds.allocate(curves, [Budget(self.prices.macs, middle * self.prices.macs.whole)])
             if gone is None:
                 low = middle
                 continue
-            widths = self._widths(gone)
+            widths = self.units.widths(gone)
             taken = self._latency(widths)
             logger.info("%.0f %% of the MACs take %.3f ms", 100 * middle, taken)
             if taken <= wanted:
@@ -381,6 +401,8 @@ class WidthStudy:
             self.groups,
             self.choices,
             self.options,
+            self.low_rank,
+            self.units.layers,
             self.context,
             self.batches,
             self._judge if self.evaluate is not None else None,
@@ -404,7 +426,7 @@ class WidthStudy:
         if isinstance(self.options, ClusterMerge):
             clustering = self.options.clustering
             called["clustering"] = None if clustering in BUILT_IN else clustering_of(clustering)
-        else:
+        elif self.options is not None:
             criterion = CRITERIA.get(self.options.criterion)
             called["criterion"] = None if criterion is None or criterion.built_in else criterion.function
         told = {}
@@ -422,31 +444,8 @@ class WidthStudy:
                         error,
                     )
                     return None
-        options = self.options.model_copy(update={"keep": 1.0}).to_dict()
+        options = None if self.options is None else self.options.model_copy(update={"keep": 1.0}).to_dict()
+        low_rank = None if self.low_rank is None else [self.low_rank.to_dict(), *(map(str, self.units.layers))]
         constants = [*CONSTANTS, MEASURED_ON[self.effort]]
         versions = [__version__, torch.__version__]
-        return key_of(self.traced, self.batches, options, self.seed, self.has_data, constants, versions, told)
-
-
-def _passes_of(passes: Sequence[PassOptions], *, has_data: bool) -> tuple[list[PassOptions], Narrows]:
-    """The plan's passes and the one of them whose widths are found."""
-    listed = list(Plan(passes).passes) or [ClusterMerge()]
-    number = next((n for n, options in enumerate(listed) if isinstance(options, Narrows)), None)
-    if number is None:
-        raise PlanError(
-            "passes: none of them is a ClusterMerge or a PruneChannels, whose widths could be found; add ClusterMerge()"
-        )
-    given = listed[number]
-    assert isinstance(given, Narrows)
-    fixed = {"keep", "clusters", "ranking"} & given.model_fields_set
-    if fixed:
-        raise PlanError(f"passes[{number}].{given.kind}.{min(fixed)}: widths are found here; leave it out")
-    options: Narrows
-    if isinstance(given, PruneChannels):
-        options = PruneChannels(**(({"compensate": "data"} if has_data else {}) | given.to_dict()))
-    elif has_data:
-        options = given.for_data()
-    else:
-        options = ClusterMerge(**({"compensate": "free"} | given.to_dict()))
-    listed[number] = options
-    return listed, options
+        return key_of(self.traced, self.batches, options, low_rank, self.seed, self.has_data, constants, versions, told)

@@ -30,9 +30,11 @@ _STEPS: Final = (math.log(1.4), 0.7)
 _LEAST: Final = 0.2  # of the first steps
 
 
-def bent(curves: Sequence[Curve], power: float, tilt: float) -> list[Curve]:
-    """The curves of groups in the order in which they run, with other losses."""
-    places = np.linspace(-1.0, 1.0, len(curves)) if len(curves) > 1 else np.zeros(1)
+def bent(curves: Sequence[Curve], power: float, tilt: float, order: Sequence[float] | None = None) -> list[Curve]:
+    """The curves with other losses. Groups run in this `order`, by default one after the other."""
+    depth = np.arange(len(curves), dtype=np.float64) if order is None else np.array(order, dtype=np.float64)
+    span = np.ptp(depth) if depth.size else 0.0
+    places = 2.0 * (depth - depth.min()) / span - 1.0 if span else np.zeros(len(curves))
     return [
         Curve(curve.gone, curve.loss**power * math.exp(tilt * place))
         for curve, place in zip(curves, places.tolist(), strict=True)
@@ -45,6 +47,7 @@ def corrected(
     judge: Callable[[Widths, int], float],
     *,
     most: int,
+    order: Sequence[float] | None = None,
 ) -> Widths | None:
     """How many channels go of each group: those of `allocate` that `judge` finds best.
 
@@ -53,7 +56,7 @@ def corrected(
     first = allocate(curves)
     if first is None or most < 1:
         return first
-    search = _Search(curves, allocate, judge, most)
+    search = _Search(curves, allocate, judge, most, order)
     search.run(first)
     return search.best
 
@@ -65,8 +68,9 @@ class _Search:
         allocate: Callable[[Sequence[Curve]], Widths | None],
         judge: Callable[[Widths, int], float],
         most: int,
+        order: Sequence[float] | None,
     ) -> None:
-        self.curves, self.allocate, self.judge, self.most = curves, allocate, judge, most
+        self.curves, self.allocate, self.judge, self.most, self.order = curves, allocate, judge, most, order
         self.known: dict[tuple[int, ...], float] = {}
         self.best: Widths | None = None
         self.loss = math.inf
@@ -85,7 +89,7 @@ class _Search:
             share = share if moved else share / 2
 
     def _does_better(self, at: NDArray[np.float64]) -> bool:
-        found = self.allocate(bent(self.curves, math.exp(at[0]), float(at[1])))
+        found = self.allocate(bent(self.curves, math.exp(at[0]), float(at[1]), self.order))
         return found is not None and self._tried(found)
 
     def _tried(self, gone: Widths) -> bool:

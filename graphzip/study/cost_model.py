@@ -3,6 +3,13 @@
 A parameter, and an operator that multiplies, costs a number times the fraction of its channels that is left along each
 of its dimensions: `cost = sum over terms t of c_t * product over dimensions d of (1 - sum over groups g of s_tdg r_g)`,
 where `r_g` channels of group `g` are gone and `s_tdg` is the fraction that one of them has of the dimension.
+
+A layer that may be stored as two thin ones, of a rank `q` of at most `Q`, counts as a group of its own, of which
+nothing is gone where it is dense and `r = 2 Q - q` where it is not. With factors that are never below zero,
+
+    dense:  c max(1 - r / Q, 0),         thin:  2 a Q max(1 - r / (2 Q), 0) - 2 a Q max(1 - r / Q, 0) = a q,
+
+where each of the thin layers costs `a` for every part of the rank, and has the inputs or the outputs of the dense one.
 """
 
 from __future__ import annotations
@@ -28,9 +35,11 @@ from graphzip.graph.traced import Traced
 from graphzip.ops import OPS
 from graphzip.ops.site import Site
 
-__all__ = ["Point", "Price", "Prices", "prices_of"]
+__all__ = ["Point", "Price", "Prices", "ThinLayers", "prices_of"]
 
 Vector = NDArray[np.float64]
+
+_Dims = dict[Any, Vector]
 
 _MATRIX = 2
 
@@ -71,7 +80,7 @@ class Price:
         """The cost with this many channels gone of every group."""
         left = np.ones_like(self.base)
         for fractions in self.along:
-            left = left * (1.0 - fractions @ gone)
+            left = left * np.maximum(1.0 - fractions @ gone, 0.0)
         return float(self.base @ left)
 
     @cached_property
@@ -110,8 +119,8 @@ class Point:
         more = counts - self.gone[group]
         now, then = np.ones((terms.size, 1)), np.ones((terms.size, counts.size))
         for left, fractions in zip(self.left, self.price.along, strict=True):
-            now *= left[terms, None]
-            then *= left[terms, None] - fractions[terms, group, None] * more
+            now *= np.maximum(left[terms, None], 0.0)
+            then *= np.maximum(left[terms, None] - fractions[terms, group, None] * more, 0.0)
         found: Vector = self.cost + self.price.base[terms] @ (then - now)
         return found
 
@@ -133,9 +142,36 @@ class Prices:
     bytes: Price
 
 
-def prices_of(traced: Traced, analysis: Analysis, groups: Sequence[ChannelGroup]) -> Prices:
-    """The prices of a model, operations of its eval form; the groups of `gone` are `groups`, in their order."""
-    fractions = _param_fractions(traced, groups)
+@dataclass(frozen=True)
+class ThinLayers:
+    """What stands in for a layer whose weight is `weight` (as the graph names it), at a rank of at most `full`.
+
+    `macs` are shares of the layer's operations, `params` numbers, that the first and the second of the two thin layers
+    take for every part of the rank.
+    """
+
+    weight: str
+    full: int
+    macs: tuple[float, float]
+    params: tuple[int, int]
+
+
+def prices_of(
+    traced: Traced, analysis: Analysis, groups: Sequence[ChannelGroup], layers: Sequence[ThinLayers] = ()
+) -> Prices:
+    """The prices of a model, operations of its eval form; those of `gone` are `groups`, and then `layers`."""
+    columns = len(groups) + len(layers)
+    thin = {layer.weight: (len(groups) + number, layer) for number, layer in enumerate(layers)}
+    fractions = {weight: _Dims() for weight in thin} | _param_fractions(traced, groups, columns)
+
+    def split(value: float, name: str, parts: tuple[float, float] | None) -> list[tuple[float, _Dims]]:
+        """A term of a parameter; `parts` are what thin layers cost in its place, where they may."""
+        own = fractions.get(name, {})
+        if name not in thin or parts is None:
+            return [(value, own)]
+        column, layer = thin[name]
+        return _with_rank(value, own, parts, layer.full, np.eye(columns)[column])
+
     place = np.full(analysis.fine.solution.count, -1, dtype=np.int64)
     for number, group in enumerate(groups):
         place[group.channels] = number
@@ -147,20 +183,38 @@ def prices_of(traced: Traced, analysis: Analysis, groups: Sequence[ChannelGroup]
             args = arguments_of(node)
             whole = float(spec.macs(Site.of(node, args)))
             kernels = _kernels(args)
-            known = [(kernel.meta["val"].numel(), fractions.get(str(kernel.target))) for kernel in kernels]
-            if kernels and all(own is not None for _, own in known):
-                total = sum(numel for numel, _ in known)
-                macs += [(whole * numel / total, own) for numel, own in known if own is not None]
+            if kernels and all(str(kernel.target) in fractions for kernel in kernels):
+                total = sum(kernel.meta["val"].numel() for kernel in kernels)
+                for kernel in kernels:
+                    name, value = str(kernel.target), whole * kernel.meta["val"].numel() / total
+                    first, second = thin[name][1].macs if name in thin else (0.0, 0.0)
+                    macs += split(value, name, (first * value, second * value))
             else:
                 macs += [
-                    (whole * share, _axis_fractions(operands, analysis, place, groups))
+                    (whole * share, _axis_fractions(operands, analysis, place, groups, columns))
                     for share, operands in _products(node, args)
                 ]
     parameters = dict(traced.module.named_parameters())
     tensors = {**parameters, **dict(traced.module.named_buffers())}
-    params = [(float(value.numel()), fractions.get(name, {})) for name, value in parameters.items()]
-    stored = [(float(value.numel() * value.element_size()), fractions.get(name, {})) for name, value in tensors.items()]
-    return Prices(*(_price(terms, len(groups)) for terms in (_scaled(macs, traced), params, stored)))
+    params, stored = [], []
+    for name, value in tensors.items():
+        first, second = thin[name][1].params if name in thin else (0, 0)
+        size = value.element_size()
+        params += split(float(value.numel()), name, (first, second)) if name in parameters else []
+        stored += split(float(value.numel() * size), name, (first * size, second * size))
+    return Prices(*(_price(terms, columns) for terms in (_scaled(macs, traced), params, stored)))
+
+
+def _with_rank(
+    value: float, own: _Dims, parts: tuple[float, float], full: int, unit: Vector
+) -> list[tuple[float, _Dims]]:
+    """The terms of a layer that is dense or thin: its inputs (dimension 1) or outputs (0) narrow each thin one."""
+    terms = [(value, own | {"dense": unit / full})]
+    for part, dim in zip(parts, (1, 0), strict=True):
+        held = {dim: own[dim]} if dim in own else {}
+        terms.append((2.0 * part * full, held | {"rank": unit / (2 * full)}))
+        terms.append((-2.0 * part * full, held | {"rank": unit / full}))
+    return terms
 
 
 def _kernels(args: Mapping[str, Any]) -> list[fx.Node]:
@@ -180,23 +234,24 @@ def _products(node: fx.Node, args: Mapping[str, Any]) -> list[tuple[float, Seque
     return [(scored / (scored + read), [query, key]), (read / (scored + read), [value])]
 
 
-_Dims = dict[Any, Vector]
-
-
-def _param_fractions(traced: Traced, groups: Sequence[ChannelGroup]) -> dict[str, _Dims]:
+def _param_fractions(traced: Traced, groups: Sequence[ChannelGroup], columns: int) -> dict[str, _Dims]:
     """For every tensor and dimension what fraction one channel of each group has of it."""
     found: dict[str, _Dims] = {}
     for number, group in enumerate(groups):
         for param in group.params:
             name = traced.local(param.param)
             size = get_tensor(traced.module, name).shape[param.dim] * param.groups
-            along = found.setdefault(name, {}).setdefault(param.dim, np.zeros(len(groups)))
+            along = found.setdefault(name, {}).setdefault(param.dim, np.zeros(columns))
             along[number] += float((param.indices >= 0).sum()) / group.size / size
     return found
 
 
 def _axis_fractions(
-    operands: Sequence[fx.Node], analysis: Analysis, place: NDArray[np.int64], groups: Sequence[ChannelGroup]
+    operands: Sequence[fx.Node],
+    analysis: Analysis,
+    place: NDArray[np.int64],
+    groups: Sequence[ChannelGroup],
+    columns: int,
 ) -> _Dims:
     """The same for the axes of the operands of an operator, each of which counts once."""
     found: _Dims = {}
@@ -206,7 +261,8 @@ def _axis_fractions(
             classes = analysis.fine.classes[axis.ravel()]
             numbers = place[classes]
             fractions = np.bincount(numbers[numbers >= 0], minlength=len(groups)) / numbers.size
-            found[tuple(np.unique(classes).tolist())] = fractions / np.array([group.size for group in groups])
+            fractions = fractions / np.array([group.size for group in groups])
+            found[tuple(np.unique(classes).tolist())] = np.pad(fractions, (0, columns - len(groups)))
     return found
 
 
@@ -217,12 +273,12 @@ def _scaled(terms: list[tuple[float, _Dims]], traced: Traced) -> list[tuple[floa
     return [(value * factor, dims) for value, dims in terms]
 
 
-def _price(terms: Iterable[tuple[float, _Dims]], groups: int) -> Price:
+def _price(terms: Iterable[tuple[float, _Dims]], columns: int) -> Price:
     listed = [(value, [*dims.values()]) for value, dims in terms if value]
     depth = max((len(dims) for _, dims in listed), default=0)
-    none = np.zeros(groups)
+    none = np.zeros(columns)
     along = tuple(
-        np.array([dims[level] if level < len(dims) else none for _, dims in listed]).reshape(len(listed), groups)
+        np.array([dims[level] if level < len(dims) else none for _, dims in listed]).reshape(len(listed), columns)
         for level in range(depth)
     )
     return Price(np.array([value for value, _ in listed], dtype=np.float64), along)

@@ -77,11 +77,8 @@ class Laboratory:
         """With all groups narrowed at once, and all layers re-fitted on some samples; others are judged, if any."""
         if self.evaluate is not None:
             return self._lost(widths)
-        merged = self.narrowing.narrowed(widths)
-        if self.narrowing.refits:
-            old, new = (Values(each, self._together[0]) for each in (self.traced, merged.traced))
-            refit(old, new, merged.layout, merged.means, effort=_QUICK)
-        return _relative(self._wanted_together, self._outputs_together(merged.traced))
+        merged = self.narrowing.fitted(widths, self._together[0], _QUICK)
+        return _relative(self._wanted_together, self._outputs_together(merged))
 
     @cached_property
     def _together(self) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
@@ -105,12 +102,9 @@ class Laboratory:
         assert self.evaluate is not None
         return score_of(self.evaluate, _module(traced))
 
-    def _params(self, name: str, *roles: str) -> set[str]:
-        return {self.traced.local(each.param) for each in self.narrowing.group(name).params if each.role in roles}
-
     def _first_node(self, name: str, slim: Traced) -> torch.fx.Node:
         """The first operator that a change of the group can touch: by its parameters, or by its size in `slim`."""
-        params = self._params(name, "producer", "pointwise", "consumer")
+        params = self.narrowing.params(name, "producer", "pointwise", "consumer")
         users = [
             user
             for node in self.traced.graph.nodes
@@ -128,9 +122,9 @@ class Laboratory:
 
     def _nearby(self, name: str) -> set[str]:
         """The layers that read the group, those that make it after that, and the first ones that follow."""
-        readers = self._params(name, "consumer")
+        readers = self.narrowing.params(name, "consumer")
         first = min((number for number, layer in enumerate(self.layers) if layer in readers), default=0)
-        return {*self.layers[first : first + _FOLLOWING], *readers, *self._params(name, "producer")}
+        return {*self.layers[first : first + _FOLLOWING], *readers, *self.narrowing.params(name, "producer")}
 
 
 def _sizes(node: torch.fx.Node) -> tuple[str, ...]:

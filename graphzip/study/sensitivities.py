@@ -10,7 +10,7 @@
 
 Where what reads a group cannot be re-fitted (the width of queries and keys), and where channels are pruned, there is no
 first-order loss. It is taken to grow as a power of the share of channels that go, and two measurements say which, as
-above.
+above; that of the rank of a layer as a power of the energy that is lost.
 
 Where a score of the user's judges, or clusters are not found by reconstruction, groups are measured as for
 `"thorough"`.
@@ -36,11 +36,11 @@ from graphzip.analysis.groups import ChannelGroups
 from graphzip.boundary import call_user
 from graphzip.graph.batches import leading
 from graphzip.graph.traced import Traced
-from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge, PruneChannels
+from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge, LowRank, PruneChannels
 from graphzip.study.first_order import first_order_losses
 from graphzip.study.laboratory import Laboratory
 from graphzip.study.measurements import Measurements
-from graphzip.study.narrowing import Merging, Narrowing, Narrows, Pruning
+from graphzip.study.narrowing import Factorising, Merging, Mixed, Narrowing, Narrows, Pruning, RankedLayer
 from graphzip_passes.base import PassContext
 from graphzip_passes.cluster_merge.cluster_merge import Known, known_of
 from graphzip_passes.cluster_merge.elimination import eliminations, readable_groups
@@ -74,10 +74,11 @@ Progress = Callable[[int, int, str], object]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How far the outputs move when one `group` of `size` channels alone is narrowed.
+    """How far the outputs move when one `group` of `size` channels alone is narrowed, or one layer of that full rank is
+    stored as two thin ones.
 
-    `points` are pairs of a width and a loss: the mean square of the change of the outputs relative to their variance,
-    or what `evaluate` loses.
+    `points` are pairs of a width, or a rank, and a loss: the mean square of the change of the outputs relative to their
+    variance, or what `evaluate` loses.
     """
 
     group: str
@@ -87,8 +88,9 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, how many channels may go of each of its groups (0 first, ascending), and how they are narrowed.
+    """A model, how much may go of each of its groups and layers (0 first, ascending), and how they are narrowed.
 
+    `options` are for its groups and `low_rank` for its `layers`, by name, either of which there may be none of.
     `batches` are the inputs of its graph on the calibration data, or the example where there is none.
     """
 
@@ -96,17 +98,27 @@ class Subject:
     analysis: Analysis
     groups: ChannelGroups
     choices: Mapping[str, tuple[int, ...]]
-    options: Narrows
+    options: Narrows | None
+    low_rank: LowRank | None
+    layers: Mapping[str, RankedLayer]
     context: PassContext
     batches: Sequence[tuple[Any, ...]]
     evaluate: Callable[[nn.Module], float] | None
     seed: int
 
+    def size(self, name: str) -> int:
+        """How much there is of a group or a layer, of which `choices` may go."""
+        return self.layers[name].size if name in self.layers else self.groups[name].size
+
+    def full(self, name: str) -> int:
+        """Its width, or its rank."""
+        return self.layers[name].found.full if name in self.layers else self.groups[name].size
+
     def near(self, name: str, shares: Sequence[float]) -> list[int]:
         """Widths that a group may have next to these shares of its size, the largest first."""
-        size = self.groups[name].size
-        widths = np.array([size - gone for gone in self.choices[name][1:]])
-        return sorted({int(widths[np.abs(widths - share * size).argmin()]) for share in shares}, reverse=True)
+        widths = np.array([self.size(name) - gone for gone in self.choices[name][1:]])
+        wanted = [share * self.full(name) for share in shares]
+        return sorted({int(widths[np.abs(widths - each).argmin()]) for each in wanted}, reverse=True)
 
     def widths(self, name: str) -> list[int]:
         """The widths of a group that losses are found at, the largest first."""
@@ -124,15 +136,16 @@ class Survey:
     def run(self, progress: Progress | None) -> tuple[Sensitivity, ...]:
         """Estimate and measure what is not kept."""
         estimates = self._estimates(progress)
-        kinds = [estimates, self._shapes(estimates)] if estimates or self._shapes_alone else []
-        measured = self._measured(self._to_measure(kinds), progress)
+        powers = [self._shapes(estimates)] if estimates or self._shapes_alone else []
+        kinds = [estimates, *powers, self._energies]
+        fitted = kinds[1:] if self.effort == "fast" else kinds
+        measured = self._measured(self._to_measure(kinds, fitted), progress)
         curves = dict(measured)
         for kind in kinds:
             fits = _between([_fit(kind[name], measured[name]) for name in kind])
             curves |= {name: fit.curve(kind[name], measured[name]) for name, fit in zip(kind, fits, strict=True)}
         return tuple(
-            Sensitivity(name, self.subject.groups[name].size, tuple(curves[name].items()))
-            for name in self.subject.choices
+            Sensitivity(name, self.subject.full(name), tuple(curves[name].items())) for name in self.subject.choices
         )
 
     def together(self, widths: Mapping[str, int], number: int = 0, progress: Progress | None = None) -> float:
@@ -158,37 +171,52 @@ class Survey:
             if loss is None:
                 if progress is not None:
                     left = _left(time.perf_counter() - started, fresh, len(wanted) - number)
-                    call_user(progress, number, len(wanted), f"{name}: {width} channels{left}")
+                    call_user(progress, number, len(wanted), f"{name}: {width} of {self.subject.full(name)}{left}")
                 loss = self._laboratory.loss(name, width)
                 fresh += 1
-                size = self.subject.groups[name].size
-                logger.info("%s: %d of %d channels move the outputs by %.3g", name, width, size, loss)
+                size = self.subject.full(name)
+                logger.info("%s: %d of %d move the outputs by %.3g", name, width, size, loss)
                 self._put(name, width, loss)
             found[name][width] = loss
         if progress is not None:
             call_user(progress, len(wanted), len(wanted), "")
         return found
 
-    def _to_measure(self, kinds: Sequence[Mapping[str, Mapping[int, float]]]) -> list[tuple[str, int]]:
-        """The groups and widths that are measured: two of some of each kind, or all where there are no kinds."""
-        if not kinds:
-            return [(name, width) for name in self.subject.choices for width in self.subject.widths(name)]
-        fitted: set[str] = set()
-        for kind in kinds[self.effort == "fast" and not self._shapes_alone :]:
+    def _to_measure(
+        self, kinds: Sequence[Mapping[str, Any]], fitted: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[str, int]]:
+        """Two widths of some of each kind that is `fitted`, and all widths of what is of no kind."""
+        known: set[str] = set().union(*kinds)
+        some: set[str] = set()
+        for kind in fitted:
             names = list(kind)
-            some = np.linspace(0, len(names) - 1, min(_FITTED, len(names))).round().astype(int)
-            fitted |= {names[number] for number in some}
-        chosen = [name for name in self.subject.choices if name in fitted]
-        return [(name, width) for name in chosen for width in self.subject.near(name, _FITTED_AT)]
+            chosen = np.linspace(0, len(names) - 1, min(_FITTED, len(names))).round().astype(int)
+            some |= {names[number] for number in chosen}
+        found = []
+        for name in self.subject.choices:
+            widths = self.subject.near(name, _FITTED_AT) if name in known else self.subject.widths(name)
+            found += [(name, width) for width in widths if name in some or name not in known]
+        return found
 
     def _shapes(self, estimates: Mapping[str, Any]) -> dict[str, dict[int, float]]:
         """By group without an estimate, and by width, what its loss is taken to be a power of."""
         found = {}
-        for name in self.subject.choices:
+        for name in self._groups:
             if name not in estimates:
                 size = self.subject.groups[name].size
                 found[name] = {width: (1.0 - width / size) ** _SHAPE for width in self.subject.widths(name)}
         return found
+
+    @property
+    def _groups(self) -> list[str]:
+        return [name for name in self.subject.choices if name not in self.subject.layers]
+
+    @property
+    def _energies(self) -> dict[str, dict[int, float]]:
+        """By layer and rank the energy that is lost, where losses are taken to be a power of that."""
+        if self.effort == "thorough" or self.subject.evaluate is not None:
+            return {}
+        return {name: layer.lost for name, layer in self.subject.layers.items()}
 
     @property
     def _shapes_alone(self) -> bool:
@@ -204,10 +232,21 @@ class Survey:
 
     @property
     def _narrowing(self) -> Narrowing:
-        subject = self.subject
+        subject, low_rank = self.subject, self.subject.low_rank
+        ranks = None
+        if low_rank is not None:
+            batches = leading(subject.batches, MEASURED_ON[self.effort])
+            known = subject.traced, subject.analysis, subject.context
+            ranks = Factorising(low_rank, *known, subject.layers, batches)
+        if subject.options is None:
+            assert ranks is not None
+            return ranks
+        channels: Narrowing
         if isinstance(subject.options, PruneChannels):
-            return Pruning(subject.options, subject.traced, subject.context)
-        return Merging(subject.options, subject.traced, self._known, subject.batches, subject.seed)
+            channels = Pruning(subject.options, subject.traced, subject.context)
+        else:
+            channels = Merging(subject.options, subject.traced, self._known, subject.batches, subject.seed)
+        return channels if ranks is None else Mixed(channels, ranks)
 
     @cached_property
     def _known(self) -> Known:
@@ -215,7 +254,7 @@ class Survey:
         assert isinstance(subject.options, ClusterMerge)
         if self._orders is not None:
             return Known(subject.analysis, subject.groups, self._orders, {})
-        names = list(subject.choices)
+        names = self._groups
         least = {name: min(subject.widths(name)) for name in names}
         return known_of(
             subject.options, subject.traced, subject.analysis, subject.groups, names, subject.batches, least=least
@@ -238,7 +277,7 @@ class Survey:
         eliminates = isinstance(options, ClusterMerge) and options.clustering == RECONSTRUCTION
         if self.effort == "thorough" or subject.evaluate is not None or not eliminates:
             return {}
-        names = readable_groups(subject.traced, subject.groups, list(subject.choices))
+        names = readable_groups(subject.traced, subject.groups, self._groups)
         wanted = [(name, width) for name in names for width in subject.widths(name)]
         kept = {key: loss for key in wanted if (loss := self._get(_first(key[0]), key[1])) is not None}
         if len(kept) < len(wanted):

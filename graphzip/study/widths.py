@@ -20,7 +20,7 @@ from graphzip.errors import PlanError
 from graphzip.report.tables import closest
 from graphzip.study.allocation import Budget, Curve, allocate
 from graphzip.study.cost_model import Price
-from graphzip.study.narrowing import Narrows
+from graphzip.study.narrowing import Narrows, RankedLayer
 
 __all__ = ["TARGETS", "Kinds", "WidthRules"]
 
@@ -48,11 +48,12 @@ class WidthRules:
     uniform: bool = False
 
     @classmethod
-    def of(cls, options: Narrows, *, round_to: Any, min_width: Any, target: Any, uniform: Any) -> WidthRules:
+    def of(cls, options: Narrows | None, *, round_to: Any, min_width: Any, target: Any, uniform: Any) -> WidthRules:
         """The rules that arguments and a plan give. Raises `PlanError` where two of them say the same thing."""
         check_flag(uniform, "uniform")
         said = {"round_to": round_to is not None, "target": target is not None}
-        said[f"the plan's {type(options).__name__}(round_to=...)"] = "round_to" in options.model_fields_set
+        own = None if options is None or "round_to" not in options.model_fields_set else options.round_to
+        said[f"the plan's {type(options).__name__}(round_to=...)"] = own is not None
         twice = [name for name, given in said.items() if given]
         if len(twice) > 1:
             raise PlanError(
@@ -61,8 +62,7 @@ class WidthRules:
         if target is not None and target not in TARGETS:
             raise PlanError(f"target: {target!r} is no runtime that is known; {closest(str(target), TARGETS)}")
         multiple = TARGETS[target] if target is not None else round_to
-        if "round_to" in options.model_fields_set:
-            multiple = options.round_to
+        multiple = multiple if own is None else own
         return cls(
             None if multiple is None else whole(multiple, "round_to", least=1),
             getattr(options, "min_width", 1) if min_width is None else whole(min_width, "min_width", least=1),
@@ -78,6 +78,12 @@ class WidthRules:
         if self.round_to is None and not found:
             found = [max(least, blocks)]
         return [width for width in found if least <= width < group.size]
+
+    def ranks(self, full: int, most: int) -> list[int]:
+        """The ranks up to `most` that a layer may have, ascending, of a full rank `full`."""
+        step = _usual_share(full) if self.round_to is None else self.round_to
+        found = {*range(step, most + 1, step)} | ({most} if self.round_to is None else set())
+        return sorted(rank for rank in found if rank >= self.min_width)
 
     def choices(self, groups: ChannelGroups, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """How many channels may go of each of the named groups: 0 first, ascending.
@@ -106,18 +112,23 @@ class WidthRules:
 
 
 def _usual_step(group: ChannelGroup) -> int:
+    return _usual_share(group.size // len(group.blocks))
+
+
+def _usual_share(width: int) -> int:
     """onnxruntime computes convolutions in blocks of 8 or 16 channels, and matrix products likewise."""
-    width = group.size // len(group.blocks)
     return min(8, max(1, 1 << max(width // 16, 1).bit_length() - 1))
 
 
 class Kinds:
     """Groups that keep the same number: of one size, made and read by tensors that differ in numbers of their names
-    alone, such as that of a layer. Curves and prices of the kinds follow from those of the groups, exactly.
+    alone, such as that of a layer; and layers that get the same rank, whose names differ so. Curves and prices of the
+    kinds follow from those of the groups, exactly.
     """
 
-    def __init__(self, groups: Sequence[ChannelGroup], *, uniform: bool) -> None:
-        keys = [_kind(group) if uniform else group.name for group in groups]
+    def __init__(self, groups: Sequence[ChannelGroup], layers: Sequence[RankedLayer] = (), *, uniform: bool) -> None:
+        keys: list[Any] = [_kind(group) if uniform else group.name for group in groups]
+        keys += [(_numberless(each.name), each.found.full, each.ranks) if uniform else each.name for each in layers]
         found = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         self.of_group = np.array([found[key] for key in keys], dtype=np.int64)
         self.count = len(found)
@@ -149,5 +160,9 @@ class Kinds:
 
 
 def _kind(group: ChannelGroup) -> tuple[Any, ...]:
-    params = sorted((re.sub(r"\d+", "#", each.param), each.dim, each.role) for each in group.params)
+    params = sorted((_numberless(each.param), each.dim, each.role) for each in group.params)
     return group.size, len(group.blocks), tuple(params)
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)

@@ -332,7 +332,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatc
         ({"macs": -1}, "macs: -1 is not a budget; write a share such as 0.5, or an amount above 1"),
         (
             {"macs": 0.5, "passes": [gz.FoldBatchNorm()]},
-            "passes: none of them is a ClusterMerge or a PruneChannels, whose widths could be found",
+            "passes: none of them is a ClusterMerge, a PruneChannels or a LowRank, whose widths or ranks could be",
         ),
         (
             {"macs": 0.5, "passes": [gz.ClusterMerge(keep=0.5)]},

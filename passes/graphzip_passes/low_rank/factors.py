@@ -28,8 +28,7 @@ from torch import Tensor
 
 from graphzip.numeric.solvers import singular, singular_values, symmetric_eigen
 
-__all__ = ["Factors", "Spectrum", "factorised_by", "rank_of"]
-
+__all__ = ["Factors", "Spectrum", "factorised_by", "rank_of", "spectrum_by"]
 
 _DAMPING: Final = 1e-6
 """What directions count that calibration data does not show, in what the average one does."""
@@ -88,6 +87,15 @@ def factorised_by(method: str, weight: Tensor, outputs: Tensor | None, rank: Ran
     return _svd(weight, rank, what)
 
 
+def spectrum_by(method: str, weight: Tensor, outputs: Tensor | None, what: str) -> Spectrum:
+    """The energies of the parts that a method with one rank cuts a weight (O, I, *kernel) into."""
+    if method == "data-svd":
+        assert outputs is not None
+        return _directions(weight, outputs, what)[0]
+    matrix = _halves(weight) if method == "cp-spatial" else weight.double().flatten(1)
+    return _spectrum(singular_values(matrix, what=what), weight)
+
+
 def _spectrum(values: Tensor, weight: Tensor) -> Spectrum:
     """Of the singular values of a matrix that holds the numbers of `weight`; those that are only rounding count for
     nothing.
@@ -107,15 +115,19 @@ def _svd(weight: Tensor, rank: Rank, what: str) -> Factors:
 
 
 def _by_outputs(weight: Tensor, outputs: Tensor, rank: Rank, what: str) -> Factors:
+    spectrum, vectors = _directions(weight, outputs, what)
+    left = vectors[:, : rank(spectrum)]
+    return _pair((left.T @ weight.double().flatten(1)).reshape(-1, *weight.shape[1:]), left, spectrum)
+
+
+def _directions(weight: Tensor, outputs: Tensor, what: str) -> tuple[Spectrum, Tensor]:
+    """The principal directions of the outputs, as columns, the first one first, and their variances."""
     dense = weight.double().flatten(1)
     gram = dense @ dense.T
     scale = _DAMPING * float(outputs.trace()) / max(float(gram.trace()), torch.finfo(torch.float64).tiny)
     energies, vectors = symmetric_eigen(outputs + (scale or 1.0) * gram, what=what)
-    spectrum = Spectrum(
-        energies.flip(0).clamp(min=0)[: dense.shape[1]], _spectrum(singular_values(dense, what=what), weight).rank
-    )
-    left = vectors.flip(1)[:, : rank(spectrum)]
-    return _pair((left.T @ dense).reshape(-1, *weight.shape[1:]), left, spectrum)
+    rank = _spectrum(singular_values(dense, what=what), weight).rank
+    return Spectrum(energies.flip(0).clamp(min=0)[: dense.shape[1]], rank), vectors.flip(1)
 
 
 def _pair(first: Tensor, second: Tensor, spectrum: Spectrum) -> Factors:
@@ -127,8 +139,7 @@ def _pair(first: Tensor, second: Tensor, spectrum: Spectrum) -> Factors:
 
 def _spatial(weight: Tensor, rank: Rank, what: str) -> Factors:
     outs, ins, height, width = weight.shape
-    matrix = weight.double().permute(1, 2, 3, 0).reshape(ins * height, width * outs)
-    left, values, right = singular(matrix, what=what)
+    left, values, right = singular(_halves(weight), what=what)
     spectrum = _spectrum(values, weight)
     count = rank(spectrum)
     root = values[:count].sqrt()
@@ -136,6 +147,12 @@ def _spatial(weight: Tensor, rank: Rank, what: str) -> Factors:
     second = (root[:, None] * right[:count]).reshape(count, 1, width, outs).permute(3, 0, 1, 2)
     own = (True, False), (False, True)
     return Factors((first, second), own, (count,), spectrum.lost(count), count >= spectrum.rank)
+
+
+def _halves(weight: Tensor) -> Tensor:
+    """(I * height, width * O)."""
+    outs, ins, height, width = weight.shape
+    return weight.double().permute(1, 2, 3, 0).reshape(ins * height, width * outs)
 
 
 def _tucker(weight: Tensor, rank: Rank, what: str) -> Factors:

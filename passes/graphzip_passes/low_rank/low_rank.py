@@ -32,10 +32,11 @@ from graphzip.report.tables import closest
 from graphzip.rewrite.edit import Edit, before
 from graphzip.rewrite.layout import Layout
 from graphzip_passes.base import PassContext, register_pass
-from graphzip_passes.low_rank.factors import Factors, factorised_by, rank_of
+from graphzip_passes.low_rank.factors import Factors, Spectrum, factorised_by, rank_of, spectrum_by
+from graphzip_passes.low_rank.times import Part, times_of
 from graphzip_passes.parts.compensation import refit, sampled_rows
 
-__all__ = ["low_rank"]
+__all__ = ["Cuttable", "cuttable", "factorised", "low_rank"]
 
 LOST: Final = "layers are products of thinner ones, of a lower rank than they had"
 
@@ -44,24 +45,118 @@ _ROWS: Final = 1 << 15
 
 @dataclass(frozen=True)
 class _Cut:
-    """A layer, what becomes of it, and what a place of its output costs before and after."""
+    """A layer, what becomes of it, and what a place of its output costs before and, for each thin layer, after."""
 
     layer: Layer
     factors: Factors
     before: int
-    after: int
+    parts: tuple[int, ...]
+
+    @property
+    def after(self) -> int:
+        return sum(self.parts)
 
 
 @register_pass(LowRank, only_reads=True)
 def low_rank(traced: Traced, options: LowRank, context: PassContext) -> Outcome:
     """Carry `LowRank` out."""
-    layers, left = _selected(traced, options, context.where)
     batches = [] if context.calibration is None else context.calibration.graph_inputs()
     if not batches and (options.method == "data-svd" or options.compensate == "data"):
         asks = "method: 'data-svd'" if options.method == "data-svd" else "compensate: 'data'"
         raise PlanError(
             f"{context.where}.{asks} needs calibration data; pass calibration=, a list of batches, or use method='svd'"
         )
+    cuts, left = _cuts(traced, options, context.where, batches)
+    if not cuts:
+        return Outcome(traced, changed=False, proven=True, details={"ranks": {}, "left": left})
+    result = _rewritten(traced, cuts)
+    if batches and options.compensate != "none":
+        nothing = Layout.of((context.known or Analysed.of(traced)).analysis, [])
+        refit(Values(traced, batches), Values(result, batches), nothing, nothing)
+    times = [_milliseconds(traced, cut) for cut in cuts] if options.timed else []
+    return _outcome(traced, result, cuts, left, times)
+
+
+def _milliseconds(traced: Traced, cut: _Cut) -> tuple[float, float]:
+    """Of the layer as it was, and of what it is cut into."""
+    shapes = [tuple(part.shape) for part in cut.factors.weights]
+    dense, thin = times_of(traced, cut.layer, [list(zip(shapes, cut.factors.own, strict=True))])
+    return dense, thin
+
+
+def factorised(traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]) -> Traced:
+    """The graph with thin layers, before anything is re-fitted; `traced` stays as it is, and may be what is given."""
+    cuts, _ = _cuts(traced, options, where, batches)
+    return _rewritten(traced, cuts) if cuts else traced
+
+
+@dataclass(frozen=True)
+class Cuttable:
+    """A layer that a method with one rank stores as two thinner ones, each of which costs in proportion to the rank.
+
+    `full` is the largest rank, `macs` what each of the two takes of the layer's own multiply-accumulates for each part
+    of the rank, `params` its numbers for that.
+    """
+
+    name: str
+    layer: Layer
+    full: int
+    spectrum: Spectrum
+    macs: tuple[float, float]
+    params: tuple[int, int]
+
+    @property
+    def most(self) -> int:
+        """The largest rank that makes sense: at which it costs less, and the weight has as much."""
+        return min(self.spectrum.rank, math.ceil(1.0 / sum(self.macs)) - 1)
+
+    def faster(self, traced: Traced, method: str, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Those of ascending ranks at which it is measured to be faster than dense: all up to one."""
+        low, high = 0, len(ranks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            dense, thin = times_of(traced, self.layer, [self._parts(method, ranks[middle - 1])])
+            low, high = (middle, high) if thin < dense else (low, middle - 1)
+        return tuple(ranks[:low])
+
+    def _parts(self, method: str, rank: int) -> list[Part]:
+        outs, ins, *kernel = self.layer.shape
+        if method == "cp-spatial":
+            return [((rank, ins, kernel[0], 1), (True, False)), ((outs, rank, 1, kernel[1]), (False, True))]
+        ones = [1] * len(kernel)
+        return [((rank, ins, *kernel), (True,) * len(kernel)), ((outs, rank, *ones), (False,) * len(kernel))]
+
+
+def cuttable(traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]) -> list[Cuttable]:
+    """The layers that `options` mean, in the order in which they run, but for those that no rank makes cheaper."""
+    layers, _ = _selected(traced, options, where)
+    outputs = _products(traced, layers, batches) if options.method == "data-svd" else {}
+    found = []
+    for layer in layers:
+        weight, what = _held(traced, layer.weight).cpu(), f"layer {_name(traced, layer)!r}"
+        spectrum = spectrum_by(options.method, checked(weight, what), outputs.get(layer.node), what)
+        macs, params = _per_rank(layer, options.method)
+        one = Cuttable(_name(traced, layer), layer, len(spectrum.energies), spectrum, macs, params)
+        found += [one] if one.most >= 1 else []
+    return found
+
+
+def _per_rank(layer: Layer, method: str) -> tuple[tuple[float, float], tuple[int, int]]:
+    """What the two thin layers cost for each part of the rank: shares of the layer's own operations, and numbers."""
+    inside, outside = _sizes(layer)
+    outs, ins, *kernel = layer.shape
+    first, second, between = ins * math.prod(kernel), outs, outside
+    if method == "cp-spatial":
+        first, second, between = ins * kernel[0], outs * kernel[1], (outside[0], inside[1])
+    whole = math.prod(layer.shape) * math.prod(outside)
+    return (first * math.prod(between) / whole, second * math.prod(outside) / whole), (first, second)
+
+
+def _cuts(
+    traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]
+) -> tuple[list[_Cut], dict[str, str]]:
+    """The layers that are cut, and why the others that are meant are not."""
+    layers, left = _selected(traced, options, where)
     outputs = _products(traced, layers, batches) if options.method == "data-svd" else {}
     cuts: list[_Cut] = []
     for layer in layers:
@@ -71,17 +166,17 @@ def low_rank(traced: Traced, options: LowRank, context: PassContext) -> Outcome:
         else:
             ranks = " and ".join(map(str, cut.factors.ranks))
             left[_name(traced, layer)] = f"at rank {ranks} it costs {cut.after:,} and whole {cut.before:,}"
-    if not cuts:
-        return Outcome(traced, changed=False, proven=True, details={"ranks": {}, "left": left})
-    result = _rewritten(traced, cuts)
-    if batches and options.compensate != "none":
-        nothing = Layout.of((context.known or Analysed.of(traced)).analysis, [])
-        refit(Values(traced, batches), Values(result, batches), nothing, nothing)
-    return _outcome(traced, result, cuts, left)
+    return cuts, left
 
 
-def _outcome(traced: Traced, result: Traced, cuts: Sequence[_Cut], left: Mapping[str, str]) -> Outcome:
-    rows = [
+def _outcome(
+    traced: Traced,
+    result: Traced,
+    cuts: Sequence[_Cut],
+    left: Mapping[str, str],
+    times: Sequence[tuple[float, float]],
+) -> Outcome:
+    rows: list[tuple[str, ...]] = [
         (
             _name(traced, cut.layer),
             " x ".join(map(str, cut.layer.shape)),
@@ -91,16 +186,26 @@ def _outcome(traced: Traced, result: Traced, cuts: Sequence[_Cut], left: Mapping
         )
         for cut in cuts
     ]
-    table = Table(("layer", "weight", "rank", "MACs", "energy lost"), tuple(rows))
-    ranks = {_name(traced, cut.layer): list(cut.factors.ranks) for cut in cuts}
+    columns: tuple[str, ...] = ("layer", "weight", "rank", "MACs", "energy lost")
+    details: dict[str, Any] = {
+        "ranks": {_name(traced, cut.layer): list(cut.factors.ranks) for cut in cuts},
+        "left": dict(left),
+    }
+    note = ""
+    if times:
+        columns += ("ms before", "after")
+        rows = [(*row, f"{dense:.3f}", f"{thin:.3f}") for row, (dense, thin) in zip(rows, times, strict=True)]
+        details["milliseconds"] = {row[0]: list(each) for row, each in zip(rows, times, strict=True)}
+        slower = [row[0] for row, (dense, thin) in zip(rows, times, strict=True) if thin > dense]
+        note = f"slower in onnxruntime here than they were: {', '.join(slower)}" if slower else ""
     return Outcome(
         result,
         changed=True,
         lossless=all(cut.factors.exact for cut in cuts),
         loss=LOST,
         proven=True,
-        tables=(table,),
-        details={"ranks": ranks, "left": dict(left)},
+        tables=(Table(columns, tuple(rows), note=note),),
+        details=details,
     )
 
 
@@ -191,12 +296,12 @@ def _cut(traced: Traced, layer: Layer, options: LowRank, outputs: Tensor | None)
         f"layer {name!r}",
     )
     inside, outside = _sizes(layer)
-    done, after = [False] * len(outside), 0
+    done, parts = [False] * len(outside), []
     for part, own in zip(factors.weights, factors.own, strict=True):
         done = [earlier or now for earlier, now in zip(done, own, strict=True)]
         sizes = [out if there else size for out, size, there in zip(outside, inside, done, strict=True)]
-        after += part.numel() * math.prod(sizes)
-    return _Cut(layer, factors, weight.numel() * math.prod(outside), after)
+        parts.append(part.numel() * math.prod(sizes))
+    return _Cut(layer, factors, weight.numel() * math.prod(outside), tuple(parts))
 
 
 def _sizes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:

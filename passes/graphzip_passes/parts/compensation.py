@@ -122,7 +122,7 @@ def refit(
     """Fit the layers of the graph of `new`, in place, to what `old` gives; both run as far as they have to.
 
     `layout` says which channels of the original are left, `means` which of these stand for the mean of their cluster.
-    With `only`, the weights with these names are fitted and nothing else.
+    With `only`, the layers whose weights have these names in the original are fitted and nothing else.
     """
     return _Walk(old, new, layout, means, only, effort or Effort()).run()
 
@@ -140,13 +140,14 @@ class _Walk:
         self.old, self.new, self.effort = old, new, effort
         self.layout, self.means = layout, means
         twins = {node.name: node for node in self.old.nodes}
-        layers = own_layers(new.traced)
+        layers, before = own_layers(new.traced), own_layers(old.traced)
         self.targets: dict[fx.Node, _Target] = {}
         self.norms: set[fx.Node] = set()
         self.estimated: set[fx.Node] = set()
         self.twin: dict[fx.Node, fx.Node] = {}
         for node in self.new.nodes:
-            if node.name not in twins or (only is not None and (node not in layers or layers[node].name not in only)):
+            twin = twins.get(node.name)
+            if twin is None or (only is not None and (twin not in before or before[twin].name not in only)):
                 continue
             if node in layers:
                 target = self.targets[node] = _target_of(layers[node], self.new.place)
