@@ -92,7 +92,7 @@ class Builder:
         module = self.graph.owning_module
         assert module is not None
         attach(module, name, value, persistent=False)
-        return self.fetch(name, self._mode().from_tensor(value) if self.shaped else None)
+        return self.fetch(name, self._mode().from_tensor(value, static_shapes=True) if self.shaped else None)
 
     def index(self, name: str, numbers: Any, device: torch.device) -> fx.Node:
         """A new constant of positions, which the analysis reads as numbers."""

@@ -53,6 +53,10 @@ class NodeMeta(TypedDict, total=False):
     numbers: NDArray[Any]
     """On a `get_attr`: a constant of positions. The analysis reads them, a rewrite may give others in their place."""
 
+    choice: bool
+    """On a `get_attr`: a constant of positions of a table. Each is a channel of its own, wherever in the table it lies.
+    """
+
     never_one: bool
     """On a `squeeze`: inputs for which a size that it asks about is one are refused, so that its rank is known."""
 

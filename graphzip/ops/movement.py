@@ -355,6 +355,8 @@ def patch_pad(patch: Patch) -> None:
 def index_select(site: Site) -> Result:
     source, index = site.args["self"], site.args["index"]
     dim = site.dim(site.args["dim"], len(site.shape(source)))
+    if meta_of(index).get("choice"):
+        return _chosen(site, source, index, dim)
     positions = numbers_of(index)
     for axis in site.axes(index):
         site.pin(axis, "uses it as an index")
@@ -368,6 +370,13 @@ def index_select(site: Site) -> Result:
     if (np.diff(positions) < 0).any():
         axes = tuple(_in_every_line_alike(site, axis, dim) for axis in axes)
     return moved(site, axes, lambda array: np.take(array, positions, axis=dim) if array.shape[dim] > 1 else array)
+
+
+def _chosen(site: Site, source: Any, index: Any, dim: int) -> Axes:
+    """A table that several read stays whole, and what each of them takes from it are channels of its own."""
+    axes = mixing(site, site.axes(source), [dim], "reads a table that others read, too,")
+    shape = [-1 if place == dim else 1 for place in range(len(site.shape()))]
+    return (*axes, *(axis.reshape(shape) for axis in site.axes(index)))
 
 
 def _in_every_line_alike(site: Site, axis: IntArray, dim: int) -> IntArray:

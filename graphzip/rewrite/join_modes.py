@@ -120,7 +120,7 @@ class _Joiner:
     def _fetched(self, node: fx.Node) -> fx.Node:
         name = str(node.target)
         value = get_tensor(self.trained.module, name)
-        if meta_of(node).get("constant") or "numbers" in meta_of(node):
+        if {"constant", "choice", "numbers"} & node.meta.keys():
             name = self._constant(name, value)
         elif name not in self.held:
             self._hold(name, value, persistent=is_persistent(self.trained.module, name))

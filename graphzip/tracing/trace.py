@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from graphzip.arguments import check_name, check_traceable
 from graphzip.calls import Call, call_of, folded
+from graphzip.canonical.shared_tables import tables_apart
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.copies import deep_copy, flags_kept, in_mode, why_not_copied
 from graphzip.graph.factored import mark_calls
@@ -183,6 +184,7 @@ class _Source:
         types = module_types(self.skeleton)
         if training is not None:
             settle_modes(module, self.skeleton, types, flat.aliases, training)
+        tables_apart(module)
         module.recompile()
         _mark_constants(module, self.skeleton)
         mark_calls(module.graph, self.skeleton)
@@ -260,7 +262,8 @@ def _mark_constants(module: fx.GraphModule, source: nn.Module) -> None:
     """Tell tensors that stand in the model's code from its parameters and buffers."""
     named = {name for name, _ in named_state(source)}
     for node in module.graph.nodes:
-        if node.op == "get_attr" and node.target not in named and "numbers" not in meta_of(node):
+        own = "numbers" in meta_of(node) or "choice" in meta_of(node)
+        if node.op == "get_attr" and node.target not in named and not own:
             meta_of(node)["constant"] = True
 
 

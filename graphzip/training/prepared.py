@@ -32,6 +32,7 @@ from graphzip.report.origin import Origin
 from graphzip.report.report import Tuning
 from graphzip.rewrite.join_models import module_of
 from graphzip.rewrite.refresh import refresh
+from graphzip.rewrite.whole_tables import whole_tables
 from graphzip.training.account import Account, Moves
 from graphzip.training.history import History, Record
 from graphzip.training.tune import Divided, tune_
@@ -291,7 +292,7 @@ class Prepared(nn.Module):
             self._carry_out()
         original: nn.Module = self._hidden["original"]
         with torch.inference_mode(False):
-            traced = self._progress.traced if unfinished else self._adopt()
+            traced = self._progress.traced if unfinished else whole_tables(self._adopt())
             module = self.model if unfinished else with_submodule(self.model, traced.scope, module_of(traced))
             follow_modes(module, original)
             inputs = _examples(self._hidden["inputs"], original, module)
@@ -435,7 +436,7 @@ class Prepared(nn.Module):
             traced, context = self._adopt(), self._context()
             own = self._options.kind not in BUILT_IN
             outcome = checked_outcome(active.finish(traced, context), context.where, own=own)
-            progress.traced = outcome.traced
+            progress.traced = whole_tables(outcome.traced, last=progress.position + 1 == len(self.plan.passes))
             self._rebuild()
             self._account.add(self._options.kind, outcome)
             progress.position += 1
