@@ -28,10 +28,11 @@ from graphzip.files import as_path
 from graphzip.graph.batches import each_batch, run_batch
 from graphzip.graph.copies import eval_copy
 from graphzip.graph.dual_mode import eval_form
+from graphzip.graph.state import bytes_of
 from graphzip.graph.tasks import joined_module
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
-from graphzip.measuring import MeasuredState, bytes_of, measured
+from graphzip.measuring import MeasuredState, measured
 from graphzip.report.card import AFTER, BEFORE, Card, Scores
 from graphzip.report.report import Report
 from graphzip.report.tables import change, closest, quantity

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from graphzip.analysis.cost import Cost
 from graphzip.errors import GraphZipError
@@ -17,7 +16,7 @@ from graphzip.graph.source import first_line
 from graphzip.report.card import Card, Figures
 from graphzip.runtime.inference import latencies_of, machine, memory_of
 
-__all__ = ["MeasuredState", "bytes_of", "measured"]
+__all__ = ["MeasuredState", "measured"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,3 @@ def _times(
     except Exception as error:  # onnxruntime's, which have no class of their own; or of a type that numpy has not
         notes.append(f"no time in onnxruntime: {first_line(error)}")
         return {}
-
-
-def bytes_of(module: nn.Module) -> int:
-    """Bytes of parameters and buffers, each once."""
-    stored = {id(each): each for each in (*module.parameters(), *module.buffers())}
-    return sum(each.numel() * each.element_size() for each in stored.values())

@@ -11,6 +11,7 @@ from torch import fx
 from graphzip.graph.dual_mode import form_nodes
 from graphzip.graph.inputs import hint
 from graphzip.graph.operators import arguments_of
+from graphzip.graph.state import bytes_of
 from graphzip.graph.traced import Traced
 from graphzip.ops import OPS
 from graphzip.ops.site import Site
@@ -22,11 +23,12 @@ __all__ = ["Cost", "batch_of", "cost_of"]
 class Cost:
     """`params`: number of trainable and frozen parameters, tied ones once. `macs`: multiply-accumulates of
     convolutions, linear layers, matrix products and attention, for one sample (batch norm, activations and pooling are
-    not counted, as in the papers).
+    not counted, as in the papers). `bytes`: of parameters and buffers as they are stored; 0 where that is not known.
     """
 
     params: int
     macs: int
+    bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -48,7 +50,8 @@ def cost_of(traced: Traced) -> Cost:
         spec = OPS.get(node.target) if node.op == "call_function" else None
         if spec is not None and spec.macs is not None and node in fed and (counted is None or node in counted):
             total += spec.macs(Site.of(node, arguments_of(node)))
-    return Cost(sum(parameter.numel() for parameter in traced.module.parameters()), total // batch_of(traced))
+    params = sum(parameter.numel() for parameter in traced.module.parameters())
+    return Cost(params, total // batch_of(traced), bytes_of(traced.module))
 
 
 def batch_of(traced: Traced) -> int:

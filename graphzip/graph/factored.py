@@ -8,7 +8,8 @@ coefficients `A` of shape `(C, C', m)` shared by the groups, or `(g, s, s', m)` 
 
 `SliceConv` (CSG, "Associative Convolutional Layers", Eq. 1): slice `i` of the kernel is `reshape(G c_i)`, with codes
 `c` of shape `(slices, n_c)` and a generator `G` of shape `(elements of a slice, n_c)`. Slices tile the kernel in
-row-major order; what reaches over its edge is cut off.
+row-major order; what reaches over its edge is cut off. A binary generator (BCSG, section 3.1) is stored as bits, eight
+columns of signs to a byte, and unpacked where the kernel is built.
 
 Shared tensors are one `Parameter` under a name in each layer. In eval mode without gradients a kernel is built once and
 kept until a tensor it depends on changes.
@@ -35,7 +36,10 @@ __all__ = [
     "factored_conv",
     "kernel_nodes",
     "mark_calls",
+    "pack_signs",
+    "packed_size",
     "slice_grid",
+    "unpack_signs",
 ]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -58,6 +62,24 @@ _SETTINGS = (
 def slice_grid(shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
     """How many slices of `size` it takes along each dimension of a kernel of `shape` (the last ones may reach over)."""
     return tuple(math.ceil(length / step) for length, step in zip(shape, size, strict=True))
+
+
+def packed_size(count: int) -> int:
+    """How many bytes hold the signs of this many numbers."""
+    return math.ceil(count / 8)
+
+
+def pack_signs(signs: torch.Tensor) -> torch.Tensor:
+    """The signs of `(n, k)` numbers as `(n, ceil(k / 8))` bytes: bit j of byte b is set where column 8 b + j is +1."""
+    bits = nn.functional.pad((signs > 0).to(torch.uint8), (0, -signs.shape[1] % 8))
+    places = 2 ** torch.arange(8, device=signs.device)
+    return (bits.reshape(len(signs), -1, 8) * places).sum(2).to(torch.uint8)
+
+
+def unpack_signs(packed: torch.Tensor, count: int, like: torch.Tensor) -> torch.Tensor:
+    """The signs, -1 and +1, of `count` columns: operators that every runtime has for bytes."""
+    bits = torch.stack([torch.bitwise_and(packed, 1 << place) for place in range(8)], dim=2)
+    return bits.to(torch.bool).flatten(1)[:, :count].type_as(like) * 2 - 1
 
 
 class FactoredConv(nn.Module):
@@ -208,7 +230,10 @@ class AtomConv(FactoredConv):
 
 
 class SliceConv(FactoredConv):
-    """A convolution with kernel slices `G c`; a fixed generator is a buffer, a binary one of -1 and +1 is int8."""
+    """A convolution with kernel slices `G c`; a fixed generator is a buffer, a binary one a buffer of bits.
+
+    Files of earlier versions hold a binary one as int8.
+    """
 
     operands = ("codes", "generator")
     codes: torch.Tensor
@@ -234,7 +259,10 @@ class SliceConv(FactoredConv):
     def build(self, one: torch.Tensor, other: torch.Tensor, *, training: bool) -> torch.Tensor:
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         grid, rank = slice_grid(shape, self.size), len(shape)
-        generator = other.type_as(one) if other.dtype != one.dtype else other
+        if other.dtype == torch.uint8:
+            generator = unpack_signs(other, one.shape[1], one)
+        else:
+            generator = other.type_as(one) if other.dtype != one.dtype else other
         slices = torch.matmul(one, generator.t())
         order = [dim for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for dim in pair]
         tiled = slices.reshape(*grid, *self.size).permute(order)

@@ -17,6 +17,7 @@ __all__ = [
     "Aliases",
     "Rewritten",
     "attach",
+    "bytes_of",
     "drop_unread",
     "fake_memo",
     "find_aliases",
@@ -71,6 +72,12 @@ def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]]) ->
     for name, inner in module._modules.items():
         if inner is not None:
             _walk(inner, f"{prefix}{name}.", found)
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of parameters and buffers, each once."""
+    stored = {id(each): each for each in (*module.parameters(), *module.buffers())}
+    return sum(each.numel() * each.element_size() for each in stored.values())
 
 
 def find_aliases(module: nn.Module) -> Aliases:

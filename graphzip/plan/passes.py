@@ -168,6 +168,8 @@ class AtomFactorize(PassOptions):
     - `compensate`: `"data"`: after the fit, batch norms get the statistics of what they read on the calibration data,
       and layers that keep their kernels are re-fitted in closed form to what they gave. `"auto"` does so where there is
       data, for a fit that stands in for the kernels (no `group_size`); `"none"` does not.
+    - `force`: store all these layers as factors. Otherwise those stay as they are that would make the model larger (in
+      bytes), which the report says, and where none makes it smaller the plan is refused.
 
     Raises `PlanError` when a value is out of range or of the wrong type.
     """
@@ -187,17 +189,18 @@ class AtomFactorize(PassOptions):
     ] = 0.1
     lower: Literal["auto", "reconstruct", "atoms_first"] = "reconstruct"
     compensate: Literal["auto", "none", "data"] = "auto"
+    force: Flag = False
 
 
 class SliceGenerate(PassOptions):
     """Generate kernels slice by slice from short codes (CSG, "Associative Convolutional Layers", Eq. 1).
 
     - `slice`: the shape of a slice: out channels, in channels, kernel size. `code`: numbers per slice.
-    - `binary`: a generator of fixed -1 and +1 (BCSG).
+    - `binary`: a generator of fixed -1 and +1 (BCSG), stored as bits.
     - `generator`: a file that `graphzip.save_generator` wrote, to start from; with `frozen` it stays as it is.
     - `scopes`: globs of layer names; the layers of each share a generator of their own, all others one more.
     - `include`, `exclude`: as in `AtomFactorize`.
-    - `init`: `"fit"` (truncated SVD of all slices) or `"random"`. `compensate`: as in `AtomFactorize`.
+    - `init`: `"fit"` (truncated SVD of all slices) or `"random"`. `compensate`, `force`: as in `AtomFactorize`.
 
     Raises `PlanError` when a value is out of range or of the wrong type.
     """
@@ -215,6 +218,7 @@ class SliceGenerate(PassOptions):
     exclude: Globs = ()
     init: Literal["fit", "random"] = "fit"
     compensate: Literal["auto", "none", "data"] = "auto"
+    force: Flag = False
 
 
 class PruneChannels(PassOptions):
@@ -321,7 +325,10 @@ class CrossDomainShare(PassOptions):
       mapping from globs on layer names to either: the first match wins, layers that no key matches keep all. After a
       flatten every input feature is a channel of its own. `exclude`: globs of layers that keep all their channels.
     - `regularizer`: the term of the loss in the stage "regularize": `"normalized"` (balanced clusters, Eq. 10),
-      `"plain"` (Eq. 7), `"simple"` (Eq. 13), `"growl"` (Eq. 2, to compare with), or `None`; times `strength`.
+      `"plain"` (Eq. 7), `"simple"` (Eq. 13), `"growl"` (Eq. 2, to compare with), or `None`.
+    - `strength`: how large the term's gradient is, as a share of the loss's; it is measured every few steps, and means
+      the same for all terms. With `scaling="absolute"` the number that the term is multiplied by, as in the paper.
+    - `balanced`: all clusters of a layer have as many channels, up to one (section 4.5).
     - `pool`: height and width that feature maps are pooled to before channels are compared; maps of one dimension to
       `height * width`. `samples`: how many numbers of each channel, drawn at random, are compared in a batch.
 
@@ -333,7 +340,9 @@ class CrossDomainShare(PassOptions):
 
     clusters: Amounts = 0.25
     regularizer: Literal["normalized", "plain", "simple", "growl", None] = "normalized"
-    strength: Strength = 1.0
+    strength: Strength = 0.25
+    scaling: Literal["relative", "absolute"] = "relative"
+    balanced: Flag = False
     pool: HeightAndWidth = (4, 4)
     samples: Annotated[Count, says("is not a number of numbers of a channel; write an int of at least 1")] = 512
     exclude: Globs = ()

@@ -20,6 +20,7 @@ from graphzip.report.tables import (
     Column,
     change,
     comparison_table,
+    file_size,
     quantity,
     table,
     tasks_table,
@@ -27,6 +28,10 @@ from graphzip.report.tables import (
 )
 
 __all__ = ["GroupChange", "Report", "TaskChange", "Tuning"]
+
+_APART = 0.02
+"""How far the shares of bytes and of parameters that are left lie apart where both are shown: statistics of batch norms
+alone, which are no parameters, make a little difference."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,9 @@ class Report:
                 ("MACs per sample", self.before.macs, self.after.macs),
             )
         ]
+        if _stored_otherwise(self.before, self.after):
+            old, new = self.before.bytes, self.after.bytes
+            rows.insert(1, Before("stored", file_size(old), file_size(new), change(old, new)))
         if self.scores is None:
             return comparison_table(rows)
         states = list(self.scores.values)
@@ -181,6 +189,13 @@ class Report:
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The report that `to_dict` described. Raises `pydantic.ValidationError` for anything else."""
         return _REPORT.validate_python(data)
+
+
+def _stored_otherwise(before: Cost, after: Cost) -> bool:
+    """Whether bytes say something else than parameters do: generators of bits, weights of another type."""
+    if not (before.bytes and after.bytes and before.params):
+        return False
+    return abs(after.bytes / before.bytes - after.params / before.params) > _APART
 
 
 _REPORT = TypeAdapter(Report)

@@ -15,6 +15,7 @@ from graphzip.calibration import drift
 from graphzip.calls import Call, Signature, example_of
 from graphzip.graph.copies import eval_copy
 from graphzip.graph.randomness import generators_kept, random_nodes
+from graphzip.graph.state import bytes_of
 from graphzip.graph.traced import Traced
 from graphzip.report.card import Scores
 from graphzip.report.origin import Origin
@@ -158,4 +159,4 @@ def _cost(traced: Traced) -> Cost:
     if not traced.tasks:
         return cost_of(traced)
     params = sum(parameter.numel() for parameter in traced.module.parameters())
-    return Cost(params, sum(cost.macs for cost in _task_costs(traced).values()))
+    return Cost(params, sum(cost.macs for cost in _task_costs(traced).values()), bytes_of(traced.module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from graphzip.boundary import public
 from graphzip.errors import GraphZipError, PlanError
 from graphzip.graph.factored import AtomConv
 from graphzip.graph.state import joined, named_state
+from graphzip.graph.traced import Traced
 from graphzip.plan.passes import AtomFactorize
 from graphzip.plan.plan import Plan
 from graphzip.training.prepared import Prepared, follow_modes
@@ -43,8 +45,9 @@ def expand(
     options = prepared.plan.passes[position] if position < len(prepared.plan.passes) else None
     if not isinstance(options, AtomFactorize):
         raise GraphZipError("only a model that is at an atom_factorize pass can grow; expand it before convert()")
-    plan = _grown(prepared.plan, position, options, share, atoms)
     hidden, traced = prepared._hidden, prepared._progress.traced
+    layers = _layers(prepared.model, traced)
+    plan = _grown(prepared.plan, position, options.model_copy(update={"include": layers}), share, atoms)
     grown = prepare(
         hidden["original"],
         plan,
@@ -61,10 +64,19 @@ def expand(
     return grown
 
 
+def _layers(model: nn.Module, traced: Traced) -> list[str]:
+    """The layers that have atoms now, as patterns for their names alone; those that are tied to one go with it."""
+    first: dict[int, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AtomConv):
+            first.setdefault(id(layer.atoms), escape(traced.qualified(name).rstrip(".")))
+    return list(first.values())
+
+
 def _grown(plan: Plan, position: int, options: AtomFactorize, share: str | None, atoms: int | None) -> Plan:
     share = options.share if share == _SAME else share
     atoms = options.atoms if atoms is None else atoms
-    update = options.model_copy(update={"share": share, "atoms": atoms, "init": "random"})
+    update = options.model_copy(update={"share": share, "atoms": atoms, "init": "random", "exclude": (), "force": True})
     if _FINER.index(share) < _FINER.index(options.share):
         raise PlanError(f"share: {share!r} is coarser than {options.share!r}; a model grows towards finer sharing")
     if atoms < options.atoms:

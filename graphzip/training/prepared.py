@@ -43,6 +43,7 @@ __all__ = ["Prepared", "follow_modes"]
 
 logger = logging.getLogger(__name__)
 
+_PROGRESS = "progress"  # of the training, in a checkpoint: what is no part of the module
 _OF_THE_PLAN = ("plan", "_progress", "_account", "_history")
 
 
@@ -105,6 +106,7 @@ class Prepared(nn.Module):
         self.register_buffer("clusters", torch.zeros(0, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_keep_clusters)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_take_clusters)  # type: ignore[no-untyped-call]
+        self._loaded: dict[str, torch.Tensor] = {}
         self._begin(known)
         self._progress.ahead = borrowed and any(stage.rewrite for stage in self._stages())
 
@@ -141,6 +143,12 @@ class Prepared(nn.Module):
         Raises `GraphZipError` for an unknown task.
         """
         return task_module(self.model, self.tasks, name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        constraint = None if self._progress.active is None else self._progress.active.constraint
+        for name, tensor in ({} if constraint is None else constraint.progress()).items():
+            destination[f"{prefix}{_PROGRESS}.{name}"] = tensor
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over a checkpoint of a model that was prepared with the same plan, or the weights of the original one.
@@ -486,13 +494,18 @@ def _told(value: Any, name: str) -> float:
 
 
 def _keep_clusters(module: Prepared, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let the weights of the original model be loaded, which have no clusters."""
+    """Let the weights of the original model be loaded, which have no clusters; put aside what else was kept."""
     state.setdefault(f"{prefix}clusters", module.clusters)
+    own = f"{prefix}{_PROGRESS}."
+    module._loaded = {name.removeprefix(own): state.pop(name) for name in list(state) if name.startswith(own)}
 
 
 def _take_clusters(module: Prepared, _: Any) -> None:
-    """Use the clusters that were loaded."""
-    module._synced()
+    """Use the clusters that were loaded, and go on from where the training was."""
+    constraint, progress = module._synced(), module._loaded
+    module._loaded = {}
+    if constraint is not None and progress:
+        constraint.load_progress(progress)
 
 
 def _examples(given: Any, original: nn.Module, module: nn.Module) -> Any:

@@ -103,6 +103,14 @@ class Constraint(ABC):
     def load_state(self, state: torch.Tensor) -> None:
         """Decide as the pass that gave this state did. Raises `WeightsError` where it is of another plan."""
 
+    def progress(self) -> dict[str, torch.Tensor]:
+        """What else a checkpoint has to hold so that the training goes on as if there was none: tensors by name."""
+        return {}
+
+    def load_progress(self, progress: Mapping[str, torch.Tensor]) -> None:
+        """Go on from there. Raises `WeightsError` where it is of another plan."""
+        return None
+
     def collapse_(self, model: nn.Module) -> None:
         """Move `model` all of the way."""
         self.pull_(model, 1.0)

@@ -25,12 +25,17 @@ def factor(c: Context) -> None:
         passes.append(gz.ClusterMerge(keep=0.6, clustering="even"))
     if r.random() < 0.6:
         options: dict[str, Any] = {"atoms": r.choice((1, 2, 4, 9)), "share": r.choice(("net", "block", "layer", None))}
-        options |= {"include": ["*"], "init": r.choice(("fit", "fit", "random")), "atom_drop": r.choice((0.0, 0.1))}
+        options |= {
+            "include": ["*"],
+            "force": True,
+            "init": r.choice(("fit", "fit", "random")),
+            "atom_drop": r.choice((0.0, 0.1)),
+        }
         options |= {"lower": r.choice(("reconstruct", "atoms_first")), "weighted": r.random() < 0.3}
         passes.append(gz.AtomFactorize(**options))
     else:
         options = {"slice": r.choice(((16, 16, 3, 3), (4, 4, 3, 3), (8, 2, 1, 1))), "code": r.choice((1, 4, 16))}
-        options |= {"include": ["*"], "init": r.choice(("fit", "random")), "binary": r.random() < 0.3}
+        options |= {"include": ["*"], "force": True, "init": r.choice(("fit", "random")), "binary": r.random() < 0.3}
         passes.append(gz.SliceGenerate(**options))
     c.stage = "prepare"
     try:

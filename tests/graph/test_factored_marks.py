@@ -25,9 +25,9 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 PLANS = {
-    "atoms": gz.AtomFactorize(atom_drop=0.25, share="layer"),
-    "groups": gz.AtomFactorize(group_size=4),
-    "slices": gz.SliceGenerate(slice=(5, 3, 3, 3), code=6),
+    "atoms": gz.AtomFactorize(atom_drop=0.25, share="layer", force=True),
+    "groups": gz.AtomFactorize(group_size=4, force=True),
+    "slices": gz.SliceGenerate(slice=(5, 3, 3, 3), code=6, force=True),
 }
 
 

@@ -21,7 +21,7 @@ from graphzip.boundary import public, user_data, users_own
 MERGE = gz.Plan([gz.ClusterMerge(keep=0.5)])
 FITTED = gz.Plan([gz.ClusterMerge(keep=0.5, clustering="reconstruction", compensate="data")])
 ALIKE = gz.Plan([gz.ClusterMerge(keep=0.5, features="activations")])
-ATOMS = gz.Plan([gz.AtomFactorize(atoms=3, weighted=True)])
+ATOMS = gz.Plan([gz.AtomFactorize(atoms=3, weighted=True, force=True)])
 
 
 @pytest.fixture(autouse=True)
@@ -417,7 +417,7 @@ def test_places_that_cannot_be_written(
     monkeypatch.chdir(tmp_path)
     prepared = gz.prepare(net(), MERGE, example())
     prepared.record()
-    sliced = gz.compile(net(), gz.Plan([gz.SliceGenerate(slice=(4, 4, 3, 3), code=4)]), example()).module
+    sliced = gz.compile(net(), gz.Plan([gz.SliceGenerate(slice=(4, 4, 3, 3), code=4, force=True)]), example()).module
     groups = gz.channel_groups(net(), example())
     found = places(tmp_path)
     before = sorted(path.name for path in tmp_path.rglob("*"))
@@ -531,7 +531,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_clusters() -> None:
 
 
 def test_layers_of_atoms_grow_by_what_they_can() -> None:
-    prepared = gz.prepare(net(), gz.Plan([gz.AtomFactorize(atoms=4, share=None)]), example())
+    prepared = gz.prepare(net(), gz.Plan([gz.AtomFactorize(atoms=4, share=None, force=True)]), example())
     for value in ANYTHING:
         typed(lambda value=value: gz.expand(prepared, atoms=value))  # type: ignore[misc]
         typed(lambda value=value: gz.expand(prepared, share=value))  # type: ignore[misc]

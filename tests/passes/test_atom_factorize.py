@@ -113,7 +113,7 @@ def test_the_random_start_has_the_spread_of_kaiming() -> None:
 
 
 def test_the_seed_decides() -> None:
-    plan = gz.Plan([gz.AtomFactorize(init="random")])
+    plan = gz.Plan([gz.AtomFactorize(init="random", force=True)])
     one, two, three = (gz.prepare(small(), plan, IMAGE, seed=seed).state_dict() for seed in (1, 1, 2))
     name = "model.1.0.coefficients"
     assert torch.equal(one[name], two[name])
@@ -302,7 +302,7 @@ def test_a_scope() -> None:
             return out
 
     model, x = Whole().eval(), torch.randn(2, 4, 9, 9)
-    plan = gz.Plan([gz.AtomFactorize(share=None, atoms=9, include=["body.1.*"])])
+    plan = gz.Plan([gz.AtomFactorize(force=True, share=None, atoms=9, include=["body.1.*"])])
     compiled = gz.compile(model, plan, (x,), scope="body")
     with torch.no_grad():
         assert relative(model(x), compiled.module(x)) < 1e-6
@@ -387,7 +387,7 @@ def test_the_file_of_a_shuffled_network(tmp_path: Path) -> None:
 
 def test_merged_first_and_factored_then() -> None:
     model, x = small().eval(), torch.randn(3, 4, 9, 9)
-    plan = gz.Plan([gz.ClusterMerge(keep=0.5), gz.AtomFactorize(share=None, atoms=9)])
+    plan = gz.Plan([gz.ClusterMerge(keep=0.5), gz.AtomFactorize(force=True, share=None, atoms=9)])
     ready = gz.prepare(model, plan, IMAGE)
     stages = list(ready.steps())
     assert stages == ["cluster_merge", "atom_factorize"]
@@ -400,7 +400,7 @@ def test_merged_first_and_factored_then() -> None:
 
 
 def test_what_is_trained_between_the_passes_counts() -> None:
-    plan = gz.Plan([gz.ClusterMerge(keep=0.5), gz.AtomFactorize(atom_drop=0.0)])
+    plan = gz.Plan([gz.ClusterMerge(keep=0.5), gz.AtomFactorize(atom_drop=0.0, force=True)])
     ready = gz.prepare(small(), plan, IMAGE)
     seen = []
     for stage in ready.steps():
@@ -415,7 +415,7 @@ def test_what_is_trained_between_the_passes_counts() -> None:
 
 def test_batch_norm_is_folded_before() -> None:
     model, x = small().eval(), torch.randn(3, 4, 9, 9)
-    plan = gz.Plan([gz.FoldBatchNorm(), gz.AtomFactorize(share=None, atoms=9)])
+    plan = gz.Plan([gz.FoldBatchNorm(), gz.AtomFactorize(force=True, share=None, atoms=9)])
     with torch.no_grad():
         assert relative(model(x), gz.compile(model, plan, IMAGE).module(x)) < 1e-5
 
@@ -424,8 +424,8 @@ def test_atoms_and_slices_in_one_plan() -> None:
     model, x = small().eval(), torch.randn(3, 4, 9, 9)
     plan = gz.Plan(
         [
-            gz.AtomFactorize(share=None, atoms=9, include=["1.*"]),
-            gz.SliceGenerate(slice=(8, 8, 3, 3), code=8, include=["2.*", "3.*"]),
+            gz.AtomFactorize(force=True, share=None, atoms=9, include=["1.*"]),
+            gz.SliceGenerate(force=True, slice=(8, 8, 3, 3), code=8, include=["2.*", "3.*"]),
         ]
     )
     with torch.no_grad():
@@ -433,7 +433,12 @@ def test_atoms_and_slices_in_one_plan() -> None:
 
 
 def test_a_plan_file(tmp_path: Path) -> None:
-    plan = gz.Plan([gz.AtomFactorize(atoms=4, share=None, exclude=["fc"]), gz.SliceGenerate(slice=[8, 8, 3, 3])])
+    plan = gz.Plan(
+        [
+            gz.AtomFactorize(force=True, atoms=4, share=None, exclude=["fc"]),
+            gz.SliceGenerate(force=True, slice=[8, 8, 3, 3]),
+        ]
+    )
     plan.save(tmp_path / "plan.yaml")
     assert gz.Plan.load(tmp_path / "plan.yaml") == plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import os
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_clusters_set_by_hand_are_tied_by_their_mean() -> None:
 
 @pytest.mark.parametrize("regularizer", ["normalized", "plain", "simple", "growl"])
 def test_the_regularizer_reaches_the_weights_of_both_models(regularizer: str) -> None:
-    ready = prepared(regularizer=regularizer, strength=2.0)
+    ready = prepared(regularizer=regularizer, strength=2.0, scaling="absolute")
     ready(**inputs())
     ready.regularizer().backward()
     for task in ("rgb", "depth"):
@@ -147,14 +148,14 @@ def test_the_regularizer_reaches_the_weights_of_both_models(regularizer: str) ->
 def test_strength_multiplies_the_term() -> None:
     found = []
     for strength in (1.0, 3.0):
-        ready = prepared(regularizer="simple", strength=strength)
+        ready = prepared(regularizer="simple", strength=strength, scaling="absolute")
         ready(**inputs())
         found.append(float(ready.regularizer().detach()))
     assert found[1] == pytest.approx(3 * found[0])
 
 
 def test_training_with_the_regularizer_brings_it_down() -> None:
-    ready = prepared(strength=1.0, regularizer="simple")
+    ready = prepared(strength=1.0, regularizer="simple", scaling="absolute")
     optimizer = ready.optimizer(torch.optim.Adam, lr=3e-3)
     found = []
     for _ in range(15):
@@ -262,6 +263,73 @@ def test_a_checkpoint_brings_the_clusters_back() -> None:
     assert list(second.steps())[:1] == ["finetune"]
     left, right = first.convert().module(**inputs()), second.convert().module(**inputs())
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("regularizer", ["normalized", "simple", "growl"])
+def test_a_training_goes_on_from_a_checkpoint_to_the_bit(regularizer: str) -> None:
+    """Inside the first stage: embeddings, their optimizers, features, strength and random numbers are in the state."""
+
+    def optimizer_of(ready: gz.Prepared) -> torch.optim.Optimizer:
+        return ready.optimizer(torch.optim.Adam, lr=1e-3)
+
+    def converted(ready: gz.Prepared) -> dict[str, Tensor]:
+        return {**ready.state_dict(), **ready.convert().module.state_dict()}
+
+    first, second = (prepared(regularizer=regularizer, samples=7) for _ in range(2))
+    stages = first.steps(), second.steps()
+    assert [next(stage) for stage in stages] == ["regularize"] * 2
+    optimizer = optimizer_of(first)
+    train(first, optimizer, 13)
+    buffer = io.BytesIO()
+    torch.save((first.state_dict(), optimizer.state_dict()), buffer)
+    buffer.seek(0)
+    state, moments = torch.load(buffer, weights_only=True)
+    train(first, optimizer, 12)
+    second.load_state_dict(state)
+    resumed = optimizer_of(second)
+    resumed.load_state_dict(moments)
+    train(second, resumed, 12)
+    expected, found = converted(first), converted(second)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_state_of_another_training_is_refused() -> None:
+    ready = prepared(regularizer="normalized")
+    train(ready, ready.optimizer(torch.optim.SGD, lr=0.1), 2)
+    state = ready.state_dict()
+    damaged = {name: tensor for name, tensor in state.items() if not name.startswith("progress.features.random")}
+    with pytest.raises(gz.WeightsError, match=r"the loaded state is of a training with another plan, or damaged"):
+        prepared(regularizer="normalized").load_state_dict(damaged)
+
+
+@pytest.mark.parametrize("regularizer", ["normalized", "plain", "simple", "growl"])
+@pytest.mark.parametrize("scale", [1.0, 64.0], ids=["plain", "scaled"])
+def test_strength_is_a_share_of_the_gradient_of_the_loss(regularizer: str, scale: float) -> None:
+    """Also where a gradient scaler multiplies both."""
+    ready = prepared(regularizer=regularizer, strength=0.3)
+    shares = []
+    for _ in range(3):
+        out = ready(**inputs())
+        loss, term = sum((each - 1).square().mean() for each in out.values()), ready.regularizer()
+        parameters = list(ready.model.parameters())
+        norms = []
+        for each in (term, loss):
+            found = torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True)
+            norms.append(sum(float(gradient.square().sum()) for gradient in found if gradient is not None) ** 0.5)
+        shares.append(norms[0] / norms[1])
+        (scale * (loss + term)).backward()
+    assert shares[0] == 0.0
+    assert shares[2] == pytest.approx(0.3, rel=0.05 if regularizer in ("simple", "growl") else 0.5)
+
+
+def test_balanced_clusters_have_one_size() -> None:
+    (summary,) = (each["cross_domain_share"]["layers"] for each in prepared(balanced=True).convert().report.passes)
+    for found in summary.values():
+        sizes = [sum(pair) for pair in zip(*found["sizes"].values(), strict=True)]
+        assert max(sizes) - min(sizes) <= 1
+        assert found["balance"] == pytest.approx(found["channels"] / found["clusters"] / max(sizes))
+        assert 0 <= found["channels_in_common"] <= found["channels"]
 
 
 def test_clusters_of_another_plan_are_refused() -> None:

@@ -14,10 +14,10 @@ import graphzip as gz
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-ATOMS = gz.AtomFactorize(share=None, atoms=9)
-SLICES = gz.SliceGenerate(slice=(8, 8, 3, 3), code=16)
-GROUPED = gz.AtomFactorize(share="layer", atoms=4, group_size=4)
-FIRST = gz.AtomFactorize(share=None, atoms=9, lower="atoms_first")
+ATOMS = gz.AtomFactorize(share=None, atoms=9, force=True)
+SLICES = gz.SliceGenerate(slice=(8, 8, 3, 3), code=16, force=True)
+GROUPED = gz.AtomFactorize(share="layer", atoms=4, group_size=4, force=True)
+FIRST = gz.AtomFactorize(share=None, atoms=9, lower="atoms_first", force=True)
 
 
 class Tied(nn.Module):

@@ -87,7 +87,7 @@ def test_the_fitted_start_beats_the_random_one() -> None:
     assert accuracy(model) > 0.95
     reached = {}
     for init in ("fit", "random"):
-        options = gz.AtomFactorize(share="block", atoms=8, init=init, atom_drop=0.0)
+        options = gz.AtomFactorize(force=True, share="block", atoms=8, init=init, atom_drop=0.0)
         prepared = gz.prepare(model, gz.Plan([options]), EXAMPLE)
         learn(prepared, 1, rate=0.02)
         reached[init] = accuracy(prepared)
@@ -105,10 +105,10 @@ def folder() -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        gz.AtomFactorize(share=None, atoms=9),
-        gz.AtomFactorize(share="block", atoms=54),
-        gz.SliceGenerate(code=128),
-        gz.SliceGenerate(code=512),
+        gz.AtomFactorize(share=None, atoms=9, force=True),
+        gz.AtomFactorize(share="block", atoms=54, force=True),
+        gz.SliceGenerate(code=128, force=True),
+        gz.SliceGenerate(code=512, force=True),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ from planting import relative
 from torch import nn
 
 import graphzip as gz
-from graphzip.graph.factored import SliceConv
+from graphzip.graph.factored import SliceConv, pack_signs, unpack_signs
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -29,7 +29,7 @@ def small() -> nn.Sequential:
 
 
 def prepared(model: nn.Module, **options: Any) -> gz.Prepared:
-    return gz.prepare(model, gz.Plan([gz.SliceGenerate(**{"slice": SLICE, **options})]), IMAGE)
+    return gz.prepare(model, gz.Plan([gz.SliceGenerate(**{"slice": SLICE, "force": True, **options})]), IMAGE)
 
 
 def summary(compiled: gz.Compiled) -> dict[str, Any]:
@@ -125,18 +125,20 @@ def test_only_codes_and_the_generator_are_trained_and_all_of_them() -> None:
         assert names == {"codes", "weight", "bias"} | (set() if "binary" in options else {"generator"})
 
 
-def test_a_binary_generator_is_fixed_and_takes_a_byte_per_number(tmp_path: Path) -> None:
+def test_a_binary_generator_is_fixed_and_takes_a_bit_per_number(tmp_path: Path) -> None:
     ready = prepared(small(), binary=True, code=64)
     layer = layers(ready.model)["1.0"]
-    assert layer.generator.dtype == torch.int8
-    assert set(layer.generator.unique().tolist()) == {-1, 1}
+    assert (layer.generator.dtype, layer.generator.shape) == (torch.uint8, (576, 8))
+    signs = unpack_signs(layer.generator, 64, torch.zeros(()))
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(pack_signs(signs), layer.generator)
     compiled = ready.convert()
-    assert compiled.report.after.params < sum(
-        each.numel() for each in layers(compiled.module).values() for each in [each.generator]
-    )
+    after = compiled.report.after
+    assert after.bytes == layer.generator.numel() + 4 * (after.params + 2 * 52) + 8 * 4  # with batch norms' statistics
+    assert "stored" in str(compiled.report)
     report = compiled.export(tmp_path / "model.onnx")
     assert report.verified
-    assert report.bytes < 4 * compiled.report.after.params + layer.generator.numel() + 15_000
+    assert report.bytes < after.bytes + 20_000
     compiled.save(tmp_path / "model.graphzip")
     x = torch.randn(2, 4, 9, 9)
     with torch.no_grad():

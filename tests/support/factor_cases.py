@@ -24,7 +24,7 @@ def small() -> nn.Sequential:
 
 
 def prepared(model: nn.Module, inputs: Any = IMAGE, calibration: Any = None, **options: Any) -> gz.Prepared:
-    return gz.prepare(model, gz.Plan([gz.AtomFactorize(**options)]), inputs, calibration=calibration)
+    return gz.prepare(model, gz.Plan([gz.AtomFactorize(**{"force": True, **options})]), inputs, calibration=calibration)
 
 
 def summary(compiled: gz.Compiled) -> dict[str, Any]:

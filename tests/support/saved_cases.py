@@ -100,9 +100,9 @@ CASES: dict[str, Case] = {
     "minimize": Case([gz.Minimize()]),
     "low_rank": Case([gz.LowRank(rank=0.25)]),
     "fold": Case([gz.FoldBatchNorm()], make=lambda n: network(n).eval()),
-    "atom": Case([gz.AtomFactorize()]),
-    "slice": Case([gz.SliceGenerate()]),
-    "merge_then_slice": Case([gz.ClusterMerge(keep=0.5), gz.SliceGenerate()]),
+    "atom": Case([gz.AtomFactorize(force=True)]),
+    "slice": Case([gz.SliceGenerate(force=True)]),
+    "merge_then_slice": Case([gz.ClusterMerge(keep=0.5), gz.SliceGenerate(force=True)]),
     "zip": Case([gz.Zip()], tasks=("a", "b")),
     "share": Case([gz.CrossDomainShare(exclude=["first", "second"])], tasks=("a", "b")),
 }

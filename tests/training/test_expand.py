@@ -62,7 +62,7 @@ def test_from_net_to_block_to_more_atoms() -> None:
 
 
 def test_growing_after_a_merge_in_another_precision() -> None:
-    plan = gz.Plan([gz.ClusterMerge(keep=0.5), gz.AtomFactorize()])
+    plan = gz.Plan([gz.ClusterMerge(keep=0.5), gz.AtomFactorize(force=True)])
     ready = gz.prepare(small(), plan, IMAGE)
     next(steps := ready.steps())
     assert next(steps) == "atom_factorize"

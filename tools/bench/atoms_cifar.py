@@ -45,14 +45,14 @@ def variants(*, weighted: bool, start: str, compensate: str = "none") -> dict[st
 
     def atoms(share: str | None, count: int, size: int | None = None) -> gz.AtomFactorize:
         given = {"share": share, "atoms": count, "group_size": size, "weighted": weighted, "init": start}
-        return gz.AtomFactorize(**given, atom_drop=0.0, compensate=compensate)
+        return gz.AtomFactorize(**given, force=True, atom_drop=0.0, compensate=compensate)
 
     made: dict[str, gz.AtomFactorize | gz.SliceGenerate] = {f"unshared m{m}": atoms(None, m) for m in range(1, 10)}
     made |= {f"{share} m{m}": atoms(share, m) for share in ("block", "net") for m in (4, 8, 16, 32, 54)}
     made |= {f"g-{share} m8 s16": atoms(share, 8, 16) for share in ("layer", "block", "net")}
     slices = {"init": start, "compensate": compensate}
-    made |= {f"csg {code}": gz.SliceGenerate(code=code, **slices) for code in (16, 32, 64, 128, 256, 512)}
-    made |= {f"bcsg {code}": gz.SliceGenerate(code=code, binary=True, **slices) for code in (128, 512)}
+    made |= {f"csg {code}": gz.SliceGenerate(code=code, force=True, **slices) for code in (16, 32, 64, 128, 256, 512)}
+    made |= {f"bcsg {code}": gz.SliceGenerate(code=code, force=True, binary=True, **slices) for code in (128, 512)}
     return made
 
 

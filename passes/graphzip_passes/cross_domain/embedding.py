@@ -16,6 +16,7 @@ Shaham et al., "SpectralNet: Spectral Clustering using Deep Neural Networks" (20
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphzip.numeric.solvers import factorised, leading_left
+from graphzip_passes.cross_domain.random_state import drawn_so_far, go_on_from, parts_of
 from graphzip_passes.cross_domain.similarity import degrees, spectral_loss
 
 __all__ = ["NODES", "Embedding", "Learned", "orthogonal", "spectral_embedding"]
@@ -78,6 +80,23 @@ class Learned:
         self.network = Embedding(nodes, size, torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
         self._optimizer = torch.optim.Adam(self.network.parameters(), _RATE)
         self._random = np.random.default_rng(seed)
+
+    def state(self) -> dict[str, Tensor]:
+        """What goes on after a checkpoint as if there had been none: the network, its optimizer and what is drawn."""
+        found = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for number, moments in self._optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        return found | {"random": drawn_so_far(self._random)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Raises `KeyError`, `RuntimeError` or `ValueError` for the state of another network."""
+        self.network.load_state_dict(parts_of(state, "network"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts_of(state, "optimizer").items():
+            number, _, what = name.partition(".")
+            moments.setdefault(int(number), {})[what] = tensor.clone()
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
+        go_on_from(self._random, state["random"])
 
     def term(self, factor: Tensor) -> Tensor:
         """The regulariser (Eq. 7 or 10) of the graph with this factor, for the gradient of the factor alone.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from graphzip.errors import ExampleInputError
 from graphzip.graph.pickling import Beside
+from graphzip_passes.cross_domain.random_state import drawn_so_far, go_on_from, parts_of
 
 __all__ = ["KEPT", "Trimmed", "rows_of_input"]
 
@@ -122,6 +123,22 @@ class Trimmed(Beside):
     def remembered(self, layer: str) -> Tensor | None:
         """Features (channels of all tasks, m) of several batches, without a graph; nothing where there was none."""
         return torch.cat(self._kept[layer], dim=1) if self._kept[layer] else None
+
+    def state(self) -> dict[str, Tensor]:
+        """What is remembered of the last batches, and how far the generator is."""
+        kept = {
+            f"kept.{number}.{layer}": rows for layer, parts in self._kept.items() for number, rows in enumerate(parts)
+        }
+        return kept | {"random": drawn_so_far(self._random)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Raises `KeyError`, `TypeError` or `ValueError` for a state that is none."""
+        self._batches.clear()
+        self._kept.clear()
+        numbered = (name.partition(".") for name in parts_of(state, "kept"))
+        for number, _, layer in sorted(numbered, key=lambda each: int(each[0])):
+            self._kept[layer].append(state[f"kept.{number}.{layer}"].clone())
+        go_on_from(self._random, state["random"])
 
     def note(self, layer: str, task: str, x: Tensor, dims: int) -> None:
         """Take in what a layer reads now."""

@@ -37,14 +37,17 @@ from graphzip.labels import IntArray
 from graphzip.plan.passes import CrossDomainShare
 from graphzip.plan.problems import plan_error
 from graphzip.report.outcome import Bars, Outcome, Table
-from graphzip.report.tables import quantity
+from graphzip.report.tables import percent, quantity
 from graphzip.rewrite.shared_weights import SharedWeight, share_weights
 from graphzip_passes.base import Decision, PassContext, Stage, register_pass
+from graphzip_passes.cross_domain.balanced import balanced
 from graphzip_passes.cross_domain.embedding import NODES, Learned, spectral_embedding
 from graphzip_passes.cross_domain.pooled_features import Trimmed
+from graphzip_passes.cross_domain.random_state import drawn_so_far, go_on_from, parts_of
 from graphzip_passes.cross_domain.shared_fit import fit_shared
 from graphzip_passes.cross_domain.shared_layers import SharedLayer, shared_layers, weights_before
 from graphzip_passes.cross_domain.similarity import factor_of, growl, simple_loss
+from graphzip_passes.cross_domain.strength import Share
 from graphzip_passes.parts.centripetal import TIED, attach
 from graphzip_passes.parts.clustering import cluster
 from graphzip_passes.parts.tied_slices import Slices, Tying
@@ -92,7 +95,11 @@ class _Clusters:
         ]
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready: how many channels of each task every cluster has, the largest first, and who uses it."""
+        """JSON-ready: how many channels of each task every cluster has, the largest first, and who uses it.
+
+        `common` clusters have channels of both, `channels_in_common` of them. `balance` is the mean size of a cluster
+        divided by the largest, 1 where all are alike.
+        """
         counts = np.stack([np.bincount(column, minlength=self.layer.count) for column in self.columns])
         order = np.argsort(-counts.sum(0), kind="stable")
         alone = (counts > 0).sum(0) == 1
@@ -103,6 +110,8 @@ class _Clusters:
                 task: int((alone & (own > 0)).sum()) for task, own in zip(self.layer.tasks, counts, strict=True)
             },
             "common": int((~alone).sum()),
+            "channels_in_common": int(counts[:, ~alone].sum()),
+            "balance": self.layer.channels / (self.layer.count * int(counts.sum(0).max())),
             "sizes": {task: own[order].tolist() for task, own in zip(self.layer.tasks, counts, strict=True)},
         }
 
@@ -130,6 +139,7 @@ class CrossDomainSharePass(Tying):
         self._trimmed = Trimmed(tasks, options.pool, options.samples, seed)
         self._random = np.random.default_rng(seed)
         self._learned: dict[str, Learned] = {}
+        self._share_of_loss = Share(options.strength)
 
     def stages(self) -> tuple[Stage, ...]:
         """What is left: once there are clusters, only the fine-tuning."""
@@ -157,7 +167,8 @@ class CrossDomainSharePass(Tying):
         self.collapse_(model)
         if data is not None and before is not None:
             for name, each in list(self.clusters.items()):
-                number = fit_shared(each.layer, each.number, model, before, data.run, move=bool(found))
+                move = bool(found) and not self.options.balanced
+                number = fit_shared(each.layer, each.number, model, before, data.run, move=move)
                 self.clusters[name] = _Clusters.of(each.layer, number)
             self._set(self.clusters)
 
@@ -169,7 +180,10 @@ class CrossDomainSharePass(Tying):
             terms = [growl(_channels(layer, model)) for layer in self.layers]
         else:
             terms = [self._graph_term(layer, self._trimmed.take(layer.name)) for layer in self.layers]
-        return self.options.strength * torch.stack([term.to(terms[0]) for term in terms]).sum()
+        term = torch.stack([each.to(terms[0]) for each in terms]).sum()
+        if self.options.scaling == "absolute" or not term.requires_grad:
+            return self.options.strength * term
+        return self._share_of_loss.weighed(term, model.parameters())
 
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
         """Give both models one weight per cluster."""
@@ -220,6 +234,33 @@ class CrossDomainSharePass(Tying):
             raise WeightsError("the loaded state has clusters of some layers only; it is of another plan or damaged")
         self._set(found)
 
+    def progress(self) -> dict[str, Tensor]:
+        """While channels are regularised: their features, the networks that embed them, and what is drawn next."""
+        if self.clusters or self.options.regularizer is None:
+            return {}
+        found = {f"features.{name}": tensor for name, tensor in self._trimmed.state().items()}
+        found |= {f"share.{name}": tensor for name, tensor in self._share_of_loss.state().items()}
+        for number, layer in enumerate(self.layers):
+            if layer.name in self._learned:
+                state = self._learned[layer.name].state()
+                found |= {f"learned.{number}.{name}": tensor for name, tensor in state.items()}
+        return found | {"random": drawn_so_far(self._random)}
+
+    def load_progress(self, progress: Mapping[str, Tensor]) -> None:
+        try:
+            self._trimmed.load(parts_of(progress, "features"))
+            self._share_of_loss.load(parts_of(progress, "share"))
+            for number, layer in enumerate(self.layers):
+                state = parts_of(progress, f"learned.{number}")
+                if state:
+                    self._network_of(layer, state["network.sketch"]).load(state)
+            go_on_from(self._random, progress["random"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise WeightsError(
+                f"the loaded state is of a training with another plan, or damaged ({error}); prepare the models with "
+                "the plan that the checkpoint was made with"
+            ) from error
+
     def widths(self) -> dict[str, tuple[int, int]]:
         """Channels of both tasks and clusters, by layer."""
         return {layer.name: (layer.channels, layer.count) for layer in self.layers}
@@ -238,13 +279,14 @@ class CrossDomainSharePass(Tying):
             factor = factor_of(features)
             if self.options.regularizer == "simple":
                 return simple_loss(factor[torch.from_numpy(self._random.permutation(layer.channels)[:NODES])])
-            if layer.name not in self._learned:
-                normalized = self.options.regularizer == "normalized"
-                size = min(layer.count, _SIZE)
-                self._learned[layer.name] = Learned(
-                    layer.channels, size, normalized=normalized, seed=self.seed, like=factor
-                )
-            return self._learned[layer.name].term(factor)
+            return self._network_of(layer, factor).term(factor)
+
+    def _network_of(self, layer: SharedLayer, like: Tensor) -> Learned:
+        """The network that embeds a layer's channels, made where there is none."""
+        if layer.name not in self._learned:
+            normalized, size = self.options.regularizer == "normalized", min(layer.count, _SIZE)
+            self._learned[layer.name] = Learned(layer.channels, size, normalized=normalized, seed=self.seed, like=like)
+        return self._learned[layer.name]
 
     @torch.no_grad()
     def _clustered(self, layer: SharedLayer, model: nn.Module) -> tuple[_Clusters, FloatArray]:
@@ -267,6 +309,8 @@ class CrossDomainSharePass(Tying):
         parts = cluster("kmeans", rows.cpu().numpy(), layer.count, seed=self.seed, what=f"layer {layer.name!r}")
         for number, part in enumerate(parts):
             labels[part] = number
+        if self.options.balanced:
+            labels = balanced(rows.double().cpu().numpy(), labels, layer.count)
         return _Clusters.of(layer, labels), amplitude.cpu().numpy()
 
     def _agreed(self, found: list[tuple[_Clusters, FloatArray]]) -> list[tuple[_Clusters, FloatArray]]:
@@ -309,13 +353,24 @@ def _table(layers: Mapping[str, Any], weights: Mapping[str, float]) -> Table:
         (
             name,
             *(found["channels"], found["clusters"], *found["private"].values(), found["common"]),
+            percent(found["channels_in_common"], found["channels"]),
             max(map(sum, zip(*found["sizes"].values(), strict=True))),
+            f"{found['balance']:.2f}",
         )
         for name, found in layers.items()
     ]
     before, after = (quantity(weights[key]) for key in ("before", "after"))
     return Table(
-        ("layer", "channels", "clusters", *(f"{task} alone" for task in tasks), "common", "largest"),
+        (
+            "layer",
+            "channels",
+            "clusters",
+            *(f"{task} alone" for task in tasks),
+            "common",
+            "channels in them",
+            "largest",
+            "balance",
+        ),
         tuple(rows),
         note=f"{before} weights without biases became {after}: {weights['times']:.2f} times fewer",
     )

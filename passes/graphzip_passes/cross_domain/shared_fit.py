@@ -17,7 +17,8 @@ the weights of a cluster c' loses `D(c') = || X_i (g_i - g_c') ||^2`. It leaves 
     D(c) m_c / (m_c - m_i) > D(c') m_c' / (m_c' + m_i),     m_c = sum over i in c of m_i = || X_i ||^2,
 
 the factors being what the centres give way (they are exact where channels are not correlated). The weights are solved
-for after every round, and of all rounds the best counts. It is done on second moments, which do not grow with the data.
+for after every round, and of all rounds the best counts. It is done on second moments, which do not grow with the data
+(`graphzip_passes.cross_domain.shared_moves`).
 
 Sources: Gao, Deng and Huang, "Cross Domain Model Compression by Structurally Weight Sharing" (2019), section 3.4, for
 weights that are shared; He et al., "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017), section
@@ -30,7 +31,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -40,8 +41,9 @@ from torch import Tensor, nn
 from graphzip.labels import IntArray
 from graphzip.numeric.im2col import Window
 from graphzip.numeric.moments import CrossMoments, Moments, gathered
-from graphzip.numeric.solvers import factorised, pseudo_inverse, ridge
+from graphzip.numeric.solvers import factorised, ridge
 from graphzip_passes.cross_domain.shared_layers import SharedLayer
+from graphzip_passes.cross_domain.shared_moves import Moves
 
 __all__ = ["fit_shared"]
 
@@ -49,11 +51,10 @@ logger = logging.getLogger(__name__)
 
 _FEATURES: Final = 8192  # of a layer in one model, at most: their second moments are a matrix of the square of them
 _PLACES: Final = 16  # of the output of one sample that count
-_CHUNK: Final = 64  # samples whose patches are laid out at once
+_CHUNK: Final = 16  # samples whose patches are laid out at once
 _PRECISION: Final = 2.0**-23  # of what layers read, relative
 _ROUNDS: Final = 10  # in which channels change their clusters
-_LEAST: Final = 1e-3  # of a channel's mass: what is left of its cluster without it, at least
-_GAIN: Final = 1e-9  # of a channel's share of the output: what a move has to bring, so that rounding moves nothing
+_ENOUGH: Final = 1e-3  # of what was gained so far: a round that gains less is the last one
 
 _See = Callable[[str, nn.Module, Tensor, Tensor, Tensor], None]
 """Told of every call of a layer: the task, the layer, what it reads, what it gives and what it gave before."""
@@ -75,21 +76,24 @@ def fit_shared(
     seen = _Seen(layer, intercept=_own_biases(layer, model))
     with _watched(layer, model, before.eval(), seen.add):
         run()
-    best = fit = _Fit.of(seen, number, _rows(layer, model))
-    best.solve()
+    intercept, fit = seen.intercept, _Fit.of(seen, number, _rows(layer, model))
+    del seen  # its moments are as large as those of the fit
+    fit.solve()
+    best = fit.found()
     for _ in range(_ROUNDS if move else 0):
-        fit = fit.copy()
         if not fit.moved():
             break
         fit.solve()
-        best = min(best, fit, key=lambda each: each.lost)
-    found: tuple[IntArray, Tensor, list[Tensor]] = gathered((best.number, best.weights, best.biases))[0]
-    chosen, weights, biases = found
+        last, best = best, min(best, fit.found(), key=lambda each: each.lost)
+        if best.lost > last.lost * (1.0 + _ENOUGH):  # both are below zero
+            break
+    agreed: tuple[IntArray, Tensor, list[Tensor]] = gathered((best.number, best.weights, best.biases))[0]
+    chosen, weights, biases = agreed
     shared = weights[torch.from_numpy(chosen)].reshape(layer.channels, *layer.kernel, layer.outs).movedim(-1, 0)
     for task, part, change in zip(layer.tasks, torch.split(shared, list(layer.sizes), 1), biases, strict=True):
         module = model.get_submodule(f"{task}.{layer.name}")
         module.get_parameter("weight").copy_(part)
-        if seen.intercept:
+        if intercept:
             module.get_parameter("bias").add_(change.to(module.get_parameter("bias")))
     return chosen
 
@@ -178,6 +182,16 @@ class _Seen:
         return read.dense() * read.count, cross.t() * read.count, read.count
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What was lost in a round, less what it was to begin with, and the clusters, weights and biases it ended with."""
+
+    lost: float
+    number: IntArray
+    weights: Tensor
+    biases: list[Tensor]
+
+
 @dataclass
 class _Fit:
     """The shared weights of one layer and the clusters of its channels, on second moments.
@@ -215,10 +229,9 @@ class _Fit:
             biases,
         )
 
-    def copy(self) -> _Fit:
-        """The same, to go on from."""
-        left = [each.clone() for each in self.left]
-        return replace(self, left=left, number=self.number.copy(), biases=list(self.biases))
+    def found(self) -> _Found:
+        """The clusters and the weights as they are now."""
+        return _Found(self.lost, self.number.copy(), self.weights, list(self.biases))
 
     @property
     def columns(self) -> list[IntArray]:
@@ -242,9 +255,9 @@ class _Fit:
         change = factorised(gram, damping, what=f"layer {self.layer.name!r}").solve(left)
         self.weights = self.weights + change[:count].reshape(self.weights.shape)
         for task, to in enumerate(spread):
-            before, step = self.left[task], change[to]
-            self.left[task] = before - self.gram[task] @ step
-            self.lost -= float(((before + self.left[task]) * step).sum())
+            before = self.left[task]
+            self.left[task] = before - self._summed(self.gram[task], to).t() @ change
+            self.lost -= float((self._summed(before + self.left[task], to) * change).sum())
             if self.intercept:
                 self.biases[task] = self.biases[task] + change[count + task]
 
@@ -262,46 +275,12 @@ class _Fit:
 
     def moved(self) -> int:
         """Let channels go to the clusters whose weights suit them best, one after the other; how many went."""
-        kernel, moves, first = self.weights.shape[1], 0, 0
-        sizes = np.bincount(self.number, minlength=self.layer.count)
+        kernel, first = self.weights.shape[1], 0
         masses = [gram.diagonal()[: size * kernel] for gram, size in zip(self.gram, self.layer.sizes, strict=True)]
         mass = torch.cat(masses).reshape(-1, kernel).sum(1)
-        held = mass.new_zeros(self.layer.count).index_add(0, torch.from_numpy(self.number), mass)
+        moves = Moves(self.weights, self.number, mass, self.layer.name)
         for task, size in enumerate(self.layer.sizes):
-            wanted = self._nearest(task, torch.arange(size), first, mass, held)
-            for own in np.flatnonzero(wanted.numpy() != self.columns[task]):
-                channel, here = first + own, int(self.number[first + own])
-                to = int(self._nearest(task, torch.tensor([own]), first, mass, held)) if sizes[here] > 1 else here
-                if to == here:
-                    continue
-                self._move(task, slice(own * kernel, (own + 1) * kernel), here, to)
-                self.number[channel] = to
-                sizes[here], sizes[to] = sizes[here] - 1, sizes[to] + 1
-                held[here], held[to] = held[here] - mass[channel], held[to] + mass[channel]
-                moves += 1
+            moves.go_through(self.gram[task], self.left[task], range(first, first + size))
             first += size
-        return moves
-
-    def _nearest(self, task: int, own: Tensor, first: int, mass: Tensor, held: Tensor) -> Tensor:
-        """The cluster that suits each of the channels `own` of a task, whose channels begin with number `first`."""
-        kernel = self.weights.shape[1]
-        here, mass = torch.from_numpy(self.number)[first + own], mass[first + own]
-        columns = own[:, None] * kernel + torch.arange(kernel)
-        block = self.gram[task][columns[:, :, None], columns[:, None, :]]
-        pull = self.left[task][columns] + block @ self.weights[here]
-        best = pseudo_inverse(block, hermitian=True, what=f"layer {self.layer.name!r}") @ pull
-        squares = (self.weights @ self.weights.transpose(1, 2)).flatten(1)
-        distance = block.flatten(1) @ squares.t() - 2.0 * (pull.flatten(1) @ self.weights.flatten(1).t())
-        distance = distance + (pull * best).sum((1, 2))[:, None]
-        factor = held / (held + mass[:, None]).clamp_min(torch.finfo(held.dtype).tiny)
-        left = held[here] / torch.maximum(held[here] - mass, _LEAST * mass).clamp_min(torch.finfo(held.dtype).tiny)
-        cost = distance.clamp_min(0.0) * factor.scatter(1, here[:, None], left[:, None])
-        now, (least, to) = cost.gather(1, here[:, None])[:, 0], cost.min(1)
-        gained = now - least > _GAIN * (squares[here] * block.flatten(1)).sum(1)
-        return torch.where(gained, to, here)
-
-    def _move(self, task: int, own: slice, here: int, to: int) -> None:
-        step, left = self.weights[to] - self.weights[here], self.left[task]
-        before = left[own].clone()
-        left -= self.gram[task][:, own] @ step
-        self.lost -= float(((before + left[own]) * step).sum())
+        self.lost -= moves.gained
+        return moves.made

@@ -36,6 +36,7 @@ from graphzip_passes.factorize.compensate import compensated
 from graphzip_passes.factorize.conv_layers import blocks_of, convolutions_of, kernel_of, select
 from graphzip_passes.factorize.error_table import error_table
 from graphzip_passes.factorize.patch_moments import input_moments
+from graphzip_passes.factorize.worth import LeftOut, Stored, left_out_table, worth_storing
 
 __all__ = ["AtomFactorizePass", "atom_factorize"]
 
@@ -91,6 +92,9 @@ class AtomFactorizePass:
         self.layers = select(layers, self.names, options.include, options.exclude, where=where)
         self.splits = self._splits(where)
         self.sets = self._sets()
+        self.left_out: dict[str, LeftOut] = {}
+        if not options.force:
+            self._leave_out(traced, where)
         self.errors: dict[str, float] = {}
         self.first: set[str] = set()
         self.times: dict[str, tuple[float, float]] = {}
@@ -121,7 +125,10 @@ class AtomFactorizePass:
         return Outcome(
             atoms_first(traced, first) if first else traced,
             changed=bool(self.layers),
-            tables=error_table(details["relative_error"], details["shared"], **note),
+            tables=(
+                *error_table(details["relative_error"], details["shared"], **note),
+                *left_out_table(self.left_out),
+            ),
             details={**details, **note},
         )
 
@@ -137,6 +144,8 @@ class AtomFactorizePass:
             "atoms_first": [self.names[name] for name in self.splits if name in self.first],
             "relative_error": {self.names[name]: error for name, error in self.errors.items()},
         }
+        if self.left_out:
+            found["left_out"] = list(self.left_out)
         if self.times:
             found["milliseconds"] = {self.names[name]: list(times) for name, times in self.times.items()}
         if unused := self._unused():
@@ -171,6 +180,24 @@ class AtomFactorizePass:
         if problems:
             raise plan_error([f"{where}.group_size: {text}; choose another size or exclude it" for text in problems])
         return splits
+
+    def _leave_out(self, traced: Traced, where: str) -> None:
+        """Leave layers as they are whose factors would take more bytes than their kernels."""
+        atoms, alone = self.options.atoms, self.options.share is None
+        item = kernel_of(traced, self.layers[0].name).element_size() * atoms
+        stored = []
+        for name, split in self.splits.items():
+            coefficients = split.rows * split.columns * split.count if alone else 0
+            own = item * (split.count * split.length + coefficients)
+            corner, key = (split.rows, split.columns), name if alone else self.sets[name, 0]
+            kernel = item // atoms * math.prod(split.layer.shape)
+            stored.append(Stored(self.names[name], kernel, own, key, corner))
+        price = (lambda rows, columns: 0) if alone else (lambda rows, columns: item * rows * columns)
+        self.left_out = worth_storing(stored, {each.shared: price for each in stored}, where)
+        self.layers = [layer for layer in self.layers if self.names[layer.name] not in self.left_out]
+        kept = {layer.name for layer in self.layers}
+        self.splits = {name: split for name, split in self.splits.items() if name in kept}
+        self.sets = {member: key for member, key in self.sets.items() if member[0] in kept}
 
     def _sets(self) -> dict[tuple[str, int], Any]:
         """Every group of filters of every layer, with the key of the set that it shares coefficients in."""

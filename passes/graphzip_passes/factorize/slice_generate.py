@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from graphzip.analysis.convs import ConvLayer, conv_layers
 from graphzip.errors import WeightsError
-from graphzip.graph.factored import SliceConv, factored_conv, slice_grid
+from graphzip.graph.factored import SliceConv, factored_conv, pack_signs, packed_size, slice_grid
 from graphzip.graph.traced import Traced
 from graphzip.numeric.solvers import checked, pseudo_inverse, singular, singular_values, symmetric_eigen
 from graphzip.plan.passes import SliceGenerate
@@ -33,6 +34,7 @@ from graphzip_passes.base import Decision, PassContext, register_pass
 from graphzip_passes.factorize.compensate import compensated
 from graphzip_passes.factorize.conv_layers import convolutions_of, first_match, kernel_of, select
 from graphzip_passes.factorize.error_table import error_table
+from graphzip_passes.factorize.worth import LeftOut, SharedBytes, Stored, left_out_table, worth_storing
 
 __all__ = ["SliceGeneratePass", "cut", "slice_generate"]
 
@@ -60,6 +62,9 @@ class SliceGeneratePass:
         self.given = _read(options, where)
         self._check(where)
         self.scope = {layer.name: first_match(self.names[layer.name], options.scopes) for layer in self.layers}
+        self.left_out: dict[str, LeftOut] = {}
+        if not options.force:
+            self._leave_out(traced, where)
         self.errors: dict[str, float] = {}
 
     def factored(self, traced: Traced, context: PassContext) -> tuple[Traced, nn.Module]:
@@ -80,7 +85,29 @@ class SliceGeneratePass:
         errors = {self.names[name]: error for name, error in self.errors.items()}
         layers = [self.names[layer.name] for layer in self.layers]
         details = {"layers": layers, "shared": shared, "relative_error": errors}
-        return Outcome(traced, changed=bool(layers), tables=error_table(errors, shared), details=details)
+        if self.left_out:
+            details["left_out"] = list(self.left_out)
+        tables = (*error_table(errors, shared), *left_out_table(self.left_out))
+        return Outcome(traced, changed=bool(layers), tables=tables, details=details)
+
+    def _leave_out(self, traced: Traced, where: str) -> None:
+        """Leave layers as they are whose codes, and generator, would take more bytes than their kernels."""
+        size, length = self.options.code, math.prod(self.options.slice)
+        item = kernel_of(traced, self.layers[0].name).element_size()
+        stored = [
+            Stored(
+                self.names[layer.name],
+                item * math.prod(layer.shape),
+                item * size * math.prod(slice_grid(layer.shape, self.options.slice)),
+                self.scope[layer.name],
+            )
+            for layer in self.layers
+        ]
+        generator = length * packed_size(size) if self.options.binary else length * size * item
+        price: dict[Hashable, SharedBytes] = dict.fromkeys(self.scope.values(), lambda rows, columns: generator)
+        self.left_out = worth_storing(stored, price, where)
+        self.layers = [layer for layer in self.layers if self.names[layer.name] not in self.left_out]
+        self.scope = {layer.name: self.scope[layer.name] for layer in self.layers}
 
     def _check(self, where: str) -> None:
         rank = len(self.options.slice)
@@ -120,9 +147,9 @@ class SliceGeneratePass:
         logger.info("%s: relative error of the kernel %.3g", self.names[name], self.errors[name])
 
     def _stored(self, generator: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """A parameter; a buffer where it is fixed, of one byte per number where it is binary."""
+        """A parameter; a buffer where it is fixed, of one bit per number where it is binary."""
         if self.options.binary:
-            return generator.to(like.device, torch.int8)
+            return pack_signs(generator).to(like.device)
         value = generator.to(like.device, like.dtype).contiguous()
         return value if self.options.frozen else nn.Parameter(value)
 
