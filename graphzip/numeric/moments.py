@@ -73,7 +73,7 @@ class Moments:
         if self.gram is not None:
             return self.gram / max(self.count, 1)
         assert self.rows is not None
-        return self.rows.T @ self.rows / max(self.count, 1)
+        return (self.rows.T @ self.rows).div_(max(self.count, 1))
 
     @property
     def mean(self) -> torch.Tensor:
@@ -166,7 +166,7 @@ class CrossMoments:
         rows, columns = torch.from_numpy(outputs), torch.from_numpy(inputs)
         if self.samples is not None:
             y, x = self.samples
-            return y[:, rows].T @ x[:, columns] / max(self.count, 1)
+            return (y[:, rows].T @ x[:, columns]).div_(max(self.count, 1))
         assert self.product is not None
         return self.product[rows.unsqueeze(1), columns] / max(self.count, 1)
 

@@ -104,8 +104,7 @@ class Prepared(nn.Module):
         self._history = History()
         self.clusters: torch.Tensor
         self.register_buffer("clusters", torch.zeros(0, dtype=torch.int64))
-        self.register_load_state_dict_pre_hook(_keep_clusters)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_take_clusters)  # type: ignore[no-untyped-call]
+        _watch_checkpoints(self)
         self._loaded: dict[str, torch.Tensor] = {}
         self._begin(known)
         self._progress.ahead = borrowed and any(stage.rewrite for stage in self._stages())
@@ -143,12 +142,6 @@ class Prepared(nn.Module):
         Raises `GraphZipError` for an unknown task.
         """
         return task_module(self.model, self.tasks, name)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        constraint = None if self._progress.active is None else self._progress.active.constraint
-        for name, tensor in ({} if constraint is None else constraint.progress()).items():
-            destination[f"{prefix}{_PROGRESS}.{name}"] = tensor
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over a checkpoint of a model that was prepared with the same plan, or the weights of the original one.
@@ -491,6 +484,19 @@ def _told(value: Any, name: str) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise GraphZipError(f"{name}: {show(value)} is not a number") from None
+
+
+def _watch_checkpoints(module: Any) -> None:
+    module.register_state_dict_post_hook(_add_progress)
+    module.register_load_state_dict_pre_hook(_keep_clusters)
+    module.register_load_state_dict_post_hook(_take_clusters)
+
+
+def _add_progress(module: Prepared, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put what else the training goes on from into a checkpoint."""
+    constraint = None if module._progress.active is None else module._progress.active.constraint
+    for name, tensor in ({} if constraint is None else constraint.progress()).items():
+        state[f"{prefix}{_PROGRESS}.{name}"] = tensor
 
 
 def _keep_clusters(module: Prepared, state: dict[str, Any], prefix: str, *_: Any) -> None:

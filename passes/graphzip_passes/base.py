@@ -104,7 +104,7 @@ class Constraint(ABC):
         """Decide as the pass that gave this state did. Raises `WeightsError` where it is of another plan."""
 
     def progress(self) -> dict[str, torch.Tensor]:
-        """What else a checkpoint has to hold so that the training goes on as if there was none: tensors by name."""
+        """What else a checkpoint has to hold so that the training goes on as if there was none: tensors, (...)."""
         return {}
 
     def load_progress(self, progress: Mapping[str, torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphzip_passes.cross_domain.shared_moves import Moves
+from graphzip_passes.cross_domain.shared_moves import Regrouping
 
 
 def one_after_the_other(
@@ -50,7 +50,7 @@ def test_moves_in_parts_are_moves_one_after_the_other(channels: int, kernel: int
 
     expected, missing = number.copy(), left.clone()
     one_after_the_other(gram, missing, weights, expected, mass)
-    moves = Moves(weights, number, mass, "layer")
+    moves = Regrouping(weights, number, mass, "layer")
     moves.go_through(gram, left, range(channels))
 
     assert moves.made == int((expected != torch.arange(channels).remainder(clusters).numpy()).sum()) > channels // 2

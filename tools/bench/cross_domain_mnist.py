@@ -6,6 +6,7 @@ through one of
 
     share        CrossDomainShare: training with its regulariser, clusters of channels, fine-tuning
     random       the same with clusters drawn at random, and no regulariser
+    inside       the same with clusters of each domain alone, which stay as they are
     channels     each network alone: in every layer the input channels with the smallest weights go
     weights      each network alone: in every layer the smallest weights go (which saves no multiplications)
     bytes        two thirds as many weights: with 2 bytes for the index of each they take as much memory as the others
@@ -244,6 +245,27 @@ def drawn(run: Run) -> Tensor:
     )
 
 
+def inside(run: Run) -> dict[str, nn.Module]:
+    """Clusters of channels of one domain each, by the correlation of their features."""
+    options = run.options
+    ready = prepared(run, run.models, regularizer=options.regularizer, strength=options.strength)
+    for stage in ready.steps():
+        fit(run, ready, finetune=stage == "finetune")
+        if stage == "regularize":
+            ready.clusters.copy_(apart(run, ready))
+    return tasks_of(ready)
+
+
+def apart(run: Run, ready: gz.Prepared) -> Tensor:
+    """The number of the cluster of every channel: half of the clusters for each domain."""
+    found = []
+    for layer in INPUTS:
+        features, count = correlations(ready, run.train, layer)[1], run.clusters[layer] // 2
+        half = len(features) // 2
+        found += [clustered(features[:half, :half], count), clustered(features[half:, half:], count) + count]
+    return torch.cat(found)
+
+
 def channels(run: Run) -> dict[str, nn.Module]:
     def mask(weight: Tensor, clusters: int) -> Tensor:
         norms = weight.transpose(0, 1).flatten(1).norm(dim=1)
@@ -288,6 +310,7 @@ def pruned(run: Run, mask: Callable[[Tensor, int], Tensor]) -> dict[str, nn.Modu
 METHODS: dict[str, Callable[[Run], dict[str, nn.Module]]] = {
     "share": share,
     "random": random,
+    "inside": inside,
     "channels": channels,
     "weights": weights,
     "bytes": same_bytes,
@@ -432,8 +455,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--regularizer", choices=("normalized", "plain", "simple", "growl"), default="normalized")
-    parser.add_argument("--strength", type=float, default=10.0)
-    parser.add_argument("--growl", type=float, default=1e-3, help="strength of GrOWL in the pictures")
+    parser.add_argument("--strength", type=float, default=0.25, help="share of the gradient of the loss")
+    parser.add_argument("--growl", type=float, default=0.25, help="strength of GrOWL in the pictures")
     parser.add_argument("--pictures", type=Path, help="draw the correlations into this folder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

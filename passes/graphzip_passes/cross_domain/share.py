@@ -164,7 +164,8 @@ class CrossDomainSharePass(Tying):
         before = deep_copy(model) if data is not None else None
         for clusters, amplitude in found:
             _tie(clusters, amplitude, model)
-        self.collapse_(model)
+        if not found:
+            self.collapse_(model)
         if data is not None and before is not None:
             for name, each in list(self.clusters.items()):
                 move = bool(found) and not self.options.balanced
@@ -335,15 +336,17 @@ def _tie(clusters: _Clusters, amplitude: FloatArray, model: nn.Module) -> None:
 
     Where the features of a cluster differ in their amplitudes alone, `x_i = a_i s`, this keeps the layer's output.
     """
-    layer = clusters.layer
-    rows = _channels(layer, model)
-    number = torch.from_numpy(clusters.number).to(rows.device)
-    share = torch.from_numpy(amplitude).to(rows)
+    layer, weights = clusters.layer, [get_tensor(model, name) for name in clusters.layer.weights]
+    share = torch.from_numpy(amplitude).to(weights[0])
     share = share.clamp_min(_LEAST * float(share.max()) or 1.0)
-    total = share.new_zeros(layer.count).index_add(0, number, share)
-    centres = torch.zeros_like(rows[: layer.count]).index_add(0, number, rows * (share / total[number])[:, None])
-    for name, part in zip(layer.weights, torch.split(centres[number], list(layer.sizes)), strict=True):
-        get_tensor(model, name).copy_(part.reshape(-1, layer.outs, *layer.kernel).transpose(0, 1))
+    number = torch.from_numpy(clusters.number).to(share.device)
+    share = share / share.new_zeros(layer.count).index_add(0, number, share)[number]
+    centres = share.new_zeros(layer.count, layer.per_channel)
+    parts = list(zip(weights, *(torch.split(each, list(layer.sizes)) for each in (number, share)), strict=True))
+    for weight, own, factor in parts:  # task by task: weights of linear layers may be large
+        centres.index_add_(0, own, weight.transpose(0, 1).flatten(1) * factor[:, None])
+    for weight, own, _ in parts:
+        weight.copy_(centres[own].reshape(-1, layer.outs, *layer.kernel).transpose(0, 1))
 
 
 def _table(layers: Mapping[str, Any], weights: Mapping[str, float]) -> Table:

@@ -43,7 +43,7 @@ from graphzip.numeric.im2col import Window
 from graphzip.numeric.moments import CrossMoments, Moments, gathered
 from graphzip.numeric.solvers import factorised, ridge
 from graphzip_passes.cross_domain.shared_layers import SharedLayer
-from graphzip_passes.cross_domain.shared_moves import Moves
+from graphzip_passes.cross_domain.shared_moves import Regrouping
 
 __all__ = ["fit_shared"]
 
@@ -76,7 +76,7 @@ def fit_shared(
     seen = _Seen(layer, intercept=_own_biases(layer, model))
     with _watched(layer, model, before.eval(), seen.add):
         run()
-    intercept, fit = seen.intercept, _Fit.of(seen, number, _rows(layer, model))
+    intercept, fit = seen.intercept, _Fit.of(seen, number, _centres(layer, number, model))
     del seen  # its moments are as large as those of the fit
     fit.solve()
     best = fit.found()
@@ -105,11 +105,17 @@ def _own_biases(layer: SharedLayer, model: nn.Module) -> bool:
     return all(bias is not None and held.count(id(bias)) == 1 for bias in biases)
 
 
-def _rows(layer: SharedLayer, model: nn.Module) -> Tensor:
-    """The weights of all channels, (channels, kernel, outs), in float64."""
-    held = [model.get_submodule(f"{task}.{layer.name}").get_parameter("weight") for task in layer.tasks]
-    rows = torch.cat([weight.movedim(0, -1).flatten(1, -2) if layer.dims else weight.t()[:, None] for weight in held])
-    return rows.to("cpu", torch.float64)
+def _centres(layer: SharedLayer, number: IntArray, model: nn.Module) -> Tensor:
+    """The weights of all clusters, (clusters, kernel, outs), in float64: those of the first channel of each."""
+    first, start = np.unique(number, return_index=True)[1], 0
+    found: dict[int, Tensor] = {}
+    for task, size in zip(layer.tasks, layer.sizes, strict=True):
+        weight = model.get_submodule(f"{task}.{layer.name}").get_parameter("weight")
+        own = np.flatnonzero((first >= start) & (first < start + size))
+        rows = weight[:, torch.from_numpy(first[own] - start)].movedim(0, -1).to("cpu", torch.float64)
+        found |= dict(zip(own.tolist(), rows.reshape(len(own), math.prod(layer.kernel), layer.outs), strict=True))
+        start += size
+    return torch.stack([found[cluster] for cluster in range(layer.count)])
 
 
 @contextmanager
@@ -179,7 +185,7 @@ class _Seen:
         read.add_up()
         missing.add_up()
         cross = missing.among(np.arange(self.layer.outs), np.arange(read.inputs))
-        return read.dense() * read.count, cross.t() * read.count, read.count
+        return read.dense().mul_(read.count), cross.mul_(read.count).t(), read.count
 
 
 @dataclass(frozen=True)
@@ -212,11 +218,10 @@ class _Fit:
     lost: float = 0.0
 
     @classmethod
-    def of(cls, seen: _Seen, number: IntArray, rows: Tensor) -> _Fit:
-        """Begin with the weights that the channels, `rows`, have."""
+    def of(cls, seen: _Seen, number: IntArray, weights: Tensor) -> _Fit:
+        """Begin with the weights that the clusters have."""
         layer = seen.layer
         gram, left, counts = zip(*(seen.sums(task) for task in layer.tasks), strict=True)
-        first = np.unique(number, return_index=True)[1]
         biases = [torch.zeros(layer.outs, dtype=torch.float64) for _ in layer.tasks]
         return cls(
             layer,
@@ -225,7 +230,7 @@ class _Fit:
             sum(counts),
             seen.intercept,
             number.copy(),
-            rows[torch.from_numpy(first)],
+            weights,
             biases,
         )
 
@@ -241,23 +246,21 @@ class _Fit:
     def solve(self) -> None:
         """Bring weights and biases to the least squares for the clusters as they are."""
         spread = [self._spread(task) for task in range(len(self.gram))]
-        gram = sum(
-            (self._summed(self._summed(gram, to).t(), to) for gram, to in zip(self.gram, spread, strict=True)),
-            torch.zeros(()),
-        )
-        left = sum((self._summed(each, to) for each, to in zip(self.left, spread, strict=True)), torch.zeros(()))
+        rows = [self._summed(gram, to) for gram, to in zip(self.gram, spread, strict=True)]
+        grams = [self._summed(each.t(), to) for each, to in zip(rows, spread, strict=True)]
+        lefts = [self._summed(each, to) for each, to in zip(self.left, spread, strict=True)]
+        gram, left = sum(grams, torch.zeros(())), sum(lefts, torch.zeros(()))
         count = self.weights.shape[0] * self.weights.shape[1]
         square = gram.diagonal()[:count]
-        sums, rows = gram[count:, :count], gram.diagonal()[count:]
-        about = square - (sums.square() / rows.clamp_min(1.0)[:, None]).sum(0)
+        sums, ones = gram[count:, :count], gram.diagonal()[count:]
+        about = square - (sums.square() / ones.clamp_min(1.0)[:, None]).sum(0)
         damping = torch.zeros_like(gram.diagonal())
         damping[:count] = ridge(square, about.clamp_min(0.0), self.rows, precision=_PRECISION)
         change = factorised(gram, damping, what=f"layer {self.layer.name!r}").solve(left)
         self.weights = self.weights + change[:count].reshape(self.weights.shape)
-        for task, to in enumerate(spread):
-            before = self.left[task]
-            self.left[task] = before - self._summed(self.gram[task], to).t() @ change
-            self.lost -= float((self._summed(before + self.left[task], to) * change).sum())
+        for task, missing in enumerate(self.left):
+            self.lost -= float(((2.0 * lefts[task] - grams[task] @ change) * change).sum())
+            missing.addmm_(rows[task].t(), change, alpha=-1.0)
             if self.intercept:
                 self.biases[task] = self.biases[task] + change[count + task]
 
@@ -278,7 +281,7 @@ class _Fit:
         kernel, first = self.weights.shape[1], 0
         masses = [gram.diagonal()[: size * kernel] for gram, size in zip(self.gram, self.layer.sizes, strict=True)]
         mass = torch.cat(masses).reshape(-1, kernel).sum(1)
-        moves = Moves(self.weights, self.number, mass, self.layer.name)
+        moves = Regrouping(self.weights, self.number, mass, self.layer.name)
         for task, size in enumerate(self.layer.sizes):
             moves.go_through(self.gram[task], self.left[task], range(first, first + size))
             first += size

@@ -24,14 +24,14 @@ from torch import Tensor
 from graphzip.labels import IntArray
 from graphzip.numeric.solvers import pseudo_inverse
 
-__all__ = ["Moves"]
+__all__ = ["Regrouping"]
 
 _TOGETHER: Final = 64  # channels whose rows are computed together
 _LEAST: Final = 1e-3  # of a channel's mass: what is left of its cluster without it, at least
 _GAIN: Final = 1e-9  # of a channel's share of the output: what a move has to bring, so that rounding moves nothing
 
 
-class Moves:
+class Regrouping:
     """One round over the channels of a layer, whose `weights` (clusters, kernel, outs) stay as they are.
 
     `number` (channels,), the cluster of every channel, is changed in place. `mass` (channels,) is the sum of squares of
@@ -103,7 +103,7 @@ class _Rows:
     clusters, `blocks` (n, kernel, kernel) `X_i^T X_i`.
     """
 
-    def __init__(self, moves: Moves, gram: Tensor, left: Tensor, channels: Sequence[int], start: int) -> None:
+    def __init__(self, moves: Regrouping, gram: Tensor, left: Tensor, channels: Sequence[int], start: int) -> None:
         weights = moves.weights
         kernel = weights.shape[1]
         self.channels, self.here = channels, moves.number[channels].tolist()
