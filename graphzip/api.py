@@ -21,12 +21,13 @@ from graphzip.graph.source import first_line
 from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.traced import Traced
 from graphzip.plan.plan import Plan
+from graphzip.progress import Progress, counted, step, watched
 from graphzip.rewrite.join_models import join, module_of
 from graphzip.rewrite.join_modes import trace_in
 from graphzip.traces import Trace, check_own, of_trace, of_traces
 from graphzip.tracing.results import Outputs
 from graphzip.tracing.trace import trace
-from graphzip.training.prepared import Prepared
+from graphzip.training.prepared import Callbacks, Prepared
 from graphzip.training.tune import Tune, held_out
 from graphzip_passes.base import pass_of
 
@@ -97,6 +98,7 @@ def prepare(
     outputs: Any | None = None,
     mode: str = "eval",
     tune: bool | int | Tune | None = None,
+    progress: Progress = None,
 ) -> Prepared:
     """Decide what `plan` does to `model`, and give a copy of it to train before it is done.
 
@@ -125,6 +127,10 @@ def prepare(
     without labels, after all passes: true, a number of epochs, or `graphzip.Tune`. Some of the data is held out from
     the start, from passes too; it judges, and nothing stays that is worse on it. The report says what was gained.
 
+    `progress` is told how far the work is, also that of `convert`: `progress(done, all, what)`, with how many alike
+    things are done, how many there are and what comes next. True shows a bar on stderr, with the time that is left, on
+    a terminal or in a notebook, and elsewhere a line for every ten per cent.
+
     Where the plan has a pass that joins models, or none at all, which packs them side by side, `model` is a mapping
     from task names to modules, and `example_inputs`, `calibration`, `dynamic_shapes` and `outputs` (where given) are
     mappings with the same keys. A model may be given as a `Trace` of it, which has its inputs, scope, shapes, outputs
@@ -133,8 +139,9 @@ def prepare(
     Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`, `NotFoundError`.
     """
     views = (scope, dynamic_shapes, outputs, mode)
-    scores = (loss, evaluate)
-    return _prepare(model, plan, example_inputs, calibration, scores, seed, *views, Tune.of(tune), trained=True)
+    callbacks = Callbacks(loss, evaluate, progress)
+    with watched(progress):
+        return _prepare(model, plan, example_inputs, calibration, callbacks, seed, *views, Tune.of(tune), trained=True)
 
 
 def _prepare(
@@ -142,7 +149,7 @@ def _prepare(
     plan: Plan,
     example_inputs: Inputs | None,
     calibration: Batches | None,
-    scores: tuple[Loss | None, Score | None],
+    callbacks: Callbacks,
     seed: int,
     scope: str | None,
     dynamic_shapes: Any | None,
@@ -159,17 +166,14 @@ def _prepare(
     source: Any = given.model if given is not None else {name: each.model for name, each in traces.items()} or model
     _check(source, plan)
     check_seed(seed)
-    _check_scores(scores, model, calibration, scope)
+    _check_callbacks(callbacks, model, calibration, scope)
     borrowed = not trained and _keeps_off(plan)
     with torch.inference_mode(False):
         if isinstance(source, Mapping):
-            if scope is not None:
-                raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
-            if mode != "eval":
-                raise PlanError(f"mode={mode!r} is for one model, but several were given; join their eval forms")
+            _check_views_of_several(scope, mode)
             views = _by_tasks(source, dynamic_shapes=dynamic_shapes, outputs=outputs)
             calls: Any = {name: each.call for name, each in traces.items()} or example_inputs
-            data = (calibration, scores[1])
+            data = (calibration, callbacks)
             return _prepare_several(source, traces, plan, calls, data, seed, views, tune, borrowed=borrowed)
         inputs = example_inputs if example_inputs is not None or given is not None else _inputs_of(plan, source)
         call = given.call if given is not None else call_of(source, inputs)
@@ -179,6 +183,7 @@ def _prepare(
         if given is not None:
             traced, known = given.for_copy(trainable, borrowed=borrowed)
         else:
+            step(f"tracing {type(source).__name__}")
             traced = trace_in(mode, trainable, call, compare=True, **view)
         if not borrowed:
             check_own(source, traced)
@@ -192,16 +197,23 @@ def _prepare(
             original=source,
             example_inputs=call,
             calibration=held_out(calibration, tune, traced, {"": Signature.of(source, call)}, seed=seed),
-            scores=scores,
+            callbacks=callbacks,
             seed=seed,
             borrowed=borrowed,
             known=known,
         )
 
 
-def _check_scores(scores: tuple[Any, Any], model: Models, calibration: Batches | None, scope: str | None) -> None:
-    loss, evaluate = scores
-    check_callable(evaluate, "evaluate", "evaluate(module), which gives a score")
+def _check_views_of_several(scope: str | None, mode: str) -> None:
+    if scope is not None:
+        raise PlanError("scope names a submodule of one model, but several were given; give the submodules")
+    if mode != "eval":
+        raise PlanError(f"mode={mode!r} is for one model, but several were given; join their eval forms")
+
+
+def _check_callbacks(callbacks: Callbacks, model: Models, calibration: Batches | None, scope: str | None) -> None:
+    loss = callbacks.loss
+    check_callable(callbacks.evaluate, "evaluate", "evaluate(module), which gives a score")
     check_callable(loss, "loss", "loss(outputs, labels)")
     if loss is not None and (isinstance(model, Mapping) or scope is not None):
         raise PlanError("loss= is of what one model gives as a whole; leave it out with several models or a scope")
@@ -214,7 +226,7 @@ def _prepare_several(
     traces: Mapping[str, Trace],
     plan: Plan,
     example_inputs: Inputs | None,
-    data: tuple[Batches | None, Score | None],
+    data: tuple[Batches | None, Callbacks],
     seed: int,
     views: Mapping[str, dict[str, Any]],
     tune: Tune | None,
@@ -224,13 +236,13 @@ def _prepare_several(
     """Prepare a joint model: a copy of `models`, or what is `borrowed` from them for a pass that keeps off it."""
     if example_inputs is None:
         raise ExampleInputError("no example inputs: pass a mapping, example_inputs={'a': (xa,), 'b': (xb,)}")
-    calibration, evaluate = data
+    calibration, callbacks = data
     given = _by_task(example_inputs, models, "example_inputs")
     inputs = {name: _positional(name, models[name], each) for name, each in given.items()}
     batches = None if calibration is None else _by_task(calibration, models, "calibration")
     copies = _copy(dict(models), borrowed=borrowed)
     traced = {}
-    for name, model in copies.items():
+    for name, model in counted(copies.items(), "tracing", lambda task: task[0]):
         try:
             if traces:
                 traced[name], _ = traces[name].for_copy(model, borrowed=borrowed)
@@ -250,7 +262,7 @@ def _prepare_several(
         original=joined_module(models, arity),
         example_inputs=inputs,
         calibration=held_out(batches, tune, joint, signatures, seed=seed),
-        scores=(None, evaluate),
+        callbacks=callbacks,
         seed=seed,
         borrowed=borrowed,
     )
@@ -272,6 +284,7 @@ def compile(
     outputs: Any | None = None,
     mode: str = "eval",
     tune: bool | int | Tune | None = None,
+    progress: Progress = None,
 ) -> Compiled:
     """Carry out `plan`: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
 
@@ -282,8 +295,9 @@ def compile(
     check_callable(train, "train", "train(prepared, stage)")
     trained = train is not None
     views = (scope, dynamic_shapes, outputs, mode)
-    tuned, scores = Tune.of(tune), (loss, evaluate)
-    prepared = _prepare(model, plan, example_inputs, calibration, scores, seed, *views, tuned, trained=trained)
+    fitted, callbacks = Tune.of(tune), Callbacks(loss, evaluate, progress)
+    with watched(progress):
+        prepared = _prepare(model, plan, example_inputs, calibration, callbacks, seed, *views, fitted, trained=trained)
     if train is not None:
         for stage in prepared.steps():
             call_user(train, prepared, stage)

@@ -19,7 +19,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from graphzip.errors import GraphZipError
 from graphzip.global_lock import ALONE
 
-__all__ = ["call_user", "is_users", "public", "user_data", "users_own"]
+__all__ = ["call_user", "is_users", "public", "tell_user", "user_data", "users_own"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,6 +113,12 @@ def call_user(function: Callable[..., T], *args: Any) -> T:
     """Call a function of the user: what it raises is the user's, also where it is called with what it does not take."""
     with ALONE.released(), _marking():
         return function(*args)
+
+
+def tell_user(function: Callable[..., object], *args: Any) -> None:
+    """Call a function of the user that is only told something, and is quick; other threads go on waiting."""
+    with _marking():
+        function(*args)
 
 
 def user_data(data: Iterable[T]) -> Iterator[T]:

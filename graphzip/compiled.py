@@ -33,6 +33,7 @@ from graphzip.graph.tasks import joined_module
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.measuring import MeasuredState, measured
+from graphzip.progress import Progress, watched
 from graphzip.report.card import AFTER, BEFORE, Card, Scores
 from graphzip.report.report import Report
 from graphzip.report.tables import change, closest, quantity
@@ -130,6 +131,7 @@ class Compiled:
         calibration: Iterable[Any] | None = None,
         error: float | None = None,
         simplify: bool = False,
+        progress: Progress = None,
     ) -> ExportReport:
         """Write an ONNX file to `path` and check it against `module`: graph, weights, and outputs in onnxruntime.
 
@@ -151,23 +153,25 @@ class Compiled:
         off by `error` of the largest output: 0.1 for int8, 0.01 for fp16. `simplify` has onnxslim simplify the graph
         (`pip install "graphzip[simplify]"`), which may move outputs by 1e-4.
 
+        `progress` is told how far it is, as that of `compile`.
+
         Raises `ExportError` where it cannot be written and `VerificationError` where it is something else; then no file
         is left.
         """
         flags = {"dynamic_batch": dynamic_batch, "verify": verify, "per_task": per_task, "same_input": same_input}
         self._check_export(opset, {**flags, "simplify": simplify})
         options: dict[str, Any] = {"opset": opset, "dynamic_batch": dynamic_batch, "verify": verify}
-        if quantize is not None or simplify:
-            asked = rework_of(
-                quantize, error, simplify=simplify, several=bool(self.tasks), has_data=calibration is not None
-            )
-            target = as_path(path, ExportError)
-            batches = self._answers(calibration)
-            found = export_reworked(
-                target, asked, lambda file: self._exported(file, options, per_task=False, same_input=False), batches
-            )
-        else:
-            found = self._exported(path, options, per_task=per_task, same_input=same_input)
+        with watched(progress):
+            if quantize is None and not simplify:
+                found = self._exported(path, options, per_task=per_task, same_input=same_input)
+            else:
+                several, has_data = bool(self.tasks), calibration is not None
+                found = export_reworked(
+                    as_path(path, ExportError),
+                    rework_of(quantize, error, simplify=simplify, several=several, has_data=has_data),
+                    lambda file: self._exported(file, options, per_task=False, same_input=False),
+                    lambda: self._answers(calibration),
+                )
         if verify:
             self.report = replace(self.report, verification=tuple(str(found).splitlines()))
         return found

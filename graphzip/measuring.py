@@ -13,6 +13,7 @@ import torch
 from graphzip.analysis.cost import Cost
 from graphzip.errors import GraphZipError
 from graphzip.graph.source import first_line
+from graphzip.progress import counted, step
 from graphzip.report.card import Card, Figures
 from graphzip.runtime.inference import latencies_of, machine, memory_of
 
@@ -42,13 +43,14 @@ def measured(states: Sequence[MeasuredState], leaves: Sequence[torch.Tensor], ba
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Path] = {}
         sizes: dict[str, int] = {}
-        for number, state in enumerate(states):
+        for number, state in enumerate(counted(states, "writing", lambda state: state.name)):
             file = Path(folder) / f"{number}.onnx"
             try:
                 sizes[state.name] = state.write(file)
                 files[state.name] = file
             except GraphZipError as error:
                 notes.append(f"{state.name}: no time in onnxruntime, for no file can be written: {first_line(error)}")
+        step("measuring latency and memory in onnxruntime")
         times = _times(files, leaves, batches, notes)
         memory = {name: memory_of(files[name], leaves) for name in times}
     figures = [

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "graphzip.files",
         "graphzip.folders",
         "graphzip.numeric",
+        "graphzip.progress",
         "graphzip.report.tables",
         "graphzip.scores",
     ),

@@ -11,7 +11,7 @@ import typer
 
 from graphzip.commands.options import CardOption, RunOptions, SaveOptions, command
 from graphzip.commands.subject import BuiltModel, finish
-from graphzip.commands.terminal import Progress, UsageError, at_work
+from graphzip.commands.terminal import Tell, UsageError, at_work
 from graphzip.commands.usage import (
     Weights,
     build,
@@ -126,7 +126,7 @@ def _joined(
     given: JointOptions,
     saved: SaveOptions,
     run: RunOptions,
-    tell: Progress,
+    tell: Tell,
 ) -> Any:
     import graphzip as gz
 

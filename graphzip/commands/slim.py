@@ -24,7 +24,7 @@ from graphzip.commands.options import (
     command,
 )
 from graphzip.commands.subject import BuiltModel, as_json_text, built, checked, data_of, finish, view
-from graphzip.commands.terminal import Progress, UsageError, at_work, show
+from graphzip.commands.terminal import Tell, UsageError, at_work, show
 from graphzip.commands.usage import budget_of, check_files, check_writable, find, option, tuning_of
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def plan(
         subject = built(model, source, shown.scope, run.seed, tell)
         study = _measured(subject, batches, amounts, (budget, widths, shown), run.seed, tell)
         tell("splitting the budget")
-        found = study.plan(tell.bar, **amounts)
+        found = study.plan(**amounts)
         found.save(output)
         if plot is not None:
             gz.draw_study(study, plot)
@@ -152,7 +152,7 @@ def compile_(
         batches, judge = data_of(data, source)
         spec = find(model, imports or [])
         found = gz.Plan.load(plan_file) if plan_file is not None else _kept(keep, widths, has_data=batches is not None)
-        tuning = tuning_of(data.calibration, tell.bar if tune else None)
+        tuning = tuning_of(data.calibration) if tune else None
         named = f"{plan_file}: inputs" if found.inputs else None
         subject = built(model, source, shown.scope, run.seed, tell, spec=spec, plan_inputs=named)
         traced: Any = subject.module
@@ -161,7 +161,7 @@ def compile_(
             with subject.inputs_told():
                 traced = gz.trace(subject.module, subject.example, **sees)
             study = _measured(subject, batches, amounts, (budget, widths, None), run.seed, tell, traced)
-            found, example, sees = study.plan(tell.bar, **amounts), None, {}
+            found, example, sees = study.plan(**amounts), None, {}
         tell(f"compiling {model}")
         with subject.inputs_told():
             compiled = gz.compile(
@@ -234,7 +234,7 @@ def factorize(
         with subject.inputs_told():
             compiled = gz.compile(
                 subject.module, gz.Plan([factors]), subject.example, calibration=batches, evaluate=judge.evaluate,
-                seed=run.seed, tune=tuning_of(data.calibration, tell.bar if tune else None), **view(shown),
+                seed=run.seed, tune=tuning_of(data.calibration) if tune else None, **view(shown),
             )  # fmt: skip
         done = finish(compiled, subject, output, saved, tell, judge=judge, card=data.card, as_json=run.as_json)
     done.show()
@@ -341,7 +341,7 @@ def _measured(
     amounts: dict[str, float],
     options: tuple[BudgetOptions, WidthRuleOptions, ViewOptions | None],
     seed: int,
-    tell: Progress,
+    tell: Tell,
     traced: Any = None,
 ) -> WidthStudy:
     """A study of the model that has measured all that a plan for the budget needs."""
@@ -366,12 +366,12 @@ def _measured(
             **({} if shown is None else view(shown)),
         )
     study.check(**amounts)
-    study.measure(tell.bar)
+    study.measure()
     return study
 
 
 def _distilled(
-    compiled: Compiled, subject: BuiltModel, batches: Any, judge: Judge, epochs: int, scope: str | None, tell: Progress
+    compiled: Compiled, subject: BuiltModel, batches: Any, judge: Judge, epochs: int, scope: str | None, tell: Tell
 ) -> None:
     """Train the slim model with the original as teacher."""
     import graphzip as gz

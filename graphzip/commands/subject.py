@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from graphzip.commands.judging import Judge
-from graphzip.commands.terminal import ExitCode, Progress, say, show
+from graphzip.commands.terminal import ExitCode, Tell, say, show
 from graphzip.commands.usage import (
     Weights,
     build,
@@ -57,7 +57,7 @@ def built(
     source: SourceOptions,
     scope: str | None,
     seed: int,
-    tell: Progress,
+    tell: Tell,
     *,
     spec: ModelSpec | None = None,
     plan_inputs: str | None = None,
@@ -127,7 +127,7 @@ def finish(
     subject: BuiltModel,
     output: Path,
     saved: SaveOptions,
-    tell: Progress,
+    tell: Tell,
     *,
     judge: Judge | None = None,
     card: bool = True,

@@ -11,23 +11,21 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from types import FrameType
-from typing import Final, TextIO
+from typing import Final, TextIO, TypeAlias
 
-import rich.progress
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from graphzip.boundary import users_own
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError, VerificationError
+from graphzip.progress import Bar, step, watched
 
-__all__ = ["ExitCode", "Progress", "UsageError", "at_work", "in_flags", "own_process", "say", "show"]
+__all__ = ["ExitCode", "Tell", "UsageError", "at_work", "in_flags", "own_process", "say", "show"]
 
-_BAR: Final = 30  # characters
 _PLAIN: Final = str.maketrans({"─": "-", "━": "=", "╌": ".", "±": "~", "…": "."})
 _ARGUMENTS: Final = "macs|params|bytes|latency|calibration|cache|seed|scope|mode|opset|tune|target|evaluate|error"
 
@@ -41,6 +39,10 @@ class ExitCode(IntEnum):
     VERIFICATION = 3
     UNCHANGED = 4
     INTERRUPTED = 130
+
+
+Tell: TypeAlias = Callable[[str], None]
+"""Says what a command does next."""
 
 
 class UsageError(GraphZipError):
@@ -176,56 +178,21 @@ def _mute(stream: TextIO | None) -> None:
 # ------------------------------------------------------------------------------------------------- while working
 
 
-class Progress:
-    """Says on stderr what is being done: a bar with the time that is left on a terminal or in a notebook.
-
-    Elsewhere, of what is counted, a line for every ten per cent.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._shown = console.is_terminal or console.is_jupyter
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(_BAR))
-        self._progress = rich.progress.Progress(
-            *columns,
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not self._shown,
-        )
-        self._task = self._progress.add_task("starting", total=None)
-        self._told = 0
-
-    def __enter__(self) -> Progress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._progress.stop()
-
-    def __call__(self, text: str) -> None:
-        """Say what comes next."""
-        logging.getLogger(__name__).info(text)
-        self._told = 0
-        self._progress.reset(self._task, total=None, description=text)
-
-    def bar(self, done: int, total: int, text: str) -> None:
-        """How much of many alike things is done, and what comes next."""
-        self._progress.update(self._task, total=total, completed=done, description=text)
-        tenths = 10 * done // max(total, 1)
-        if tenths > self._told and not self._shown:
-            say(f"{10 * tenths} % {text}")
-        self._told = tenths
-
-
 @contextlib.contextmanager
-def at_work(verbose: int) -> Iterator[Progress]:
-    """Logs and whatever the work prints go to stderr; an error becomes one line there and an exit code."""
+def at_work(verbose: int) -> Iterator[Tell]:
+    """Gives what says the next step; that, logs and whatever the work prints go to stderr.
+
+    An error becomes one line there and an exit code.
+    """
     console = Console(stderr=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr), _logging(console, verbose), Progress(console) as progress:
-            yield progress
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            _logging(console, verbose),
+            Bar(console) as bar,
+            watched(bar),
+        ):
+            yield step
     except (KeyboardInterrupt, SystemExit, Exception) as error:
         reason = KeyboardInterrupt() if _interrupts else error
         if verbose:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,15 +125,13 @@ def calibration_of(path: Path | None, shapes: tuple[InputShape, ...] = ()) -> An
         return load_calibration(path, by_name=any(shape.name for shape in shapes))
 
 
-def tuning_of(calibration: Path | None, progress: Callable[[int, int, str], object] | None) -> Tune | None:
-    """How the result is tuned, where something is to be told of the progress."""
-    if progress is None:
-        return None
+def tuning_of(calibration: Path | None) -> Tune:
+    """How `--tune` has the result tuned."""
     if calibration is None:
         raise UsageError("--tune needs calibration data: give --calibration, or leave --tune out")
     import graphzip as gz
 
-    return gz.Tune(progress=progress)
+    return gz.Tune()
 
 
 def check_opset(opset: int | None) -> None:

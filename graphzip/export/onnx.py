@@ -27,6 +27,7 @@ from graphzip.export.verify import Verification, read_model, verify_file
 from graphzip.files import check_target, staged
 from graphzip.global_lock import ALONE
 from graphzip.graph.copies import share_copy
+from graphzip.progress import step
 
 __all__ = ["Built", "ExportReport", "build", "check_onnx", "export_mode", "export_onnx"]
 
@@ -205,10 +206,12 @@ def build(
     A module of several tasks gives a dictionary `by_task`; each has inputs of its own unless it is the `same_input`.
     """
     skeleton = share_copy(module).eval()
+    step("tracing what is exported")
     captured = capture(skeleton, example, by_task=by_task, same_input=same_input)
     again = functools.partial(
         build, example=example, opset=opset, by_task=by_task, same_input=same_input, shared=shared
     )
+    step("converting it to ONNX")
     model = convert(captured, opset=opset, shared=shared)
     return Built(model, skeleton, captured, tuple(refuse(model, captured)), again)
 

@@ -38,6 +38,7 @@ from graphzip.export.runs import (
     with_float32_model,
 )
 from graphzip.export.weights import Found, trace_weights
+from graphzip.progress import step
 
 __all__ = ["Verification", "read_model", "verify_file"]
 
@@ -95,6 +96,7 @@ def verify_file(
             raise VerificationError(
                 f"{path.name} is not the module: its {what} are {', '.join(own)}, the module's {', '.join(wanted)}"
             )
+    step(f"comparing graph and weights of {path.name} with the module")
     weights = trace_weights(there, module, captured.program)
     differs = difference(model, there, () if fresh else weights.computed)
     if weights.wrong:
@@ -159,6 +161,7 @@ def _compare_outputs(
         )
         if deterministic:
             found.notes.append(f"the file draws no random numbers where the module does: {', '.join(draws)}")
+    step("comparing outputs in onnxruntime")
     runs = run_all(reference, captured)
     judged = _judged(session, reference, captured, runs)
     if convert is not None and not draws and any(each.unchecked for each in judged):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -17,11 +18,13 @@ CHANNELS_DIFFER: Final = "channels that were not identical became one"
 CHANNELS_LOST: Final = "channels were dropped, or norms that were left plain count merged channels once"
 """What is lost where channels go that count; reports of models that were saved without a reason mean this one."""
 
+_SENTENCE: Final = re.compile(r"[a-z]{2,} [a-z]{2,} ")
+
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report: each of `rows` has a cell for each of `columns`, of which all but the first stand flush
-    right.
+    """A table of a report: each of `rows` has a cell for each of `columns`, of which all but the first and those with
+    sentences stand flush right.
 
     `title` is a line above the table and `note` a paragraph below it. Cells that are no text are written as text.
     Raises `GraphZipError` where a row has another number of cells.
@@ -39,8 +42,14 @@ class Table:
             if len(row) != len(self.columns):
                 raise GraphZipError(f"a table of the columns {self.columns} has the row {row}; give a cell for each")
 
+    @property
+    def flush_left(self) -> frozenset[int]:
+        """The columns of names and of sentences."""
+        cells = zip(*self.rows, strict=True)
+        return frozenset({0, *(number for number, each in enumerate(cells) if any(map(_SENTENCE.search, each)))})
+
     def __str__(self) -> str:
-        columns = [Column(title, right=number > 0) for number, title in enumerate(self.columns)]
+        columns = [Column(title, right=number not in self.flush_left) for number, title in enumerate(self.columns)]
         parts = [self.title, table(columns, self.rows)]
         return "\n".join(part for part in parts if part) + (f"\n\n{self.note}" if self.note else "")
 

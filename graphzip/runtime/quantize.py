@@ -25,6 +25,7 @@ from graphzip.export.optional_packages import require
 from graphzip.export.report import ExportReport
 from graphzip.export.runs import session_of, short
 from graphzip.files import staged
+from graphzip.progress import step
 
 __all__ = ["Rework", "export_reworked", "rework_of"]
 
@@ -76,24 +77,27 @@ def export_reworked(
     path: Path,
     asked: Rework,
     write: Callable[[Path], ExportReport],
-    batches: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]],
+    answers: Callable[[], Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]],
 ) -> ExportReport:
     """Let `write` make and verify the file in float, rework it, and put it at `path` once it has been compared.
 
-    `batches` are pairs of the inputs of the file and what the module gives for them, on which it is calibrated and
+    `answers` gives pairs of the inputs of the file and what the module gives for them, on which it is calibrated and
     compared. Raises `ExportError` where a tool fails, `MissingDependencyError` without it, `VerificationError` where
     outputs are off by more than the error that is allowed; then nothing is written.
     """
     with tempfile.TemporaryDirectory() as folder, staged(path, ExportError) as target:
-        plain = Path(folder) / "float.onnx"
+        plain, batches = Path(folder) / "float.onnx", answers()
         report = write(plain)
         names = [each.name for each in session_of(plain).get_inputs()]
         feeds = [dict(zip(names, (leaf.cpu().numpy() for leaf in inputs), strict=True)) for inputs, _ in batches]
         if asked.simplify:
+            step("simplifying")
             _carried_out("simplify: onnxslim", lambda: _simplify(plain, plain if asked.kind else target))
         if asked.kind:
+            step(f"quantizing to {asked.kind}")
             what = f"quantize={asked.kind!r}: onnxruntime's quantizer"
             _carried_out(what, lambda: _quantize(plain, target, asked, feeds))
+        step("comparing outputs in onnxruntime")
         worst, scale = _apart(target, feeds, [outputs for _, outputs in batches])
         share = worst / scale if scale else worst
         if not share <= asked.error:

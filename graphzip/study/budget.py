@@ -26,6 +26,7 @@ from graphzip.plan.criteria import CRITERIA
 from graphzip.plan.options import PassOptions
 from graphzip.plan.passes import ClusterMerge
 from graphzip.plan.plan import Plan
+from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.origin import Study
 from graphzip.report.page import study_fragment
 from graphzip.report.tables import preformatted
@@ -38,7 +39,7 @@ from graphzip.study.laboratory import CONSTANTS
 from graphzip.study.latency import fast_ranks, latency_at
 from graphzip.study.measurements import Measurements, identity, key_of
 from graphzip.study.planned import planned_passes
-from graphzip.study.sensitivities import CHECKS, EFFORTS, MEASURED_ON, Progress, Sensitivity, Subject, Survey
+from graphzip.study.sensitivities import CHECKS, EFFORTS, MEASURED_ON, Sensitivity, Subject, Survey
 from graphzip.study.units import Units, ranked_layers
 from graphzip.study.widths import WidthRules
 from graphzip.traces import Trace, of_trace
@@ -79,42 +80,42 @@ def plan_for(
     min_width: int | None = None,
     target: str | None = None,
     uniform: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Plan:
     """A plan that brings the model within a budget and moves its outputs as little as possible.
 
     `macs`, `params` and `bytes` (of parameters and buffers) may be given together, and all are met; or `latency` (of
     one sample in onnxruntime here) alone. A float of at most 1 is a share, anything else absolute (a latency in
-    milliseconds). The other arguments are those of `WidthStudy`; `progress(done, all, what)` is called as
-    measuring goes on. Compile the plan with the same data.
+    milliseconds). The other arguments are those of `WidthStudy`, and `progress` is that of `compile`. Compile the plan
+    with the same data.
 
     Raises `PlanError` where no budget is given, or one is out of reach: before anything is measured, with what can be
     reached. Other errors are those of `compile`.
     """
     budgets = given(macs=macs, params=params, bytes=bytes, latency=latency)
-    check_callable(progress, "progress", "progress(done, all, what)")
-    study = WidthStudy(
-        model,
-        example_inputs,
-        calibration=calibration,
-        evaluate=evaluate,
-        evaluate_name=evaluate_name,
-        passes=passes,
-        cache=cache,
-        seed=seed,
-        scope=scope,
-        dynamic_shapes=dynamic_shapes,
-        outputs=outputs,
-        mode=mode,
-        effort=effort,
-        round_to=round_to,
-        min_width=min_width,
-        target=target,
-        uniform=uniform,
-    )
-    study.check(**budgets)
-    study.measure(progress)
-    return study.plan(progress, **budgets)
+    with watched(progress):
+        study = WidthStudy(
+            model,
+            example_inputs,
+            calibration=calibration,
+            evaluate=evaluate,
+            evaluate_name=evaluate_name,
+            passes=passes,
+            cache=cache,
+            seed=seed,
+            scope=scope,
+            dynamic_shapes=dynamic_shapes,
+            outputs=outputs,
+            mode=mode,
+            effort=effort,
+            round_to=round_to,
+            min_width=min_width,
+            target=target,
+            uniform=uniform,
+        )
+        study.check(**budgets)
+        study.measure()
+        return study.plan(**budgets)
 
 
 class WidthStudy:
@@ -195,6 +196,7 @@ class WidthStudy:
             if given is not None:
                 self.traced, known = given.for_copy(whole, borrowed=True)
             else:
+                step(f"tracing {type(source).__name__}")
                 self.traced = trace_in(mode, whole, call, **view)
                 known = Analysed.of(self.traced)
             self.analysis, self.groups = known.analysis, known.groups
@@ -237,14 +239,15 @@ class WidthStudy:
 
     @public
     @torch.no_grad()
-    def measure(self, progress: Progress | None = None) -> tuple[Sensitivity, ...]:
+    def measure(self, progress: Progress = None) -> tuple[Sensitivity, ...]:
         """How far the outputs move when each group alone is narrowed; nothing is measured twice."""
-        self.sensitivities = self.survey.run(progress)
+        with watched(progress):
+            self.sensitivities = self.survey.run()
         return self.sensitivities
 
     @public
     @torch.no_grad()
-    def plan(self, progress: Progress | None = None, /, **budget: float) -> Plan:
+    def plan(self, progress: Progress = None, /, **budget: float) -> Plan:
         """The plan for a budget, or for several that are to be met; `measure` comes first.
 
         Some ways to split it are tried, unless the effort is "fast" or a latency is asked for; `progress` is told.
@@ -252,26 +255,26 @@ class WidthStudy:
         amounts = checked(budget)
         curves = self._curves()
         if LATENCY in amounts:
-            return self._plan_of(self._for_latency(amounts[LATENCY]), timed=True)
+            with watched(progress):
+                return self._plan_of(self._for_latency(amounts[LATENCY]), timed=True)
         prices = {what: self._price(what) for what in amounts}
         limits = [Budget(price, absolute(amounts[what], price.whole)) for what, price in prices.items()]
-        found = [self._split(each, limits, progress) for each in self.units.alone(curves)]
-        splits = [gone for gone in found if gone is not None]
-        if not splits:
-            raise PlanError(f"{', '.join(amounts)}: out of reach; call check() to see what can be reached")
-        gone = splits[0]
-        if len(splits) > 1:
-            gone = min(splits, key=lambda each: self.survey.together(self.units.widths(each), 0, progress))
+        with watched(progress):
+            found = [self._split(each, limits) for each in self.units.alone(curves)]
+            splits = [gone for gone in found if gone is not None]
+            if not splits:
+                raise PlanError(f"{', '.join(amounts)}: out of reach; call check() to see what can be reached")
+            gone = splits[0]
+            if len(splits) > 1:
+                gone = min(splits, key=lambda each: self.survey.together(self.units.widths(each)))
         self.chosen = self._point(next(iter(amounts)), curves, gone)
         return self._plan_of(self.units.widths(gone))
 
-    def _split(
-        self, curves: Sequence[Curve], limits: Sequence[Budget], progress: Progress | None
-    ) -> NDArray[np.int64] | None:
+    def _split(self, curves: Sequence[Curve], limits: Sequence[Budget]) -> NDArray[np.int64] | None:
         return corrected(
             curves,
             lambda bent: self.kinds.allocate(bent, limits),
-            lambda tried, number: self.survey.together(self.units.widths(tried), number, progress),
+            lambda tried, number: self.survey.together(self.units.widths(tried), number),
             most=CHECKS[self.effort],
             order=self.units.order,
         )
@@ -370,7 +373,7 @@ class WidthStudy:
             return {}
         low, high, best = 0.0, 1.0, self._least_latency()
         curves = self.units.faster(self._curves(), self._fast_ranks)
-        for _ in range(_TRIES):
+        for _ in counted(range(_TRIES), "measuring latency"):
             middle = (low + high) / 2
             gone = self.kinds.allocate(curves, [Budget(self.prices.macs, middle * self.prices.macs.whole)])
             if gone is None:

@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,10 +32,10 @@ from torch import nn
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.groups import ChannelGroups
-from graphzip.boundary import call_user
 from graphzip.graph.batches import leading
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge, LowRank, PruneChannels
+from graphzip.progress import counted, step, told, unwatched
 from graphzip.study.first_order import first_order_losses
 from graphzip.study.laboratory import Laboratory
 from graphzip.study.measurements import Measurements
@@ -45,7 +44,7 @@ from graphzip_passes.base import PassContext
 from graphzip_passes.cluster_merge.cluster_merge import Known, known_of
 from graphzip_passes.cluster_merge.elimination import eliminations, readable_groups
 
-__all__ = ["CHECKS", "EFFORTS", "FRACTIONS", "MEASURED_ON", "Progress", "Sensitivity", "Subject", "Survey"]
+__all__ = ["CHECKS", "EFFORTS", "FRACTIONS", "MEASURED_ON", "Sensitivity", "Subject", "Survey"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,6 @@ _NOTHING: Final = 1e-9  # a loss that is none, relative to the variance of the o
 _USUAL: Final = 0.75
 _EXPONENTS: Final = (0.3, 1.2)
 
-Progress = Callable[[int, int, str], object]
 """`(done, all, what is next)`."""
 
 
@@ -133,13 +131,13 @@ class Survey:
         self._kept: dict[tuple[str, int], float] = {}
         self._orders: dict[str, tuple[int, ...]] | None = None  # once they were found for estimates
 
-    def run(self, progress: Progress | None) -> tuple[Sensitivity, ...]:
+    def run(self) -> tuple[Sensitivity, ...]:
         """Estimate and measure what is not kept."""
-        estimates = self._estimates(progress)
+        estimates = self._estimates()
         powers = [self._shapes(estimates)] if estimates or self._shapes_alone else []
         kinds = [estimates, *powers, self._energies]
         fitted = kinds[1:] if self.effort == "fast" else kinds
-        measured = self._measured(self._to_measure(kinds, fitted), progress)
+        measured = self._measured(self._to_measure(kinds, fitted))
         curves = dict(measured)
         for kind in kinds:
             fits = _between([_fit(kind[name], measured[name]) for name in kind])
@@ -148,38 +146,32 @@ class Survey:
             Sensitivity(name, self.subject.full(name), tuple(curves[name].items())) for name in self.subject.choices
         )
 
-    def together(self, widths: Mapping[str, int], number: int = 0, progress: Progress | None = None) -> float:
+    def together(self, widths: Mapping[str, int], number: int = 0) -> float:
         """The loss with all groups at these widths at once; it is measured where it is not kept."""
         key = hashlib.sha256(json.dumps(sorted(widths.items())).encode()).hexdigest()
         name, total = f"together {key}", sum(widths.values())
         loss = self._get(name, total)
         if loss is None:
-            if progress is not None:
-                call_user(progress, number, CHECKS[self.effort], f"all groups together, try {number + 1}")
-            loss = self._laboratory.loss_together(widths)
+            told(number, CHECKS[self.effort], f"all groups together, try {number + 1}")
+            with unwatched():
+                loss = self._laboratory.loss_together(widths)
             logger.info("all groups together, %d channels: the outputs move by %.3g", total, loss)
             self._put(name, total, loss)
         return loss
 
     # --------------------------------------------------------------------------------------------- measurements
 
-    def _measured(self, wanted: Sequence[tuple[str, int]], progress: Progress | None) -> dict[str, dict[int, float]]:
+    def _measured(self, wanted: Sequence[tuple[str, int]]) -> dict[str, dict[int, float]]:
         found: dict[str, dict[int, float]] = {name: {} for name in self.subject.choices}
-        started, fresh = time.perf_counter(), 0
-        for number, (name, width) in enumerate(wanted):
-            loss = self._get(name, width)
-            if loss is None:
-                if progress is not None:
-                    left = _left(time.perf_counter() - started, fresh, len(wanted) - number)
-                    call_user(progress, number, len(wanted), f"{name}: {width} of {self.subject.full(name)}{left}")
-                loss = self._laboratory.loss(name, width)
-                fresh += 1
-                size = self.subject.full(name)
-                logger.info("%s: %d of %d move the outputs by %.3g", name, width, size, loss)
-                self._put(name, width, loss)
-            found[name][width] = loss
-        if progress is not None:
-            call_user(progress, len(wanted), len(wanted), "")
+        kept = {key: loss for key in wanted if (loss := self._get(*key)) is not None}
+        missing = [key for key in wanted if key not in kept]
+        for name, width in counted(missing, "measuring", lambda key: f"{key[0]} at {key[1]}"):
+            with unwatched():
+                loss = kept[name, width] = self._laboratory.loss(name, width)
+            logger.info("%s: %d of %d move the outputs by %.3g", name, width, self.subject.full(name), loss)
+            self._put(name, width, loss)
+        for name, width in wanted:
+            found[name][width] = kept[name, width]
         return found
 
     def _to_measure(
@@ -271,7 +263,7 @@ class Survey:
 
     # --------------------------------------------------------------------------------------------- to first order
 
-    def _estimates(self, progress: Progress | None) -> dict[str, dict[int, float]]:
+    def _estimates(self) -> dict[str, dict[int, float]]:
         """By group and width the loss to first order, where there is one."""
         subject, options = self.subject, self.subject.options
         eliminates = isinstance(options, ClusterMerge) and options.clustering == RECONSTRUCTION
@@ -281,8 +273,7 @@ class Survey:
         wanted = [(name, width) for name in names for width in subject.widths(name)]
         kept = {key: loss for key in wanted if (loss := self._get(_first(key[0]), key[1])) is not None}
         if len(kept) < len(wanted):
-            if progress is not None:
-                call_user(progress, 0, 1, "which channels every group needs least")
+            step("which channels every group needs least")
             widths = {name: subject.widths(name) for name in names}
             eliminated = eliminations(subject.traced, subject.groups, subject.batches, names, widths)
             self._orders = {name: each.order for name, each in eliminated.items()}
@@ -300,14 +291,6 @@ class Survey:
 def _first(name: str) -> str:
     """What an estimate of a group is kept under."""
     return f"{name} (first order)"
-
-
-def _left(seconds: float, done: int, left: int) -> str:
-    """How long the rest takes, where that can be told."""
-    if not done:
-        return ""
-    rest = seconds / done * left
-    return f" (about {rest / 60:.0f} min left)" if rest >= 90 else f" (about {rest:.0f} s left)"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from graphzip.graph.copies import eval_copy
 from graphzip.graph.randomness import generators_kept, random_nodes
 from graphzip.graph.state import bytes_of
 from graphzip.graph.traced import Traced
+from graphzip.progress import counted, step
 from graphzip.report.card import Scores
 from graphzip.report.origin import Origin
 from graphzip.report.outcome import Bars, Outcome, Table
@@ -63,7 +64,8 @@ class Account:
     def judge(self, evaluate: Callable[[nn.Module], float] | None, **states: nn.Module) -> None:
         """Note what the user's score says of each of these models, in eval mode; nothing where there is no score."""
         if evaluate is not None:
-            self.scores |= {name: score_of(evaluate, eval_copy(module)) for name, module in states.items()}
+            for name, module in counted(states.items(), "scoring", lambda state: state[0]):
+                self.scores[name] = score_of(evaluate, eval_copy(module))
 
     def moves(
         self,
@@ -126,6 +128,7 @@ class Moves:
     ) -> Moves:
         """Run both models in eval mode."""
         found = {}
+        step("comparing outputs with the original's")
         for name, call in calls.items():
             old, new = original.get_submodule(name), module.get_submodule(name)
             batches = [example_of(old, call)] if data is None else data[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,7 @@ from graphzip.errors import ExampleInputError, GraphZipError, NotFoundError
 from graphzip.global_lock import ALONE
 from graphzip.graph.batches import run_batch
 from graphzip.graph.torch_private import pytree
+from graphzip.progress import Progress, told, watched
 from graphzip.report.tables import closest
 
 __all__ = ["distill"]
@@ -35,6 +37,7 @@ def distill(
     labels: float = 0.0,
     optimizer: torch.optim.Optimizer | None = None,
     scope: str | None = None,
+    progress: Progress = None,
 ) -> list[float]:
     """Train `student`, in place, to answer as `teacher` does: `distill(compiled.module, model, loader)`.
 
@@ -51,6 +54,8 @@ def distill(
 
     With a `scope`, only the parameters of that submodule are trained, to give what the teacher's gives: the loss is the
     mean square of what its floating-point outputs are apart, relative to their variance, and labels are not looked at.
+
+    `progress` is told of every step, as that of `compile`.
 
     Gives the mean loss of every epoch. Raises `ExampleInputError` where labels are asked for and not given, and for
     batches that a model does not take.
@@ -71,14 +76,11 @@ def distill(
     student.train(scope is None)
     part.train()
     teacher.eval()
-
-    def loss_of(batch: Any) -> torch.Tensor:
-        if scope is not None:
-            return _apart(student, teacher, batch, scope)
-        return _loss(student, teacher, batch, temperature, labels)
-
+    loss_of = partial(_loss, student, teacher, temperature=temperature, labels=labels)
+    if scope is not None:
+        loss_of = partial(_apart, student, teacher, scope=scope)
     try:
-        with ALONE.released():
+        with ALONE.released(), watched(progress):
             return _descend(loss_of, data, optimizer, epochs, steps, falls)
     finally:
         for module, mode in modes.items():
@@ -94,7 +96,8 @@ def _descend(
     falls: float | None,
 ) -> list[float]:
     """The mean loss of every epoch; the rate `falls` from there to zero, where it is given."""
-    losses, step = [], 0
+    losses: list[float] = []
+    step = 0
     for _ in range(epochs):
         total = count = 0.0
         for batch in user_data(data):
@@ -106,6 +109,7 @@ def _descend(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
+            told(step, steps, f"distilling, epoch {len(losses) + 1} of {epochs}")
             total, count = total + float(loss.detach()), count + 1
         losses.append(total / max(count, 1))
     return losses

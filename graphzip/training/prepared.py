@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from graphzip.graph.traced import Traced
 from graphzip.plan.options import PassOptions
 from graphzip.plan.plan import Plan
 from graphzip.plan.problems import show
+from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.card import AFTER, BEFORE, TUNED
 from graphzip.report.origin import Origin
 from graphzip.report.report import Tuning
@@ -39,12 +41,34 @@ from graphzip.training.tune import Divided, tune_
 from graphzip_passes.base import Constraint, Decision, PassContext, Stage, checked_outcome, pass_of
 from graphzip_passes.registry import BUILT_IN
 
-__all__ = ["Prepared", "follow_modes"]
+__all__ = ["Callbacks", "Prepared", "follow_modes"]
 
 logger = logging.getLogger(__name__)
 
+R = TypeVar("R")
+
 _PROGRESS = "progress"  # of the training, in a checkpoint: what is no part of the module
 _OF_THE_PLAN = ("plan", "_progress", "_account", "_history")
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions of the user: the `loss` that criteria differentiate, a score, and who is told how far the work is."""
+
+    loss: Callable[..., Any] | None = None
+    evaluate: Callable[[nn.Module], float] | None = None
+    progress: Progress = None
+
+
+def _shown(method: Callable[..., R]) -> Callable[..., R]:
+    """Decorator of what takes long: it is shown as `progress=` asked for."""
+
+    @functools.wraps(method)
+    def told(self: Prepared, *args: Any) -> R:
+        with watched(self._hidden["callbacks"].progress):
+            return method(self, *args)
+
+    return told
 
 
 @dataclass
@@ -82,7 +106,7 @@ class Prepared(nn.Module):
         example_inputs: Any,
         calibration: Any,
         seed: int,
-        scores: tuple[Callable[..., Any] | None, Callable[[nn.Module], float] | None] = (None, None),
+        callbacks: Callbacks | None = None,
         borrowed: bool = False,
         known: Analysed | None = None,
     ) -> None:
@@ -95,8 +119,7 @@ class Prepared(nn.Module):
             "original": original,
             "calibration": calibration,
             "inputs": example_inputs,
-            "loss": scores[0],
-            "evaluate": scores[1],
+            "callbacks": callbacks or Callbacks(),
             "borrowed": borrowed,
         }
         self._progress = _Progress(traced)
@@ -286,6 +309,7 @@ class Prepared(nn.Module):
         return torch.zeros(()) if parameter is None else parameter.new_zeros(())
 
     @public
+    @_shown
     def convert(self) -> Compiled:
         """Carry out every pass that is left and give the slimmer model; the prepared one can be thrown away then."""
         unfinished = self._progress.active is not None
@@ -297,9 +321,9 @@ class Prepared(nn.Module):
             module = self.model if unfinished else with_submodule(self.model, traced.scope, module_of(traced))
             follow_modes(module, original)
             inputs = _examples(self._hidden["inputs"], original, module)
-            account, evaluate = self._account, self._hidden["evaluate"]
+            account, evaluate = self._account, self._hidden["callbacks"].evaluate
             account.judge(evaluate, **{BEFORE: original, AFTER: module})
-            tuning = self._tuned(module, traced.scope)
+            tuning = _tuned(module, original, self._hidden["calibration"], traced.scope, self.seed)
             if tuning is not None:
                 account.judge(evaluate, **{TUNED: module})
             origin = Origin.of(self.plan, self.seed, self._history)
@@ -307,13 +331,6 @@ class Prepared(nn.Module):
             compiled = Compiled(module, report, traced, inputs)
         logger.info("%s", compiled.report)
         return compiled
-
-    def _tuned(self, module: nn.Module, scope: str) -> Tuning | None:
-        """What tuning the slim model gained, where that was asked for."""
-        data = self._hidden["calibration"]
-        if not isinstance(data, Divided):
-            return None
-        return tune_(module, self._hidden["original"], data, scope=scope, seed=self.seed)
 
     @property
     def _options(self) -> PassOptions:
@@ -345,7 +362,9 @@ class Prepared(nn.Module):
         progress = self._progress
         where = f"passes[{progress.position}].{self._options.kind}"
         trained, data = Trained(self.model, progress.traced, progress.ahead), self._data
-        calibration = None if data is None else Calibration(data, self._signatures, trained, self._hidden["loss"])
+        calibration = (
+            None if data is None else Calibration(data, self._signatures, trained, self._hidden["callbacks"].loss)
+        )
         return PassContext(where, self.seed, trained, calibration, known)
 
     @property
@@ -373,6 +392,7 @@ class Prepared(nn.Module):
         """Let the next pass decide, where there is one; `known` is the analysis of the graph, where it was made."""
         progress = self._progress
         if progress.position < len(self.plan.passes):
+            step(f"deciding what {self._options.kind} does")
             context = self._context(known)
             decision = pass_of(self._options, context.where).decide(progress.traced, self._options, context)
             progress.active = replace(decision, trained=None)
@@ -393,6 +413,7 @@ class Prepared(nn.Module):
             return ()
         return (Stage(self._options.kind),) if active.stages is None else active.stages()
 
+    @_shown
     def _enter(self, stage: Stage) -> None:
         """Do what is done when a stage begins. A graph that changed is then ahead of the module."""
         progress = self._progress
@@ -411,7 +432,8 @@ class Prepared(nn.Module):
 
     def _carry_out(self) -> None:
         """Go through what is left of the current pass with no training in between."""
-        for stage in self._stages():
+        stages = self._stages()
+        for stage in counted(stages, "carrying out", lambda stage: stage.name) if len(stages) > 1 else stages:
             self._enter(stage)
         self._finish()
 
@@ -425,6 +447,7 @@ class Prepared(nn.Module):
         progress.ahead = False
         progress.turn += 1
 
+    @_shown
     def _finish(self) -> None:
         """Carry out the current pass on the trained weights and begin the next one."""
         progress = self._progress
@@ -434,6 +457,7 @@ class Prepared(nn.Module):
         if progress.taken and self._history[-1].step != progress.taken:
             self.record()
         with torch.inference_mode(False):
+            step(f"carrying out {self._options.kind}")
             traced, context = self._adopt(), self._context()
             own = self._options.kind not in BUILT_IN
             outcome = checked_outcome(active.finish(traced, context), context.where, own=own)
@@ -464,6 +488,11 @@ class Prepared(nn.Module):
         hidden, given = self._hidden, self._hidden["calibration"]
         data = given.everything if isinstance(given, Divided) else self._data
         return self._account.moves(hidden["original"], module, data, self._calls, trained=not hidden["borrowed"])
+
+
+def _tuned(module: nn.Module, original: nn.Module, data: Any, scope: str, seed: int) -> Tuning | None:
+    """What tuning the slim model gained, where that was asked for."""
+    return tune_(module, original, data, scope=scope, seed=seed) if isinstance(data, Divided) else None
 
 
 def _made(cls: type[Optimizer], params: Iterable[Any], options: Mapping[str, Any]) -> Optimizer:

@@ -33,6 +33,7 @@ from graphzip.graph.copies import eval_copy
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.plan.problems import show
+from graphzip.progress import told
 from graphzip.report.report import Tuning
 from graphzip.tracing.results import Way, tensors_by_way
 
@@ -63,7 +64,6 @@ class Tune:
     - `augment`: a function of a batch's positional inputs, `augment(x)` or `augment(x, mask)`, that gives inputs to
       train on in their place, such as mirrored images; the original says what is right for them. It may draw from
       PyTorch's random generator, which is seeded for it.
-    - `progress`: called as `progress(done, all, text)`, after every epoch.
 
     Raises `GraphZipError` for a value that is out of range.
     """
@@ -74,7 +74,6 @@ class Tune:
     held_out: float = 0.125
     patience: int = 15
     augment: Callable[..., Any] | None = None
-    progress: Callable[[int, int, str], object] | None = None
 
     def __post_init__(self) -> None:
         whole(self.epochs, "tune.epochs", least=1, most=_MOST_EPOCHS)
@@ -83,7 +82,6 @@ class Tune:
         number(self.held_out, "tune.held_out", above=0.0, most=0.9)
         whole(self.patience, "tune.patience", least=1, most=_MOST_EPOCHS)
         check_callable(self.augment, "tune.augment", "augment(x), which gives inputs like x")
-        check_callable(self.progress, "tune.progress", "progress(done, all, text)")
 
     @classmethod
     def of(cls, given: Any) -> Tune | None:
@@ -336,9 +334,7 @@ class _Tuner:
                 logger.info("tuning: epoch %d, loss %.4g on samples that were held out", epoch, found)
                 if found < best:
                     best, kept, state = found, epoch, self._state()
-                if self.options.progress is not None:
-                    text = f"tuning: loss {best:.3g} on samples that were held out, {before:.3g} before"
-                    call_user(self.options.progress, epoch, self.options.epochs, text)
+                told(epoch, self.options.epochs, f"tuning: loss {best:.3g} on held-out samples, {before:.3g} before")
                 if epoch - kept >= self.options.patience or not math.isfinite(found):
                     break
         finally:

@@ -40,6 +40,7 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced
 from graphzip.labels import support
 from graphzip.plan.passes import DropBlocks
+from graphzip.progress import told
 from graphzip.report.outcome import Outcome, Table
 from graphzip.report.tables import closest
 from graphzip.rewrite.bypass import Affine, Bypass, bypass
@@ -213,6 +214,7 @@ def _by_loss(
     left = list(blocks)
     again = left
     while left and len(order) < max(count, 1):
+        told(len(order), max(count, 1), "looking for the block that is missed least")
         for block in again:
             measure(block)
         left.sort(key=lambda block: losses[block.name])

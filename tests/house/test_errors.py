@@ -199,7 +199,7 @@ def raising(*_: Any, **__: Any) -> Any:
 CALLBACKS: dict[str, Callable[[Any], Any]] = {
     "train": lambda given: gz.compile(net(), MERGE, example(), train=given),
     "evaluate": lambda given: gz.plan_for(net(), example(), macs=0.5, evaluate=given),
-    "progress": lambda given: gz.plan_for(net(), example(), macs=0.5, progress=given),
+    "progress": lambda given: gz.compile(net(), MERGE, example(), progress=given),
 }
 
 

@@ -27,6 +27,7 @@ BY_CONTRACT = {
     "graphzip.api.compile",
     "graphzip.api.prepare",
     "graphzip.commands.slim.compile_",
+    "graphzip.compiled.Compiled.export",
     "graphzip.commands.slim.factorize",
     "graphzip.study.budget.WidthStudy.__init__",
     "graphzip.study.budget.plan_for",

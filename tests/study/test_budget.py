@@ -265,8 +265,8 @@ def test_measurements_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         for _ in range(2)
     ]
     assert plans[0] == plans[1]
-    assert seen.count("") == 2
-    assert len(seen) == len(set(seen)) + 1
+    assert sum(what.startswith("measuring: ") for what in seen) > 2
+    assert len(seen) == len(set(seen)) + 1  # of what was kept, nothing is measured again: only the model is traced
     with torch.no_grad():
         next(model.parameters()).mul_(1.1)
     gz.plan_for(model, x, macs=0.5, calibration=calibration, cache=cache)

@@ -34,6 +34,7 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.numeric.solvers import SecondMoments, check_finite
+from graphzip.progress import told
 from graphzip_passes.cluster_merge.greedy import Reader, rounds
 from graphzip_passes.parts.compensation import sampled_rows
 from graphzip_passes.parts.holders import readers_of
@@ -122,6 +123,7 @@ def eliminations(
     found: dict[str, Elimination] = {}
     for moments in _moments(traced, [layers[each.param] for params in readable.values() for each in params], batches):
         for name in [name for name, nodes in open_.items() if nodes <= moments.keys()]:
+            told(len(found), len(readable), f"choosing channels of {name}")
             readings = _readings(groups[name], readable[name], layers, moments, traced)
             kept = sorted((widths or {}).get(name, ()), reverse=True)
             last = (least or {}).get(name, min(kept, default=0))

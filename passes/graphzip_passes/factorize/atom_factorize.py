@@ -27,6 +27,7 @@ from graphzip.numeric.im2col import Window
 from graphzip.numeric.solvers import checked
 from graphzip.plan.passes import AtomFactorize
 from graphzip.plan.problems import plan_error
+from graphzip.progress import counted
 from graphzip.report.outcome import Outcome
 from graphzip.rewrite.factor import factor
 from graphzip.rewrite.lower import AtomCall, atom_calls, atoms_first
@@ -215,7 +216,7 @@ class AtomFactorizePass:
             members.setdefault(key, []).append(member)
         atoms: dict[tuple[str, int], torch.Tensor] = {}
         coefficients: dict[tuple[str, int], torch.Tensor] = {}
-        for group in members.values():
+        for group in counted(members.values(), "fitting atoms", lambda group: group[0][0]):
             shared, bases = self._factors(traced, group, moments, generator)
             for member, basis in zip(group, bases, strict=True):
                 atoms[member], coefficients[member] = basis, shared

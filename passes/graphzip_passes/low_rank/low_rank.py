@@ -27,6 +27,7 @@ from graphzip.numeric.im2col import per_dimension
 from graphzip.numeric.solvers import check_finite, checked
 from graphzip.plan.passes import LowRank
 from graphzip.plan.problems import plan_error
+from graphzip.progress import counted
 from graphzip.report.outcome import Outcome, Table
 from graphzip.report.tables import closest
 from graphzip.rewrite.edit import Edit, before
@@ -159,7 +160,7 @@ def _cuts(
     layers, left = _selected(traced, options, where)
     outputs = _products(traced, layers, batches) if options.method == "data-svd" else {}
     cuts: list[_Cut] = []
-    for layer in layers:
+    for layer in counted(layers, "finding factors", lambda layer: _name(traced, layer)):
         cut = _cut(traced, layer, options, outputs.get(layer.node))
         if cut.after < cut.before:
             cuts.append(cut)

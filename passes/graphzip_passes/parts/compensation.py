@@ -35,6 +35,7 @@ from graphzip.graph.operators import arguments_of
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.numeric.solvers import Fit, check_finite
+from graphzip.progress import told
 from graphzip.rewrite.layout import Layout
 
 __all__ = ["Effort", "Narrowed", "Refit", "refit", "sampled_rows"]
@@ -163,8 +164,11 @@ class _Walk:
     @torch.no_grad()
     def run(self) -> Refit:
         last = max((self.new.place[node] for node in (*self.targets, *self.estimated)), default=-1)
+        done = 0
         for node in self.new.steps(last):
             if node in self.targets:
+                told(done, len(self.targets), f"fitting {self.targets[node].layer.name}")
+                done += 1
                 self._fit(self.targets[node])
                 self.new.run(node)
             elif node in self.estimated:

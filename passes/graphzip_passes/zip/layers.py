@@ -7,7 +7,7 @@ of their weights are matched with them. A group of the first task and its counte
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,7 +93,8 @@ class Matching:
 
     `slots[param, dim]` says for every slice of a parameter which group, channel and rank it is, `(slices, 3)`, -1 where
     it has none. `joint[group]` is the group of the first task that a group corresponds to. `every` has all layers of
-    all tasks whose parameters nothing else has, and `places` where their calls stand in the graph.
+    all tasks whose parameters nothing else has, and `places` where their calls stand in the graph. `alone` says of the
+    layers that have no counterpart why, by task and name: `a.up`.
     """
 
     groups: ChannelGroups
@@ -104,6 +105,7 @@ class Matching:
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
     every: tuple[TaskLayer, ...] = ()
     places: dict[str, int] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)
 
     def partners(self, group: int) -> dict[str, int]:
         """The groups that correspond to a group of the first task, by task."""
@@ -125,20 +127,25 @@ def match(traced: Traced, order: tuple[str, ...], given: Mapping[str, Mapping[st
     analysis = analyse(traced.graph)
     groups = channel_groups_of(traced, analysis)
     slots = _slots(groups)
-    layers = _layers(traced)
+    layers, alone = _layers(traced)
     first, *others = order
     matched: dict[str, dict[str, TaskLayer]] = {name: {first: layer} for name, layer in layers[first].items()}
     for task in others:
         pairs = _pairs(layers[first], layers[task], given.get(task), task, f"{where}.match")
         for name, own in pairs.items():
             matched[name][task] = layers[task][own]
+        unlike = "match does not name it" if task in given else f"it is of another kind than that of task {first!r}"
+        alone |= {f"{task}.{name}": unlike for name in layers[task] if name not in pairs.values()}
+    for name, found in matched.items():
+        if len(found) == 1:
+            alone[f"{first}.{name}"] = "no other model has a layer of its kind in its place, or match does not name it"
     matched = {name: found for name, found in matched.items() if len(found) > 1}
     joint = _joint(matched, slots, groups, where)
     outputs = _outputs(traced, analysis, groups)
     tied = {*traced.aliases, *traced.aliases.values()}
     every = [layer for own in layers.values() for layer in own.values() if tied.isdisjoint({layer.weight, layer.bias})]
     places = {node.name: place for place, node in enumerate(traced.graph.nodes)}
-    return Matching(groups, matched, slots, joint, outputs, _heads(groups), tuple(every), places)
+    return Matching(groups, matched, slots, joint, outputs, _heads(groups), tuple(every), places, alone)
 
 
 def _slots(groups: ChannelGroups) -> dict[tuple[str, int], IntArray]:
@@ -157,23 +164,41 @@ def _slots(groups: ChannelGroups) -> dict[tuple[str, int], IntArray]:
     return slots
 
 
-def _layers(traced: Traced) -> dict[str, dict[str, TaskLayer]]:
+def _layers(traced: Traced) -> tuple[dict[str, dict[str, TaskLayer]], dict[str, str]]:
+    """The layers of every task by name, and why others cannot share anything, by task and name."""
     found: dict[str, dict[str, TaskLayer]] = {task.name: {} for task in traced.tasks}
+    alone: dict[str, str] = {}
     calls: dict[str, list[Layer]] = {}
-    for call in calls_of_layers(traced, transposed=False):
-        if all(user.target is call.node.target for user in call.weight.users):
-            calls.setdefault(call.name, []).append(call)
+    for call in calls_of_layers(traced):
+        calls.setdefault(call.name, []).append(call)
     for weight, own in calls.items():
         first, task = own[0], weight.partition(".")[0]
-        alike = all((call.bias, call.groups) == (first.bias, first.groups) for call in own)
-        inside = all(str(call.node.meta.get("owner", "")).partition(".")[0] == task for call in own)
-        if alike and inside and (first.bias is None or first.bias.op == "get_attr"):
-            name = weight.removeprefix(f"{task}.").removesuffix(".weight")
-            bias = None if first.bias is None else str(first.bias.target)
-            nodes = tuple(call.node.name for call in own)
-            norm = _norm(first.node) if len(own) == 1 else None
-            found[task][name] = TaskLayer(task, name, weight, bias, first.shape, nodes, first.groups, norm)
-    return found
+        name = weight.removeprefix(f"{task}.").removesuffix(".weight")
+        obstacle = _obstacle(own, task)
+        if obstacle is not None:
+            alone[f"{task}.{name}"] = obstacle
+            continue
+        bias = None if first.bias is None else str(first.bias.target)
+        nodes = tuple(call.node.name for call in own)
+        norm = _norm(first.node) if len(own) == 1 else None
+        found[task][name] = TaskLayer(task, name, weight, bias, first.shape, nodes, first.groups, norm)
+    return found, alone
+
+
+def _obstacle(calls: Sequence[Layer], task: str) -> str | None:
+    """Why the layer with these calls can share nothing; nothing where it can."""
+    first = calls[0]
+    if first.transposed:
+        return "it is a transposed convolution"
+    if any(user.target is not first.node.target for user in first.weight.users):
+        return "another operator reads its weight, too"
+    if any((call.bias, call.groups) != (first.bias, first.groups) for call in calls):
+        return "it is called with one bias here and another one there"
+    if any(str(call.node.meta.get("owner", "")).partition(".")[0] != task for call in calls):
+        return "several models have its weight already"
+    if first.bias is not None and first.bias.op != "get_attr":
+        return "its bias is computed"
+    return None
 
 
 def _norm(node: fx.Node) -> TaskNorm | None:

@@ -28,7 +28,7 @@ from graphzip.graph.state import attach, named_state
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import Zip
 from graphzip.plan.problems import plan_error
-from graphzip.report.outcome import Outcome
+from graphzip.report.outcome import Outcome, Table
 from graphzip.report.tables import closest
 from graphzip.rewrite.edit import settle, tie
 from graphzip.rewrite.partition import share
@@ -62,7 +62,9 @@ class ZipPass:
         channels = Channels(matching, tasks)
         self.joint = Joint(options, where, tasks, matching, channels, readings, np.random.default_rng(seed))
         amounts = self._amounts()
-        self.layers = [name for name in matching.layers if name in amounts and self._takes_part(name)]
+        found = {name: self._obstacle(name, amounts) for name in matching.layers}
+        self.layers = [name for name, obstacle in found.items() if obstacle is None]
+        self.alone = {name: obstacle for name, obstacle in found.items() if obstacle is not None} | matching.alone
         self.pairing, self.joining = Pairing(self.joint, amounts, self.layers), Joining(self.joint)
         self.refitting = Refitting(self.joint, self.joining, self.layers)
         self.zipped: set[str] = set()
@@ -90,11 +92,20 @@ class ZipPass:
                 found[name] = amount
         return found
 
-    def _takes_part(self, name: str) -> bool:
+    def _obstacle(self, name: str, amounts: Mapping[str, float | int]) -> str | None:
+        """Why nothing is shared of a layer; nothing where something is."""
         matching, channels = self.joint.matching, self.joint.channels
+        if name not in amounts:
+            excluded = any(fnmatchcase(name, glob) for glob in self.joint.options.exclude)
+            return "the plan excludes it" if excluded else "the plan shares nothing of it"
         made = channels.made(matching.layers[name][self.joint.tasks[0]])
-        stays = all(channels.parts_stay(each) for each in matching.layers[name].values())
-        return stays and bool(made) and matching.outputs.isdisjoint(made)
+        if not made:
+            return "no channels are known that it makes"
+        if not matching.outputs.isdisjoint(made):
+            return "its channels are an output of the model"
+        if not all(channels.parts_stay(each) for each in matching.layers[name].values()):
+            return "channels that change places lie in several of its groups"
+        return None
 
     def stages(self) -> tuple[Stage, ...]:
         """One for each layer that is not zipped yet."""
@@ -160,10 +171,15 @@ class ZipPass:
             if torch.equal(other, tensor) and self.joint.channels.is_shared(name):
                 attach(result.module, name, other)
         tie(result)
-        return Outcome(settle(result), changed=bool(self.stored), details=self._details())
+        details = self._details()
+        rows = [(name, _percent(layer["shared"]), "") for name, layer in details["layers"].items()]
+        rows += [(name, "", obstacle) for name, obstacle in self.alone.items()]
+        columns = ("layer", "shared parameters", "why nothing is shared")
+        table = Table(columns if self.alone else columns[:2], tuple(row[: 2 + bool(self.alone)] for row in rows))
+        return Outcome(settle(result), changed=bool(self.stored), tables=(table,), details=details)
 
     def _details(self) -> dict[str, Any]:
-        """For every layer what is shared: channels, and its parameters as a share of all (Table 3's count)."""
+        """For every layer what is shared: channels, and its parameters as a share (Table 3's count); or why not."""
         layers = {
             name: {
                 "channels": self.pairing.shared.get(name, {}),
@@ -174,12 +190,22 @@ class ZipPass:
         }
         total = [sum(sizes[side] for sizes in self.stored.values()) for side in (0, 1)]
         refitted = sorted(self.refitting.fitted)
-        return {"layers": layers, "parameters": total, "shared": self._share(total), "refitted": refitted}
+        return {
+            "layers": layers,
+            "parameters": total,
+            "shared": self._share(total),
+            "refitted": refitted,
+            "alone": self.alone,
+        }
 
     def _share(self, sizes: Sequence[int]) -> float:
         """The share of each network's parameters that all have, from their numbers before and after."""
         before, after = sizes
         return (before - after) / (before * (1.0 - 1.0 / len(self.joint.tasks))) if before else 0.0
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _as_paper(options: Zip, where: str) -> Zip:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphzip as gz
+from graphzip.report.page import page_of
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +114,64 @@ def test_grouped_layers_of_one_name_are_matched_where_their_groups_are_equal() -
     assert "middle" not in found.report.to_dict()["passes"][0]["zip"]["layers"]
     same = zipped({"a": net(conv(3, groups=2)), "b": net(conv(3, groups=2))})
     assert "middle" in same.report.to_dict()["passes"][0]["zip"]["layers"]
+
+
+# --- why nothing is shared of a layer --------------------------------------------------------------------------------
+
+
+class Turned(nn.Module):
+    """A layer of every kind that shares nothing, between two that do."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 1)
+        self.apart = conv(kernel)
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.apart(self.up(self.first(x).relu()).relu()).relu()
+        x = self.twice(x) + self.twice.weight.sum()
+        return self.last(x.mean((2, 3)))
+
+
+def test_the_report_says_why_nothing_is_shared_of_a_layer() -> None:
+    models = {"a": Turned(3).double().eval(), "b": Turned(5).double().eval()}
+    compiled = zipped(models)
+    report = compiled.report
+    alone = report.passes[0]["zip"]["alone"]
+    assert alone == {
+        "last": "its channels are an output of the model",
+        "a.apart": "no other model has a layer of its kind in its place, or match does not name it",
+        "b.apart": "it is of another kind than that of task 'a'",
+        **dict.fromkeys(("a.up", "b.up"), "it is a transposed convolution"),
+        **dict.fromkeys(("a.twice", "b.twice"), "another operator reads its weight, too"),
+    }
+    assert set(report.passes[0]["zip"]["layers"]) == {"first"}
+    (table,) = report.tables
+    assert table.columns == ("layer", "shared parameters", "why nothing is shared")
+    lines = str(report).splitlines()
+    assert any(line.split() == ["first", "100.0", "%"] for line in lines)
+    for name, reason in alone.items():
+        assert any(line.startswith(name) and line.endswith(reason) for line in lines)
+    assert all(reason.replace("'", "&#39;") in page_of(report) for reason in alone.values())
+    assert gz.Report.from_dict(report.to_dict()) == report
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"exclude": ["middle"]}, "the plan excludes it"),
+        ({"share": {"middle": 0.0, "*": 1.0}}, "the plan shares nothing of it"),
+    ],
+)
+def test_a_layer_that_the_plan_leaves_alone_says_so(options: dict[str, Any], reason: str) -> None:
+    compiled = zipped({"a": net(conv(3)), "b": net(conv(3))}, **options)
+    assert compiled.report.passes[0]["zip"]["alone"]["middle"] == reason
+
+
+def test_a_weight_that_both_have_already_is_named() -> None:
+    shared = conv(3)
+    compiled = zipped({"a": net(shared), "b": net(shared)})
+    assert "several models have its weight already" in compiled.report.passes[0]["zip"]["alone"].values()
