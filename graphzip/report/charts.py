@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-__all__ = ["ChartLine", "lines_chart", "widths_chart"]
+from graphzip.report.group_graph import GroupGraph
+
+__all__ = ["ChartLine", "groups_charts", "lines_chart", "widths_charts"]
 
 _ROW: Final = 22  # pixels of a bar
 _LEFT: Final = 220
 _WIDE: Final = 420
 _HIGH: Final = 220
 _COLOURS: Final = 8  # that the style has
+_LANE: Final = 78  # pixels between two lines, if there is room
+_PAGE: Final = 40  # rows that are printed on one page
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,13 @@ class ChartLine:
     joined: bool = True
 
 
-def widths_chart(widths: Sequence[tuple[str, int, int]]) -> str:
-    """A bar for each group: its channels before, and the part that is left."""
+def widths_charts(widths: Sequence[tuple[str, int, int]]) -> list[str]:
+    """A bar for each group, its channels before and the part that is left, in parts that fit a page each."""
     most = max((before for _, before, _ in widths), default=1)
+    return [_widths_part(widths[first : first + _PAGE], most) for first in range(0, len(widths), _PAGE)]
+
+
+def _widths_part(widths: Sequence[tuple[str, int, int]], most: int) -> str:
     rows = []
     for number, (name, before, after) in enumerate(widths):
         y, whole, left = number * _ROW, _WIDE * before / most, _WIDE * after / most
@@ -43,6 +51,52 @@ def widths_chart(widths: Sequence[tuple[str, int, int]]) -> str:
 
 def _short(name: str, most: int = 34) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def groups_charts(graph: GroupGraph, after: Mapping[str, int]) -> list[str]:
+    """The channel groups of a model as lines along its layers, in parts that fit a page each, from top to bottom.
+
+    `after` has the widths of groups that were narrowed. Where the lanes are few, each line says how wide it is.
+    """
+    lane = max(_LANE / 5, min(_LANE, 900 / max(graph.lanes, 1)))
+    parts = range(0, len(graph.layers), _PAGE)
+    return [_groups_part(graph, after, lane, range(first, min(first + _PAGE, len(graph.layers)))) for first in parts]
+
+
+def _groups_part(graph: GroupGraph, after: Mapping[str, int], lane: float, rows: range) -> str:
+    wide = graph.lanes * lane + 40
+
+    def y(row: float) -> float:
+        return 18 + (row - rows.start) * _ROW
+
+    parts = [
+        f'<line class="frame" x1="{_LEFT}" x2="{_LEFT + wide:.0f}" y1="{y(row):.0f}" y2="{y(row):.0f}"/>'
+        f'<text x="{_LEFT - 8}" y="{y(row) + 4:.0f}" text-anchor="end">{escape(_short(graph.layers[row]))}</text>'
+        for row in rows
+    ]
+    for number, line in enumerate(graph.lines):
+        if line.bottom < rows.start or line.top >= rows.stop:
+            continue
+        x, now = _LEFT + 20 + line.lane * lane, after.get(line.name, line.size)
+        narrowed = "narrowed " if now < line.size else ""
+        colour = "pinned" if line.reason else f"{narrowed}c{number % (_COLOURS - 1)}"
+        top, bottom = max(line.top, rows.start - 0.5), min(line.bottom, rows.stop - 0.5)
+        width = f"{line.size} → {now}" if narrowed else str(line.size)
+        told = f"{line.name}: {width} channels" + (f"; it cannot shrink: {line.reason}" if line.reason else "")
+        marks = [f'<circle class="maker" cx="{x:.1f}" cy="{y(row):.0f}" r="5"/>' for row in line.makers if row in rows]
+        marks += [
+            f'<circle class="reader" cx="{x:.1f}" cy="{y(row):.0f}" r="4"/>'
+            for row in line.readers
+            if row in rows and row not in line.makers
+        ]
+        if line.top in rows and lane == _LANE:
+            marks.append(f'<text x="{x + 7:.1f}" y="{y(line.top) - 4:.0f}">{width}</text>')
+        parts.append(
+            f'<g class="group {colour}"><title>{escape(told)}</title>'
+            f'<path d="M{x:.1f} {y(top):.0f}V{y(bottom):.0f}"/>{"".join(marks)}</g>'
+        )
+    title = f"channel groups of the layers from {graph.layers[rows.start]} on"
+    return _svg(_LEFT + wide + 40, len(rows) * _ROW + 14, parts, title)
 
 
 def lines_chart(lines: Sequence[ChartLine], x: str, y: str, *, logarithmic: bool = False) -> str:

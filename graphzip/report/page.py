@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from graphzip.report.charts import ChartLine, lines_chart, widths_chart
+from graphzip.report.charts import ChartLine, groups_charts, lines_chart, widths_charts
 from graphzip.report.origin import COSTS, Study
 from graphzip.report.tables import change, quantity
 
@@ -46,12 +46,14 @@ def _style() -> str:
 
 def _contents(report: Report) -> dict[str, Any]:
     origin, study = report.origin, report.study
+    after = {each.name: each.after for each in report.groups}
     return {
         "report": report,
         "figures": report.card.rows(report.scores) if report.card is not None else _counted(report),
         "machine": report.card.machine if report.card is not None else "",
         "measuring": report.card.notes if report.card is not None else (),
-        "widths": widths_chart([(each.name, each.before, each.after) for each in report.groups]),
+        "widths": widths_charts([(each.name, each.before, each.after) for each in report.groups]),
+        "graph": [] if report.graph is None else groups_charts(report.graph, after),
         "sensitivities": "" if study is None else _sensitivities(study),
         "frontier": "" if study is None else _frontier(study),
         "curves": [] if origin is None else [(each.title, _curve(each.title, each.points)) for each in origin.curves],

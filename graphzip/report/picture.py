@@ -16,7 +16,7 @@ from graphzip.arguments import whole
 from graphzip.boundary import public
 from graphzip.errors import GraphZipError, MissingDependencyError
 from graphzip.files import check_picture, staged
-from graphzip.report import tables
+from graphzip.report.group_graph import DrawnGroups, GroupGraph
 from graphzip.report.origin import COSTS
 from graphzip.report.report import Report
 
@@ -27,21 +27,6 @@ _ROW, _LANE = 0.24, 0.3
 
 _GREY = "0.6"
 _LEGEND = 20  # groups that a legend can name
-
-
-class DrawnGroup(tables.ListedGroup, Protocol):
-    """What is drawn of a channel group."""
-
-    @property
-    def whole_blocks(self) -> bool: ...
-
-
-class DrawnGroups(Protocol):
-    """All groups of a model."""
-
-    @property
-    def order(self) -> Sequence[str]: ...
-    def __iter__(self) -> Iterator[DrawnGroup]: ...
 
 
 class DrawnSensitivity(Protocol):
@@ -65,23 +50,6 @@ class DrawnStudy(Protocol):
     def frontier(self, what: str) -> list[tuple[float, float]]: ...
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A group as a line: rows where its channels are made, and rows that sum over them."""
-
-    group: DrawnGroup
-    makers: tuple[int, ...]
-    readers: tuple[int, ...]
-
-    @property
-    def top(self) -> int:
-        return min(self.makers + self.readers)
-
-    @property
-    def bottom(self) -> int:
-        return max(self.makers + self.readers)
-
-
 @public
 def draw_groups(groups: DrawnGroups, path: str | os.PathLike[str]) -> Path:
     """Write a picture of `groups`, those of `gz.channel_groups(...)`, to `path` (.svg, .png or .pdf) and give the path.
@@ -95,14 +63,13 @@ def draw_groups(groups: DrawnGroups, path: str | os.PathLike[str]) -> Path:
     """
     if not hasattr(groups, "order"):
         raise GraphZipError(f"expected what graphzip.channel_groups gave, got {type(groups).__name__}; pass that")
-    layers, lines = _lines(groups)
-    lanes = _lanes(lines)
-    width = max(lanes, default=0) + 1
-    longest = max(map(len, layers), default=0)
-    with _picture(path, 2.5 + _LANE * width + 0.06 * longest, 0.8 + _ROW * max(len(layers), 4)) as picture:
+    graph = GroupGraph.of(groups)
+    longest = max(map(len, graph.layers), default=0)
+    width, height = 2.5 + _LANE * max(graph.lanes, 1) + 0.06 * longest, 0.8 + _ROW * max(len(graph.layers), 4)
+    with _picture(path, width, height) as picture:
         import matplotlib as mpl
 
-        _draw(picture.figure.add_subplot(), layers, lines, lanes, mpl.colormaps["tab20"])
+        _draw(picture.figure.add_subplot(), graph, mpl.colormaps["tab20"])
     return picture.target
 
 
@@ -197,53 +164,19 @@ def _picture(path: str | os.PathLike[str], width: float, height: float) -> Itera
             figure.savefig(file, format=target.suffix[1:], metadata={"Date": None} if target.suffix == ".svg" else None)
 
 
-def _lines(groups: DrawnGroups) -> tuple[list[str], list[_Line]]:
-    """Layers in execution order, and a line for every group of single channels."""
-    found = []
-    for group in groups:
-        if not group.whole_blocks:
-            makers = group.touched("producer") or group.touched("pointwise")
-            found.append((group, _layers(makers), _layers(group.touched("consumer"))))
-    shown = {layer for _, makers, readers in found for layer in (*makers, *readers)}
-    row = {layer: number for number, layer in enumerate(layer for layer in _layers(groups.order) if layer in shown)}
-    lines = [
-        _Line(group, tuple(row[layer] for layer in makers), tuple(row[layer] for layer in readers))
-        for group, makers, readers in found
-    ]
-    return list(row), lines
-
-
-def _layers(params: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_layer(name) for name in params))
-
-
-def _layer(param: str) -> str:
-    return param.rpartition(".")[0] or param
-
-
-def _lanes(lines: Sequence[_Line]) -> list[int]:
-    """A column for each line such that lines in one column do not touch."""
-    free_from: list[int] = []
-    columns = [0] * len(lines)
-    for number, line in sorted(enumerate(lines), key=lambda item: (item[1].top, -item[1].bottom)):
-        column = next((lane for lane, row in enumerate(free_from) if row < line.top), len(free_from))
-        free_from[column:] = [line.bottom, *free_from[column + 1 :]]
-        columns[number] = column
-    return columns
-
-
-def _draw(axes: Any, layers: Sequence[str], lines: Sequence[_Line], lanes: Sequence[int], colours: Any) -> None:
-    for number, (line, lane) in enumerate(zip(lines, lanes, strict=True)):
-        pinned = not line.group.mergeable
-        colour, mark = (_GREY, "X") if pinned else (colours(number % 20), "o")
-        axes.plot([lane, lane], [line.top, line.bottom], color=colour, lw=2, ls=":" if pinned else "-", zorder=1)
+def _draw(axes: Any, graph: GroupGraph, colours: Any) -> None:
+    layers = graph.layers
+    for number, line in enumerate(graph.lines):
+        lane = line.lane
+        colour, mark = (_GREY, "X") if line.reason else (colours(number % 20), "o")
+        axes.plot([lane, lane], [line.top, line.bottom], color=colour, lw=2, ls=":" if line.reason else "-", zorder=1)
         axes.scatter([lane] * len(line.makers), line.makers, s=34, color=colour, zorder=3, marker=mark)
         readers = [row for row in line.readers if row not in line.makers]
         axes.scatter([lane] * len(readers), readers, s=30, facecolor="white", edgecolor=colour, linewidth=1.5, zorder=2)
-        axes.text(lane + 0.14, line.top - 0.22, str(line.group.size), fontsize=6, color=colour, ha="left", va="center")
+        axes.text(lane + 0.14, line.top - 0.22, str(line.size), fontsize=6, color=colour, ha="left", va="center")
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     axes.set_ylim(len(layers) - 0.4, -0.8)
-    axes.set_xlim(-0.6, max(lanes, default=0) + 0.8)
+    axes.set_xlim(-0.6, max(graph.lanes, 1) - 0.2)
     axes.set_xticks([])
     axes.grid(axis="y", color="0.93")
     axes.set_axisbelow(True)

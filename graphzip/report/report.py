@@ -13,6 +13,7 @@ from graphzip.boundary import public
 from graphzip.errors import GraphZipError
 from graphzip.files import as_path, write_text
 from graphzip.report.card import Card, Scores
+from graphzip.report.group_graph import GroupGraph
 from graphzip.report.origin import Origin, Study
 from graphzip.report.outcome import CHANNELS_LOST, Bars, Table
 from graphzip.report.tables import (
@@ -92,7 +93,8 @@ class Report:
     branches that exist only in training. `tuning` is what `tune=` gained, `None` where it was not asked for. `scores`
     are what `evaluate=` gave before and after, and `card` the figures that `Compiled.measure` took. `origin` is the
     plan, the seed and the versions that reproduce it and the curves of the training, `study` how the widths were found
-    where that is known (`WidthStudy.summary`), `verification` what was said of the file that was exported.
+    where that is known (`WidthStudy.summary`), `verification` what was said of the file that was exported, `graph`
+    which layers of the model that was given are coupled by channel groups.
     """
 
     before: Cost
@@ -113,6 +115,7 @@ class Report:
     origin: Origin | None = None
     study: Study | None = None
     verification: tuple[str, ...] = ()
+    graph: GroupGraph | None = None
 
     @property
     def exact(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphzip.analysis.cost import Cost, cost_of
+from graphzip.analysis.groups import ChannelGroups
 from graphzip.calibration import drift
 from graphzip.calls import Call, Signature, example_of
 from graphzip.graph.copies import eval_copy
@@ -19,6 +20,7 @@ from graphzip.graph.state import bytes_of
 from graphzip.graph.traced import Traced
 from graphzip.progress import counted, step
 from graphzip.report.card import Scores
+from graphzip.report.group_graph import GroupGraph
 from graphzip.report.origin import Origin
 from graphzip.report.outcome import Bars, Outcome, Table
 from graphzip.report.report import GroupChange, Report, TaskChange
@@ -36,6 +38,7 @@ class Account:
 
     before: Cost
     before_tasks: dict[str, Cost]
+    graph: GroupGraph
     groups: list[GroupChange] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     bars: list[Bars] = field(default_factory=list)
@@ -46,9 +49,9 @@ class Account:
     proven: bool = True  # whether what is lost is known without running the model
 
     @classmethod
-    def of(cls, traced: Traced) -> Account:
-        """Begin with a model to which nothing was done."""
-        return cls(_cost(traced), _task_costs(traced))
+    def of(cls, traced: Traced, groups: ChannelGroups) -> Account:
+        """Begin with a model to which nothing was done, and its channel groups."""
+        return cls(_cost(traced), _task_costs(traced), GroupGraph.of(groups))
 
     def add(self, kind: str, outcome: Outcome) -> None:
         """Note what a pass did; its graph is not kept."""
@@ -104,6 +107,7 @@ class Account:
             bars=tuple(self.bars),
             losses=tuple(losses),
             origin=origin,
+            graph=self.graph,
             scores=Scores("score", dict(self.scores)) if self.scores else None,
         )
 

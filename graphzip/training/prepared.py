@@ -123,7 +123,8 @@ class Prepared(nn.Module):
             "borrowed": borrowed,
         }
         self._progress = _Progress(traced)
-        self._account = Account.of(traced)
+        known = known or Analysed.of(traced)
+        self._account = Account.of(traced, known.groups)
         self._history = History()
         self.clusters: torch.Tensor
         self.register_buffer("clusters", torch.zeros(0, dtype=torch.int64))
@@ -432,8 +433,7 @@ class Prepared(nn.Module):
 
     def _carry_out(self) -> None:
         """Go through what is left of the current pass with no training in between."""
-        stages = self._stages()
-        for stage in counted(stages, "carrying out", lambda stage: stage.name) if len(stages) > 1 else stages:
+        for stage in counted(self._stages(), "beginning", lambda stage: stage.name):
             self._enter(stage)
         self._finish()
 

@@ -219,7 +219,7 @@ def test_notebooks_and_pages_show_it(tmp_path: Path) -> None:
     compiled.report.save(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "a &lt;b&gt; note" in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "the plan" in page
     with pytest.raises(gz.GraphZipError, match=r"report\.pdf is no page; name a file that ends in \.html"):
         compiled.report.save(tmp_path / "report.pdf")

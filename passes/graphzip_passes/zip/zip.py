@@ -103,6 +103,8 @@ class ZipPass:
             return "no channels are known that it makes"
         if not matching.outputs.isdisjoint(made):
             return "its channels are an output of the model"
+        if any(set(matching.layers[name]) - set(matching.partners(group)) for group in made):
+            return "a weight that several models have already couples its channels"
         if not all(channels.parts_stay(each) for each in matching.layers[name].values()):
             return "channels that change places lie in several of its groups"
         return None

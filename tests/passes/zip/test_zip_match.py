@@ -173,5 +173,12 @@ def test_a_layer_that_the_plan_leaves_alone_says_so(options: dict[str, Any], rea
 
 def test_a_weight_that_both_have_already_is_named() -> None:
     shared = conv(3)
-    compiled = zipped({"a": net(shared), "b": net(shared)})
-    assert "several models have its weight already" in compiled.report.passes[0]["zip"]["alone"].values()
+    models = {"a": net(shared), "b": net(shared)}
+    compiled = zipped(models)
+    coupled = "a weight that several models have already couples its channels"
+    assert compiled.report.passes[0]["zip"]["alone"] == {
+        "a.middle": "several models have its weight already",
+        "first": coupled,
+        "last": "its channels are an output of the model",
+    }
+    assert compiled.report.lossless
