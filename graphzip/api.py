@@ -22,6 +22,7 @@ from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.traced import Traced
 from graphzip.plan.plan import Plan
 from graphzip.progress import Progress, counted, step, watched
+from graphzip.report.tables import closest
 from graphzip.rewrite.join_models import join, module_of
 from graphzip.rewrite.join_modes import trace_in
 from graphzip.traces import Trace, check_own, of_trace, of_traces
@@ -91,7 +92,7 @@ def prepare(
     *,
     calibration: Batches | None = None,
     loss: Loss | None = None,
-    evaluate: Score | None = None,
+    evaluate: Score | Mapping[str, Score] | None = None,
     seed: int = 0,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,
@@ -107,8 +108,9 @@ def prepare(
     a tensor, a tuple of positional arguments or a mapping by name; what a batch has beyond the example inputs (labels)
     is left out. `loss(outputs, *labels)`, of what the model gives for a batch and those entries, is what criteria of
     importance differentiate; the mean over a batch. `evaluate(module)` is a score of yours, the higher the better, of
-    a module in eval mode; the report has it of the model before, after, and after tuning. `seed` fixes every random
-    choice. `scope` names the submodule to compile inside the model.
+    a module in eval mode; the report has it of the model before, after, and after tuning. Of several models it may be a
+    mapping, `{"a": evaluate}`, of functions of the modules of these tasks. `seed` fixes every random choice. `scope`
+    names the submodule to compile inside the model.
     `dynamic_shapes` says which sizes the result leaves open beside the batch: `"height,width"`, `"length"`, numbers of
     dimensions (`[2, 3]`), or what `torch.export.export` takes; the others are those of the example.
 
@@ -213,7 +215,15 @@ def _check_views_of_several(scope: str | None, mode: str) -> None:
 
 def _check_callbacks(callbacks: Callbacks, model: Models, calibration: Batches | None, scope: str | None) -> None:
     loss = callbacks.loss
-    check_callable(callbacks.evaluate, "evaluate", "evaluate(module), which gives a score")
+    evaluate: Any = callbacks.evaluate
+    if not isinstance(evaluate, Mapping):
+        evaluate = {"": evaluate}
+    elif not isinstance(model, Mapping):
+        raise PlanError("evaluate: a mapping is for several models, but one was given; give the function alone")
+    elif unknown := [name for name in evaluate if name not in model]:
+        raise PlanError(f"evaluate: there is no model {unknown[0]!r}; {closest(str(unknown[0]), list(model))}")
+    for name, each in evaluate.items():
+        check_callable(each, f"evaluate[{name!r}]" if name else "evaluate", "evaluate(module), which gives a score")
     check_callable(loss, "loss", "loss(outputs, labels)")
     if loss is not None and (isinstance(model, Mapping) or scope is not None):
         raise PlanError("loss= is of what one model gives as a whole; leave it out with several models or a scope")
@@ -277,7 +287,7 @@ def compile(
     calibration: Batches | None = None,
     train: Train | None = None,
     loss: Loss | None = None,
-    evaluate: Score | None = None,
+    evaluate: Score | Mapping[str, Score] | None = None,
     seed: int = 0,
     scope: str | None = None,
     dynamic_shapes: Any | None = None,

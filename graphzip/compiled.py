@@ -255,7 +255,7 @@ class Compiled:
         *,
         batches: Sequence[int] = (1, 8),
         name: str = AFTER,
-        score: float | None = None,
+        score: float | Mapping[str, float] | None = None,
         file: str | os.PathLike[str] | None = None,
     ) -> Card:
         """Measure the model in onnxruntime, by turns with the `original` where it is given: `report.card` from then on.
@@ -263,8 +263,8 @@ class Compiled:
         The card has for each: the latency of one run on this machine, median and quartiles, at these `batches`; peak
         memory of a run in a process of its own; bytes of weights and of the file; parameters and MACs. Where the module
         was trained further, `measure(name="after distilling")` adds a state to the card that is there; `score` is what
-        `evaluate` gives of it, and `file` is measured in place of the module where it is given, such as a quantized
-        one. It takes some seconds, and nothing of it is verified: `export` does that.
+        `evaluate` gives of it (by task where it is a mapping), and `file` is measured in place of the module where it
+        is given, such as a quantized one. It takes some seconds, and nothing of it is verified: `export` does that.
 
         Raises `GraphZipError` where the `original` is none of this result.
         """
@@ -287,8 +287,7 @@ class Compiled:
             card = known.with_states(card)
         scores = self.report.scores
         if score is not None:
-            scores = scores or Scores("score", {})
-            scores = replace(scores, values={**scores.values, name: score})
+            scores = (scores or Scores("score", {})).with_value(name, score)
         self.report = replace(self.report, card=card, scores=scores)
         return card
 

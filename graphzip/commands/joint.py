@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graphzip.commands.judging import Judge
 from graphzip.commands.options import CardOption, RunOptions, SaveOptions, command
 from graphzip.commands.subject import BuiltModel, finish
 from graphzip.commands.terminal import Tell, UsageError, at_work
@@ -50,6 +51,20 @@ class JointOptions:
         list[str] | None,
         typer.Option(
             "--calibration", metavar="NAME=FILE", help="samples of a model, .npz or .npy: cars=images.npy; no labels"
+        ),
+    ] = None
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels",
+            metavar="NAME=FILE",
+            help="class indices of a model's samples, .npy: the card shows accuracy",
+        ),
+    ] = None
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--evaluate", metavar="NAME=MODULE:FUNCTION", help="your score of a model's module, higher is better"
         ),
     ] = None
     card: CardOption = True
@@ -137,8 +152,10 @@ def _joined(
     data = {name: Path(path) for name, path in _by_name(given.calibration, "--calibration", specs).items()}
     if data and len(data) < len(specs):
         raise UsageError(f"--calibration: {next(n for n in specs if n not in data)!r} has none; give all or none")
+    labels = {name: Path(path) for name, path in _by_name(given.labels, "--labels", specs).items()}
     reads = {f"--weights {name}": path for name, path in weights.items()}
     reads |= {f"--calibration {name}": path for name, path in data.items()}
+    reads |= {f"--labels {name}": path for name, path in labels.items()}
     check_files("", reads, {"--output": None if given.per_task else output, "--save": saved.save})
     if not given.per_task:
         check_writable(output=output)
@@ -152,9 +169,10 @@ def _joined(
         modules[name] = build(found, Weights(weights.get(name), None, None), run.seed)
         examples[name] = example_inputs(found, modules[name], shapes_of(shapes.get(name)), run.seed)
     batches = {name: calibration_of(path) for name, path in data.items()} or None
+    judge = Judge.of_several(labels, _by_name(given.evaluate, "--evaluate", specs), batches)
     tell(f"joining {', '.join(specs)}")
     with of_inputs("--input" if given.inputs else None):
-        compiled = gz.compile(modules, plan, examples, calibration=batches, seed=run.seed)
+        compiled = gz.compile(modules, plan, examples, calibration=batches, evaluate=judge.evaluate, seed=run.seed)
     subject = BuiltModel(", ".join(specs), modules, examples, None)
     return finish(
         compiled,
@@ -162,6 +180,7 @@ def _joined(
         output,
         saved,
         tell,
+        judge=judge,
         card=given.card,
         as_json=run.as_json,
         packed=True,

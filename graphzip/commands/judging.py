@@ -1,4 +1,4 @@
-"""How well a model does, as `--labels` or `--evaluate` say it."""
+"""How well a model does, or each of several, as `--labels` or `--evaluate` say it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ __all__ = ["Judge"]
 
 @dataclass(frozen=True)
 class Judge:
-    """A score of a module, what it is called, and whether it is a share such as an accuracy; or nothing."""
+    """A score of a module, or of the module of each task, what it is called, and whether it is a share such as an
+    accuracy; or nothing.
+    """
 
-    evaluate: Callable[[nn.Module], float] | None = None
+    evaluate: Callable[[nn.Module], float] | Mapping[str, Callable[[nn.Module], float]] | None = None
     title: str = ""
     share: bool = False
 
@@ -36,15 +38,25 @@ class Judge:
             return cls(_function(evaluate), evaluate.rpartition(":")[2])
         if labels is None:
             return cls()
-        if batches is None:
-            raise UsageError("--labels: they are of the samples of --calibration, which is not given; give it, too")
-        wanted = _labels(labels, batches)
-        return cls(
-            lambda module: _accuracy(module, batches, wanted), f"accuracy ({sum(map(len, wanted))} samples)", True
-        )
+        accuracy, samples = _accuracy_of(labels, batches)
+        return cls(accuracy, f"accuracy ({samples} samples)", True)
 
-    def score(self, module: nn.Module) -> float | None:
-        """Of a module in eval mode; nothing where nothing judges."""
+    @classmethod
+    def of_several(
+        cls, labels: Mapping[str, Path], evaluate: Mapping[str, str], batches: Mapping[str, Sequence[Any]] | None
+    ) -> Judge:
+        """What the options ask for, of several models by name."""
+        if labels and evaluate:
+            raise UsageError("--labels and --evaluate are both given; leave one out")
+        if evaluate:
+            return cls({name: _function(spec) for name, spec in evaluate.items()}, "score")
+        found = {name: _accuracy_of(path, (batches or {}).get(name))[0] for name, path in labels.items()}
+        return cls(found or None, "accuracy", True)
+
+    def score(self, module: nn.Module) -> float | Mapping[str, float] | None:
+        """Of a module in eval mode, or of each of its tasks; nothing where nothing judges."""
+        if isinstance(self.evaluate, Mapping):
+            return {name: evaluate(module.get_submodule(name)) for name, evaluate in self.evaluate.items()}
         return None if self.evaluate is None else self.evaluate(module)
 
     def entitle(self, compiled: Compiled) -> None:
@@ -52,6 +64,14 @@ class Judge:
         report = compiled.report
         if report.scores is not None:
             compiled.report = replace(report, scores=replace(report.scores, title=self.title, share=self.share))
+
+
+def _accuracy_of(path: Path, batches: Sequence[Any] | None) -> tuple[Callable[[nn.Module], float], int]:
+    """The accuracy on data whose labels a file holds, and the number of samples."""
+    if batches is None:
+        raise UsageError("--labels: they are of the samples of --calibration, which is not given; give it, too")
+    wanted = _labels(path, batches)
+    return lambda module: _accuracy(module, batches, wanted), sum(map(len, wanted))
 
 
 def _function(spec: str) -> Callable[[nn.Module], float]:

@@ -383,8 +383,9 @@ def _distilled(
     report = compiled.report
     note = f"distilled after that, epochs: {epochs}; how far outputs moved is told of the model before it"
     compiled.report = replace(report, notes=(*report.notes, note))
-    if judge.evaluate is not None and report.scores is not None:
+    if report.scores is not None:
         training = compiled.module.training
-        values = {**report.scores.values, "after distilling": judge.evaluate(compiled.module.eval())}
+        score = judge.score(compiled.module.eval())
         compiled.module.train(training)
-        compiled.report = replace(compiled.report, scores=replace(report.scores, values=values))
+        assert score is not None
+        compiled.report = replace(compiled.report, scores=report.scores.with_value("after distilling", score))

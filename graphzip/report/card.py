@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from graphzip.report.tables import Column, change, file_size, quantity, table
@@ -59,12 +59,27 @@ class Scores:
     """What `evaluate` gave for each state of the model, in order: `values` by `before`, `after`, `after tuning`, ...
 
     `title` is what the row of a card is called. Shown as a percentage where it is a `share` between 0 and 1, such as an
-    accuracy.
+    accuracy. Where several models have scores of their own, `tasks` has the values of each, and `values` their mean.
     """
 
     title: str
     values: dict[str, float]
     share: bool = False
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def each(self) -> list[Scores]:
+        """The scores of every task by themselves; of one model, or of all together, these."""
+        if not self.tasks:
+            return [self]
+        return [Scores(f"{self.title}, {task}", values, self.share) for task, values in self.tasks.items()]
+
+    def with_value(self, name: str, value: float | Mapping[str, float]) -> Scores:
+        """With the score of another state, or of each task in it."""
+        if not isinstance(value, Mapping):
+            return replace(self, values={**self.values, name: value})
+        tasks = {task: {**self.tasks.get(task, {}), name: each} for task, each in value.items()}
+        mean = sum(value.values()) / max(len(value), 1)
+        return replace(self, values={**self.values, name: mean}, tasks={**self.tasks, **tasks})
 
     def text(self, name: str) -> str:
         """One score; empty where there is none."""
@@ -116,7 +131,8 @@ class Card:
         if any(each is not None and each.drift is not None for each in shown):
             moved = ["" if each is None or each.drift is None else f"{each.drift:.2e}" for each in shown]
             found.append(("outputs moved", *moved, ""))
-        found += self._scores(names, scores) if scores is not None else []
+        for each in [] if scores is None else scores.each():
+            found += self._scores(names, each)
         return found
 
     def _quantities(self) -> list[tuple[str, Callable[[Figures], int | None], Callable[[int], str]]]:

@@ -67,11 +67,11 @@ def _counted(report: Report) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "before", "after", "change")]
     for what, old, new in (("parameters", before.params, after.params), ("MACs per sample", before.macs, after.macs)):
         rows.append((what, quantity(old), quantity(new), change(old, new)))
-    if scores is not None:
-        first = next(iter(scores.values))
+    for each in [] if scores is None else scores.each():
+        first = next(iter(each.values))
         rows += [
-            (f"{scores.title}, {name}", scores.text(first), scores.text(name), scores.gain(name))
-            for name in scores.values
+            (f"{each.title}, {name}", each.text(first), each.text(name), each.gain(name))
+            for name in each.values
             if name != first
         ]
     return rows

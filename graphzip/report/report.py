@@ -161,9 +161,9 @@ class Report:
             return comparison_table(rows)
         states = list(self.scores.values)
         counted = [[row.what, row.before, *[row.after] * (len(states) - 1), row.change] for row in rows]
-        last = [self.scores.title, *map(self.scores.text, states), self.scores.gain(states[-1])]
+        last = [[each.title, *map(each.text, states), each.gain(states[-1])] for each in self.scores.each()]
         columns = [Column(title, right=number > 0) for number, title in enumerate(["", *states, "change"])]
-        return table(columns, [*counted, last])
+        return table(columns, [*counted, *last])
 
     @public
     def save(self, path: str | os.PathLike[str]) -> None:

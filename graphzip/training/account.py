@@ -29,6 +29,9 @@ from graphzip.scores import score_of
 
 __all__ = ["Account", "Moves"]
 
+Evaluate = Callable[[nn.Module], float] | Mapping[str, Callable[[nn.Module], float]]
+"""A score of a module, or one of the module of each task."""
+
 _NOT_FINITE = "outputs on the calibration data are not finite, so how far they moved is unknown"
 
 
@@ -45,7 +48,7 @@ class Account:
     passes: list[dict[str, Any]] = field(default_factory=list)
     changed: bool = False
     losses: list[str] = field(default_factory=list)
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: Scores | None = None
     proven: bool = True  # whether what is lost is known without running the model
 
     @classmethod
@@ -64,11 +67,18 @@ class Account:
         if not outcome.lossless:
             self.losses.append(outcome.loss or f"{kind} leaves out some of what the model computes")
 
-    def judge(self, evaluate: Callable[[nn.Module], float] | None, **states: nn.Module) -> None:
-        """Note what the user's score says of each of these models, in eval mode; nothing where there is no score."""
-        if evaluate is not None:
-            for name, module in counted(states.items(), "scoring", lambda state: state[0]):
-                self.scores[name] = score_of(evaluate, eval_copy(module))
+    def judge(self, evaluate: Evaluate | None, **states: nn.Module) -> None:
+        """Note what the user's scores say of each of these models, in eval mode; nothing where there are none."""
+        if evaluate is None:
+            return
+        for name, module in counted(states.items(), "scoring", lambda state: state[0]):
+            found: Any
+            if isinstance(evaluate, Mapping):
+                parts = {task: module.get_submodule(task) for task in evaluate}
+                found = {task: score_of(evaluate[task], eval_copy(part)) for task, part in parts.items()}
+            else:
+                found = score_of(evaluate, eval_copy(module))
+            self.scores = (self.scores or Scores("score", {})).with_value(name, found)
 
     def moves(
         self,
@@ -108,7 +118,7 @@ class Account:
             losses=tuple(losses),
             origin=origin,
             graph=self.graph,
-            scores=Scores("score", dict(self.scores)) if self.scores else None,
+            scores=self.scores,
         )
 
 

@@ -35,7 +35,7 @@ from graphzip.report.report import Tuning
 from graphzip.rewrite.join_models import module_of
 from graphzip.rewrite.refresh import refresh
 from graphzip.rewrite.whole_tables import whole_tables
-from graphzip.training.account import Account, Moves
+from graphzip.training.account import Account, Evaluate, Moves
 from graphzip.training.history import History, Record
 from graphzip.training.tune import Divided, tune_
 from graphzip_passes.base import Constraint, Decision, PassContext, Stage, checked_outcome, pass_of
@@ -53,10 +53,10 @@ _OF_THE_PLAN = ("plan", "_progress", "_account", "_history")
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Functions of the user: the `loss` that criteria differentiate, a score, and who is told how far the work is."""
+    """Functions of the user: the `loss` that criteria differentiate, scores, and who is told how far the work is."""
 
     loss: Callable[..., Any] | None = None
-    evaluate: Callable[[nn.Module], float] | None = None
+    evaluate: Evaluate | None = None
     progress: Progress = None
 
 

@@ -140,7 +140,7 @@ def test_a_config_holds_any_option_and_the_command_line_goes_before(run: Run, fo
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)["report"]
     assert [(group["before"], group["after"]) for group in found["groups"]] == [(8, 2)]
-    assert found["scores"] == {"title": "score", "values": {"before": 4.0, "after": 4.0}, "share": False}
+    assert found["scores"] == {"title": "score", "values": {"before": 4.0, "after": 4.0}, "share": False, "tasks": {}}
     assert found["card"] is None
     (folder / "config.yaml").write_text("keeps: 0.5\n")
     refused = run("compile", "--config", "config.yaml")
@@ -187,6 +187,33 @@ def test_two_models_are_zipped_into_one(run: Run, folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)["report"]
     assert report["after"]["params"] < report["before"]["params"] == 2 * (8 * 28 + 4 * 9)
+
+
+def test_labels_of_several_models_are_on_the_card(run: Run, folder: Path) -> None:
+    np.save(folder / "y.npy", classes(folder))
+    models = ["a=network.py:net", "b=network.py:net"]
+    data = [option for name in "ab" for option in ("--input", f"{name}=2x3x8x8", "--calibration", f"{name}=x.npy")]
+    common = ["zip", *models, *data, "--share", "0", "-o", "joint.onnx"]
+    result = run(*common, "--labels", "a=y.npy", "--labels", "b=y.npy")
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert any(row[:2] == ["accuracy,", "a"] and row[2:6] == ["100.00", "%", "100.00", "%"] for row in rows)
+    assert any(row[:2] == ["accuracy,", "b"] for row in rows)
+    assert max(map(len, result.stdout.splitlines()[:12])) <= 80
+    scored = run(*common, "--evaluate", "b=network.py:score", "--json", "--no-card")
+    scores = json.loads(scored.stdout)["report"]["scores"]
+    assert scores["tasks"] == {"b": {"before": 4.0, "after": 4.0}}
+    for wrong, said in (
+        (["--labels", "a=y.npy", "--evaluate", "b=network.py:score"], "--labels and --evaluate are both given"),
+        (["--labels", "y.npy"], "--labels: 'y.npy' has no name"),
+        (["--labels", "c=y.npy"], "--labels: there is no model 'c'; there are a, b"),
+        (["--labels", "a=x.npy"], "--labels: x.npy has (24, 3, 8, 8) of float32"),
+    ):
+        refused = run(*common, *wrong)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+    alone = run("zip", *models, *data[:2], *data[4:6], "--share", "0", "-o", "joint.onnx", "--labels", "a=y.npy")
+    assert "--labels: they are of the samples of --calibration, which is not given" in alone.stderr
 
 
 def test_doctor_schema_and_bench(run: Run, folder: Path) -> None:

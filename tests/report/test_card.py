@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip.report.card import Card, Figures, Latency, Scores
+from graphzip.report.page import page_of
 from graphzip.report.report import Report
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -152,6 +155,40 @@ def test_scores_before_after_and_after_tuning() -> None:
     assert scores.values["after"] < scores.values["after tuning"] < 0.0
     assert scores.values["after tuning"] == pytest.approx(near(compiled.module.eval()))
     assert "after tuning" in str(compiled.report)
+
+
+def test_scores_of_several_models() -> None:
+    models = {"one": net(), "two": twice()}
+    x = {name: (torch.randn(4, 6),) for name in models}
+    evaluate = {"one": lambda module: float(next(module.parameters()).shape[0]), "two": lambda module: 1.0}
+    compiled = gz.compile(models, gz.Plan([]), x, evaluate=evaluate)
+    scores = compiled.report.scores
+    assert scores is not None
+    assert scores.tasks == {"one": {"before": 8.0, "after": 8.0}, "two": {"before": 1.0, "after": 1.0}}
+    assert scores.values == {"before": 4.5, "after": 4.5}
+    rows = [line.split() for line in str(compiled.report).splitlines()]
+    assert ["score,", "one", "8", "8", "+0"] in rows
+    assert "score, two" in page_of(compiled.report)
+    compiled.measure(models, score={"one": 7.0, "two": 1.5})
+    rows = [line.split() for line in str(compiled.report).splitlines()]
+    assert ["score,", "one", "8", "7", "-1"] in rows
+    assert ["score,", "two", "1", "1.5", "+0.5"] in rows
+    assert Report.from_dict(compiled.report.to_dict()) == compiled.report
+
+
+@pytest.mark.parametrize(
+    ("several", "evaluate", "said"),
+    [
+        (False, {"a": len}, "evaluate: a mapping is for several models, but one was given; give the function alone"),
+        (True, {"three": len}, "evaluate: there is no model 'three'; there are: 'one', 'two'"),
+        (True, {"one": 3}, "evaluate['one']: 3 cannot be called"),
+    ],
+)
+def test_scores_that_do_not_fit_the_models(several: bool, evaluate: dict[str, object], said: str) -> None:
+    models: Any = {"one": net(), "two": net()} if several else net()
+    x = (torch.randn(4, 6),)
+    with pytest.raises(gz.PlanError, match=re.escape(said)):
+        gz.compile(models, gz.Plan([]), {"one": x, "two": x} if several else x, evaluate=evaluate)
 
 
 def test_a_score_that_is_none_is_refused() -> None:
