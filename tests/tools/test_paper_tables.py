@@ -13,6 +13,7 @@ import pytest
 import graphzip as gz
 
 ROOT = Path(__file__).resolve().parents[2]
+PLANS = [path for path in sorted((ROOT / "examples" / "plans").glob("*.yaml")) if not path.stem.endswith("_digits")]
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +21,15 @@ def tool() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))
         yield importlib.import_module("paper_tables")
-    for name in ("paper_tables", "paper_nets"):
+    for name in ("paper_tables", "paper_nets", "paper_counts", "paper_nets_factored"):
         sys.modules.pop(name, None)
 
 
 def test_every_plan_has_a_row(tool: Any) -> None:
-    assert {row.plan for row in tool.ROWS} == {path.stem for path in tool.PLANS.glob("*.yaml")}
+    assert {row.plan for row in tool.ROWS} == {path.stem for path in PLANS}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_plans_say_their_inputs_and_strength(path: Path) -> None:
     plan = gz.Plan.load(path)
     ((options,), inputs) = plan.passes, plan.inputs
@@ -87,3 +88,33 @@ def test_a_figure_that_does_not_follow_is_said_to_differ(tool: Any) -> None:
     assert not found.follows
     assert "75.15" in found.remark
     assert "75.15" in "".join(str(cell) for column in tool.table([found]).columns for cell in column.cells)
+
+
+QUICK = ["csg_shufflenet_0.5x_csg", "csg_shufflenet_0.5x_bcsg"]
+ARITHMETIC = ["mtz_convolutions_of_vgg-16", "mtz_linear_layers_of_vgg-16", "mtz_vgg-16,_heads_counted"]
+DOMAINS = ["cross-domain_alexnet_growl", "cross-domain_alexnet_ka", "cross-domain_alexnet_kb"]
+
+
+@pytest.mark.parametrize("key", [*QUICK, *ARITHMETIC, *DOMAINS])
+def test_sizes_of_the_other_papers(tool: Any, key: str) -> None:
+    (row,) = [row for row in tool.COUNTED if row.key == key]
+    assert tool.counted(row)["follows"] is not bool(row.remark)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paper", ["ACDC", "CSG"])
+def test_all_sizes_follow_but_those_that_are_named(tool: Any, paper: str) -> None:
+    found = [tool.counted(row) for row in tool.COUNTED if row.paper == paper]
+    wrong = [(each["result"], each["params"]) for each in found if each["follows"] is bool(each["remark"])]
+    assert not wrong
+
+
+def test_json_has_all_papers_under_the_same_names(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["paper_tables.py", "--json", "--only", "*alexnet_ka"])
+    tool.main()
+    (row,) = json.loads(capsys.readouterr().out)
+    assert {"paper", "table", "result", "unit", "macs", "macs_paper", "params", "params_paper"} <= set(row)
+    assert row["params"] == pytest.approx(14.79, abs=0.01)
+    assert len({each.key for each in tool.COUNTED}) == len(tool.COUNTED)
