@@ -2,7 +2,8 @@
 
 Statistics over channels count every channel once. Where merged channels stood for different numbers of channels, the
 norm becomes a weighted one: with `m_c` channels behind channel `c` of `n`, the mean is `1/n sum_c m_c x_c` and the
-variance `1/n sum_c m_c (x_c - mean)^2`.
+variance `1/n sum_c m_c (x_c - mean)^2`. Where channels were dropped, `n` still counts them, as zeros: the mean is
+`1/n sum_c x_c` and the variance `1/n sum_c (x_c - mean)^2 + (1 - n'/n) mean^2`, with `n'` that are left.
 """
 
 from __future__ import annotations
@@ -72,7 +73,12 @@ def patch_group_norm(patch: Patch) -> None:
     _, group, sizes = np.unique(of_group, return_inverse=True, return_counts=True)
     rank = len(patch.node.meta["val"].shape)
     counts = _uneven(patch, patch.multiplicity(patch.args["input"], list(range(1, rank)), blocks=groups))
+    width = patch.before(patch.node, 1) // groups
     patch.set("num_groups", sizes.size)
+    if patch.lost(patch.args["input"], [1]) and (sizes < width).any():
+        y = _of_groups(patch, _laid_out(group, sizes), np.full(kept.size, 1.0 / width), 1.0 - sizes / width)
+        patch.become(_affine(patch, y, ["weight", "bias"], (-1, *(1,) * (rank - 2))))
+        return
     if counts is None and not np.ptp(sizes):
         return
     stands_for = np.ones(kept.size) if counts is None else np.broadcast_to(counts.ravel(), kept.shape)
@@ -88,8 +94,9 @@ def _laid_out(group: IntArray, sizes: IntArray) -> IntArray:
     return laid
 
 
-def _of_groups(patch: Patch, laid: IntArray, shares: FloatArray) -> fx.Node:
-    """The input normalised over groups of channels; `shares` are those of the channels in the mean of their group.
+def _of_groups(patch: Patch, laid: IntArray, shares: FloatArray, missing: FloatArray | None = None) -> fx.Node:
+    """The input normalised over groups of channels; `shares` are those of the channels in the mean of their group, and
+    `missing` those of zeros that are gone.
 
     Groups are made as wide as the widest by channels of no weight.
     """
@@ -100,7 +107,10 @@ def _of_groups(patch: Patch, laid: IntArray, shares: FloatArray) -> fx.Node:
     x = patch.call(aten.unflatten.int, x, 1, list(laid.shape))
     weights = np.where(laid < 0, 0.0, shares[laid]) * laid.shape[1]
     made = patch.values(weights.reshape(1, *laid.shape, *(1,) * (rank - 2)), patch.args["input"])
-    centred, variance = weighted_moments(patch, x, made, list(range(2, rank + 1)))
+    zeros: Any = 0.0
+    if missing is not None:
+        zeros = patch.values(missing.reshape(1, -1, *(1,) * (rank - 1)), patch.args["input"])
+    centred, variance = weighted_moments(patch, x, made, list(range(2, rank + 1)), missing=zeros)
     y = patch.call(aten.mul.Tensor, centred, _inverse_root(patch, variance, patch.args["eps"]))
     y = patch.call(aten.flatten.using_ints, y, 1, 2)
     if not uneven:
@@ -109,17 +119,29 @@ def _of_groups(patch: Patch, laid: IntArray, shares: FloatArray) -> fx.Node:
 
 
 def weighted_moments(
-    patch: Patch, x: fx.Node, weights: fx.Node, dims: list[int], *, is_complex: bool = False
+    patch: Patch,
+    x: fx.Node,
+    weights: fx.Node | float,
+    dims: list[int],
+    *,
+    is_complex: bool = False,
+    missing: fx.Node | float = 0.0,
 ) -> tuple[fx.Node, fx.Node]:
     """`x - mean` and the variance over `dims`, with `weights` whose average over all that was there is one.
 
     `weights` says how many of the original values each one that is left stands for, times the fraction that is left.
+    `missing` is the fraction of zeros that are gone.
     """
     mean = patch.call(aten.mean.dim, patch.call(aten.mul.Tensor, x, weights), dims, True)
     centred = patch.call(aten.sub.Tensor, x, mean)
     length = patch.call(aten.abs.default, centred) if is_complex else centred
     squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, length, length), weights)
-    return centred, patch.call(aten.mean.dim, squares, dims, True)
+    variance = patch.call(aten.mean.dim, squares, dims, True)
+    if isinstance(missing, fx.Node) or missing:
+        far = patch.call(aten.abs.default, mean) if is_complex else mean
+        zeros = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, far, far), missing)
+        variance = patch.call(aten.add.Tensor, variance, zeros)
+    return centred, variance
 
 
 def _inverse_root(patch: Patch, variance: fx.Node, eps: float) -> fx.Node:
@@ -148,12 +170,16 @@ def layer_norm(site: Site) -> Result:
     return meet(site, operands)
 
 
-def _normalized(patch: Patch) -> tuple[list[int], FloatArray | None]:
-    """Dimensions that are normalised, and weights of average one for the channels there, where they are uneven."""
+def _normalized(patch: Patch) -> tuple[list[int], fx.Node | float | None]:
+    """Dimensions that are normalised, and weights for the channels there, where what is left is no norm of its own."""
     rank = len(patch.node.meta["val"].shape)
     dims = list(range(rank - len(patch.args["normalized_shape"]), rank))
-    counts = _uneven(patch, patch.multiplicity(patch.args["input"], dims))
-    return dims, None if counts is None else counts * float(patch.fraction(patch.args["input"], dims))
+    source = patch.args["input"]
+    lost = patch.lost(source, dims)
+    if lost:
+        return dims, 1.0 - lost
+    counts = _uneven(patch, patch.multiplicity(source, dims))
+    return dims, None if counts is None else patch.values(counts * float(patch.fraction(source, dims)), source)
 
 
 def _set_shape(patch: Patch, dims: list[int]) -> None:
@@ -168,23 +194,23 @@ def _uneven(patch: Patch, counts: FloatArray | None) -> FloatArray | None:
 
 
 def patch_layer_norm(patch: Patch) -> None:
-    dims, counts = _normalized(patch)
-    if counts is None:
+    dims, weights = _normalized(patch)
+    if weights is None:
         _set_shape(patch, dims)
         return
-    weights = patch.values(counts, patch.args["input"])
-    centred, variance = weighted_moments(patch, patch.operand("input"), weights, dims)
+    lost = patch.lost(patch.args["input"], dims)
+    centred, variance = weighted_moments(patch, patch.operand("input"), weights, dims, missing=lost)
     y = patch.call(aten.mul.Tensor, centred, _inverse_root(patch, variance, patch.args["eps"]))
     patch.become(_affine(patch, y, ["weight", "bias"], None))
 
 
 def patch_rms_norm(patch: Patch) -> None:
-    dims, counts = _normalized(patch)
-    if counts is None:
+    dims, weights = _normalized(patch)
+    if weights is None:
         _set_shape(patch, dims)
         return
     x = patch.operand("input")
-    squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, x, x), patch.values(counts, patch.args["input"]))
+    squares = patch.call(aten.mul.Tensor, patch.call(aten.mul.Tensor, x, x), weights)
     mean = patch.call(aten.mean.dim, squares, dims, True)
     given = patch.args["eps"]
     eps = torch.finfo(patch.node.meta["val"].dtype).eps if given is None else given

@@ -85,6 +85,10 @@ def patch_sum(patch: Patch) -> None:
 def patch_mean(patch: Patch) -> None:
     """The mean of what is left, each value weighted by how much it stands for: `n' / n sum_c m_c x_c / n'`."""
     source = patch.args["self"]
+    lost = patch.lost(source, _reduced(patch.args, len(source.meta["val"].shape)))
+    if lost:
+        patch.then(aten.mul.Tensor, 1.0 - lost)
+        return
     fraction = float(patch.fraction(source, _reduced(patch.args, len(source.meta["val"].shape))))
     _scale(patch, lambda counts: counts * fraction)
 
@@ -139,15 +143,15 @@ def patch_variance(patch: Patch) -> None:
     correction = patch.args.get("correction", 1 if patch.args.get("unbiased", True) else 0)
     correction = 1 if correction is None else correction
     fraction, keepdim = patch.fraction(source, dims), bool(patch.args.get("keepdim", False))
-    is_std = "std" in str(patch.node.target)
-    if counts is None or np.ptp(counts) == 0:
+    is_std, lost = "std" in str(patch.node.target), patch.lost(source, dims)
+    if not lost and (counts is None or np.ptp(counts) == 0):
         target = aten.std.correction if is_std else aten.var.correction
         scaled = float(correction * fraction)
         patch.become(patch.call(target, patch.operand("self"), dims, correction=scaled, keepdim=keepdim))
         return
-    weights = patch.values(counts * float(fraction), source, patch.node)
+    weights: Any = 1.0 - lost if counts is None else patch.values(counts * float(fraction), source, patch.node)
     is_complex = source.meta["val"].is_complex()
-    _, variance = weighted_moments(patch, patch.operand("self"), weights, dims, is_complex=is_complex)
+    _, variance = weighted_moments(patch, patch.operand("self"), weights, dims, is_complex=is_complex, missing=lost)
     variance = _corrected(patch, variance, patch.count(source, dims), correction)
     if is_std:
         variance = patch.call(aten.sqrt.default, variance)

@@ -64,6 +64,9 @@ class Patch(Protocol):
         are counted on their own.
         """
 
+    def lost(self, value: Any, dims: Sequence[int]) -> float:
+        """The share of the positions along `dims` that are gone and that count as zeros; 0 where what goes counts."""
+
     def may_stay_plain(self) -> bool:
         """Whether a norm may count every channel once although that moves the outputs; where it may, it is reported."""
 

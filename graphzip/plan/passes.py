@@ -235,9 +235,17 @@ class PruneChannels(PassOptions):
       they would alone, and those with the lowest scores of all go; scores that do not mean the same in every group are
       divided by their group's mean. `"isomorphic"`: so among groups of the same structure.
     - `compensate`: `"data"`, which needs calibration data, re-fits every layer in closed form to what the original
-      gives; `"none"` leaves weights as they are.
-    - `strength`: of the group lasso that draws the kernels of channels to go to zero in training
-      (`Prepared.regularizer`), at least 0.
+      gives. `"free"` needs none: what dropped channels are on average, as batch norms before them tell, goes into the
+      biases and batch norms behind, and the variances of these shrink by the part that dropped channels had in them.
+      `"none"` leaves weights as they are.
+    - `norms`: `"exact"`: norms and means over channels count dropped ones as zeros, so that dropping channels that are
+      zero changes nothing. `"plain"`: they are taken of what is left.
+    - `regularizer`: what draws channels to zero in training, by a `strength` of at least 0. `"lasso"`: the norms of the
+      kernels of the channels that go, a term of the loss (`Prepared.regularizer`). `"growing"`: weights of the channels
+      that go decay by a share of the learning rate that grows evenly from 0 to `strength` over the steps that
+      `Prepared.optimizer` is told (Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021). `"bn_scale"`:
+      the sizes of the scales of normalisations, of all channels of the groups that shrink, a term of the loss; the
+      criterion then decides once more when the pass is carried out (Liu et al., "Network Slimming", ICCV 2017, Eq. 1).
 
     Raises `PlanError` when a value is out of range or of the wrong type.
     """
@@ -247,10 +255,12 @@ class PruneChannels(PassOptions):
     keep: Amounts = 0.5
     criterion: Importance = "l1"
     ranking: Literal["local", "global", "isomorphic"] = "local"
-    compensate: Literal["none", "data"] = "none"
+    compensate: Literal["none", "free", "data"] = "none"
+    norms: Annotated[Literal["exact", "plain"], says("is not a way to treat norms; write 'exact' or 'plain'")] = "exact"
     exclude: Globs = ()
     round_to: Multiple = 1
     strength: Strength = 0.0
+    regularizer: Literal["lasso", "growing", "bn_scale"] = "lasso"
 
 
 class LowRank(PassOptions):

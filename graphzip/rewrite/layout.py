@@ -33,7 +33,8 @@ Merge = tuple[bool, IntArray, Sequence[Sequence[int]]]
 class Layout:
     """Which channel stands for which: `keeper[channel]` is the channel itself where it stays.
 
-    With `drops`, channels that go leave nothing behind; else the one that stays stands for them.
+    With `drops`, channels that go leave nothing behind: norms and means count them as zeros, or with `plain_norms` not
+    at all. Else the one that stays stands for them.
 
     `classes[label]` is a channel: of the coarse level where whole blocks of it are merged, else of the fine one.
     """

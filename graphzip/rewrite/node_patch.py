@@ -82,6 +82,11 @@ class NodePatch:
     def multiplicity(self, value: Any, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
         return self.layout.multiplicity(value, dims, blocks)
 
+    def lost(self, value: Any, dims: Sequence[int]) -> float:
+        if not self.layout.drops or self.layout.plain_norms:
+            return 0.0
+        return float(1 - self.fraction(value, dims))
+
     def may_stay_plain(self) -> bool:
         if self.layout.plain_norms:
             self.layout.left_plain.append(describe(self.node))

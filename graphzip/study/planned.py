@@ -58,7 +58,7 @@ def _with_data(given: PassOptions, where: str, *, has_data: bool) -> Narrows:
     if fixed:
         raise PlanError(f"{where}.{given.kind}.{min(fixed)}: widths are found here; leave it out")
     if isinstance(given, PruneChannels):
-        return PruneChannels(**(({"compensate": "data"} if has_data else {}) | given.to_dict()))
+        return PruneChannels(**({"compensate": "data" if has_data else "free"} | given.to_dict()))
     return given.for_data() if has_data else ClusterMerge(**({"compensate": "free"} | given.to_dict()))
 
 

@@ -85,7 +85,21 @@ def each_sample(model: Residual) -> list[dict[str, Tensor]]:
 def weights_alone(model: Residual) -> dict[str, dict[str, Tensor]]:
     rows = kernels(model)
     squares = {name: each.square().sum(1) for name, each in rows.items()}
+    readers = {
+        "stem": torch.cat([model.inner.weight.transpose(0, 1).flatten(1), model.head.weight.T], 1),
+        "inner": model.out.weight.transpose(0, 1).flatten(1),
+    }
+    made = {"stem": [model.stem.weight, model.out.weight], "inner": [model.inner.weight]}
+    scales = {"stem": [model.norm0.weight], "inner": [model.norm1.weight]}
+    coupled = {
+        name: torch.cat(
+            [each.flatten(1) for each in made[name]] + [readers[name]] + [each[:, None] for each in scales[name]], 1
+        ).detach()
+        for name in rows
+    }
     return {
+        "group_l1": {name: each.abs().sum(1) for name, each in coupled.items()},
+        "group_l2": {name: each.square().sum(1) for name, each in coupled.items()},
         "l1": {name: each.abs().sum(1) for name, each in rows.items()},
         "l2": {name: each.norm(dim=1) for name, each in rows.items()},
         "bn_scale": {"stem": model.norm0.weight.detach().abs(), "inner": model.norm1.weight.detach().abs()},
@@ -129,7 +143,7 @@ def with_a_loss(model: Residual) -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("name", ["l1", "l2", "bn_scale", "fpgm", "lamp"])
+@pytest.mark.parametrize("name", ["l1", "l2", "group_l1", "group_l2", "bn_scale", "fpgm", "lamp"])
 def test_criteria_of_weights(name: str) -> None:
     model = residual()
     torch.testing.assert_close(seen(name, model, calibration=None), weights_alone(model)[name], rtol=1e-9, atol=1e-12)
@@ -180,6 +194,21 @@ def test_thinet_takes_the_channel_whose_loss_moves_the_next_layers_least() -> No
         left = [channel for channel in range(6) if channel not in gone]
         gone.append(min(left, key=lambda c: float(parts[[*gone, c]].sum(0).square().sum())))
     assert seen("thinet", model)["inner"].argsort().tolist() == gone
+
+
+def test_obs_is_what_the_next_layer_loses_where_its_other_weights_are_fitted() -> None:
+    model = residual()
+    held, weight = Held(model).inner, model.out.weight.detach()[:, :, 0, 0]
+    rows = held.movedim(1, 3).flatten(0, 2)
+    wanted = rows @ weight.T
+    losses = []
+    for channel in range(6):
+        others = [each for each in range(6) if each != channel]
+        fitted = torch.linalg.lstsq(rows[:, others], wanted).solution
+        losses.append((wanted - rows[:, others] @ fitted).square().sum(1).mean() / 2)
+    found = seen("obs", model)["inner"]
+    expected = torch.stack(losses)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-3 * float(expected.max()))
 
 
 def test_chip_is_what_the_nuclear_norm_loses() -> None:

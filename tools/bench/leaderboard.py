@@ -3,11 +3,11 @@
     python tools/bench/leaderboard.py --net resnet20 --cells leaderboard.json --picture leaderboard.svg
 
 A criterion chooses channels in each group alone (`local`) or of all groups together (`global`); the widest result that
-fits the budget counts. It is measured as it is (`raw`), with the batch norms re-estimated on 512 unlabelled images
-(`norms`), and with its layers re-fitted on the same images (`compensated`). Criteria that look at gradients
-differentiate the outputs in random directions. Torch-Pruning's criteria stand beside them where it is installed: the
-model's own answers are the labels of those that need some. Accuracy is the share of right answers on the test images,
-in percent. Groups are the inner ones of ResNets, all of other networks.
+fits the budget counts. It is measured as it is (`raw`), corrected without data (`free`), with the batch norms
+re-estimated on 512 unlabelled images (`norms`), and with its layers re-fitted on the same images (`compensated`).
+Criteria that look at gradients differentiate the outputs in random directions. Torch-Pruning's criteria stand beside
+them where it is installed: the model's own answers are the labels of those that need some. Accuracy is the share of
+right answers on the test images, in percent. Groups are the inner ones of ResNets, all of other networks.
 
 Cells that are in the file `--cells` are not measured again. Needs the data of the folder GRAPHZIP_DATA (default:
 ../shared/data beside the repository), as `compare.py` does.
@@ -36,7 +36,7 @@ import graphzip as gz
 from graphzip.plan.criteria import CRITERIA
 from graphzip_passes.prune import criteria  # noqa: F401 (registers those that graphzip brings)
 
-REPAIRS = ("raw", "norms", "compensated")
+REPAIRS = ("raw", "free", "norms", "compensated")
 RANKINGS = ("local", "global")
 
 
@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def repairs(self) -> tuple[str, ...]:
-        return REPAIRS if self.tool == "graphzip" else REPAIRS[:2]
+        return REPAIRS if self.tool == "graphzip" else ("raw", "norms")
 
 
 def entries(options: argparse.Namespace) -> Iterator[Entry]:
@@ -73,7 +73,7 @@ def slim(bench: Bench, entry: Entry, share: float) -> Callable[[str], nn.Module]
     trace = gz.trace(bench.model, bench.example)
 
     def compiled(keep: float, repair: str = "raw") -> gz.Compiled:
-        compensate = "data" if repair == "compensated" else "none"
+        compensate = {"compensated": "data", "free": "free"}.get(repair, "none")
         options: Any = {"criterion": entry.criterion, "ranking": entry.ranking, "compensate": compensate}
         plan = gz.Plan([gz.PruneChannels(keep={bench.groups: keep}, **options)])
         return gz.compile(trace, plan, calibration=bench.images)
@@ -82,6 +82,7 @@ def slim(bench: Bench, entry: Entry, share: float) -> Callable[[str], nn.Module]
     raw = found.module
     made = {
         "raw": lambda: raw,
+        "free": lambda: compiled(keep, "free").module,
         "norms": lambda: re_estimated(copy.deepcopy(raw), bench.images),
         "compensated": lambda: compiled(keep, "compensated").module,
     }

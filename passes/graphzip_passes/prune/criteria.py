@@ -30,6 +30,27 @@ def l2(group: GroupView) -> Tensor:
     return group.kernels.square().sum(1).sqrt()
 
 
+def group_l1(group: GroupView) -> Tensor:
+    """`sum |w|` over all that makes, scales or reads a channel, biases aside (Fang et al., "DepGraph: Towards Any
+    Structural Pruning", CVPR 2023, section 3.3, as Torch-Pruning's group magnitude has it).
+    """
+    return _coupled(group, 1)
+
+
+def group_l2(group: GroupView) -> Tensor:
+    """`sum w^2` over the same (Fang et al., "DepGraph", CVPR 2023, Eq. 4)."""
+    return _coupled(group, 2)
+
+
+def _coupled(group: GroupView, power: int) -> Tensor:
+    rows = [row for role in ("producer", "consumer") for row in group.matrices(role)]
+    total = torch.zeros(group.size, dtype=torch.float64)
+    if rows:
+        total += torch.cat(rows, 1).abs().pow(power).sum(1)
+    scales = [row.abs().pow(power).sum(1) for row in group.scales]
+    return total + torch.stack(scales).sum(0) if scales else total
+
+
 def bn_scale(group: GroupView) -> Tensor:
     """`|gamma|` of the normalisations behind (Liu et al., "Network Slimming", ICCV 2017, Eq. 1); `l2` without any."""
     return l2(group) if group.norm_scales is None else group.norm_scales
@@ -60,6 +81,16 @@ def hessian(group: GroupView) -> Tensor:
     slopes = group.squared_gradients.get("producer", {})
     products = [group.weights["producer"][name].square() * slope for name, slope in slopes.items()]
     return torch.cat(products, 1).sum(1) / 2 if products else torch.zeros(group.size, dtype=torch.float64)
+
+
+def obs(group: GroupView) -> Tensor:
+    """`sum over outputs of w_c^T ((M^-1)_cc)^-1 w_c / 2`, with `M` the second moments of what the next layers read:
+    what they lose where their other weights are re-fitted (Hassibi and Stork, "Optimal Brain Surgeon", NIPS 1992, Eq.
+    5, layer by layer as in Dong et al., NIPS 2017, and for all weights of a channel as in Kurtic et al., "ZipLM",
+    NeurIPS 2023, Eq. 3); `wanda` where no layer reads the group.
+    """
+    losses = group.reading_losses
+    return wanda(group) if losses is None else losses / 2
 
 
 def lamp(group: GroupView) -> Tensor:
@@ -167,10 +198,13 @@ BUILT_IN: Final[dict[str, Callable[[GroupView], Tensor]]] = {
     for each in (
         l1,
         l2,
+        group_l1,
+        group_l2,
         bn_scale,
         taylor,
         fisher,
         hessian,
+        obs,
         lamp,
         fpgm,
         apoz,

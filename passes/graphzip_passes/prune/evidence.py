@@ -6,7 +6,7 @@ pruning" (2018); Hutchinson (1990) for random directions of the outputs, where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -28,14 +28,14 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
-from graphzip.numeric.solvers import check_finite, squared
+from graphzip.numeric.solvers import check_finite, factorised, relative_damping, squared
 from graphzip_passes.parts.compensation import sampled_rows
 from graphzip_passes.parts.holders import readers_of
 from graphzip_passes.parts.output_slopes import output_slopes
 from graphzip_passes.parts.slices import rows_by_role
 from graphzip_passes.prune.places import Holder, places_of
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "norm_scales_of"]
 
 aten = torch.ops.aten
 
@@ -44,6 +44,9 @@ _HELD: Final = 64
 
 _ROWS: Final = 1 << 14
 """Places of a layer that products of what it reads are taken over."""
+
+_DAMPED: Final = 1e-3
+"""A share of the mean square of what a layer reads that is added before moments are inverted."""
 
 _NORMS: Final = {
     aten.batch_norm.default,
@@ -239,42 +242,80 @@ class Evidence:
     @cached_property
     def norm_scales(self) -> frozenset[str]:
         """The names of the scales of normalisations."""
-        nodes = [node for node in self.traced.graph.nodes if node.target in _NORMS]
-        scales = [arguments_of(node).get("weight") for node in nodes]
-        return frozenset(self.traced.qualified(str(each.target)) for each in scales if isinstance(each, fx.Node))
+        return norm_scales_of(self.traced)
 
     def reading_gram(self, group: ChannelGroup) -> Tensor | None:
-        """(n, n), summed over the layers that read the group; `None` where something else reads it."""
+        """(n, n), summed over the layers that read the group; `None` where no layer does."""
         return self._grams.get(group.name)
+
+    def reading_losses(self, group: ChannelGroup) -> Tensor | None:
+        """(n,), summed over the layers that read the group; `None` where no layer does."""
+        return self._losses.get(group.name)
 
     @cached_property
     def _grams(self) -> dict[str, Tensor]:
-        readers: dict[fx.Node, list[tuple[ChannelGroup, IntArray, Layer]]] = {}
-        found: dict[str, Tensor] = {}
+        return self._summed(_gram)
+
+    @cached_property
+    def _losses(self) -> dict[str, Tensor]:
+        return self._summed(_losses)
+
+    def _summed(self, measured: Callable[[Tensor, Tensor, Tensor, str], Tensor]) -> dict[str, Tensor]:
+        """For every group, summed over the layers that read it, what is measured of second moments of what they read,
+        (groups of the layer, columns, columns), their weight, (groups, outputs, columns), and the columns of channels,
+        (groups, n, columns).
+        """
+        readers: dict[fx.Node, list[tuple[str, IntArray, Layer]]] = {}
         for group in self.groups:
             for param in readers_of(group, self._layers):
-                found.setdefault(group.name, torch.zeros(group.size, group.size, dtype=torch.float64))
                 layer = self._layers[param.param]
-                indices = param.indices.reshape(group.size, -1)
-                readers.setdefault(layer.node, []).append((group, indices, layer))
+                readers.setdefault(layer.node, []).append((group.name, param.indices.reshape(group.size, -1), layer))
         values = Values(self.traced, leading(self.batches, _HELD))
+        found: dict[str, Tensor] = {}
         with torch.no_grad():
             for node in values.steps(max(map(self._order.__getitem__, readers), default=-1)):
-                for group, indices, layer in readers.get(node, ()):
-                    found[group.name] += self._gram(layer, indices, values)
+                for name, indices, layer in readers.get(node, ()):
+                    moments, weight = self._read(layer, values)
+                    part = measured(moments, weight, _columns(indices, layer), layer.name)
+                    found[name] = found[name] + part if name in found else part
         return found
 
-    def _gram(self, layer: Layer, indices: IntArray, values: Values) -> Tensor:
-        """`sum over outputs of z_i z_j`, mean over places, with `z_i` what channel i adds to an output."""
+    def _read(self, layer: Layer, values: Values) -> tuple[Tensor, Tensor]:
         rows = sampled_rows(layer, values[layer.node], _ROWS)
         read = layer.read(values[layer.input], rows)
         check_finite(layer.name, read)
         moments = squared(read).cpu() / max(read.shape[1], 1)
         weight = layer.plain(get_tensor(self.traced.module, layer.name).detach()).double().cpu()
-        weight = weight.reshape(layer.groups, -1, moments.shape[1])
-        products = moments * (weight.mT @ weight)
-        owner = _columns(indices, layer)
-        return torch.stack([spread @ part @ spread.T for part, spread in zip(products, owner, strict=True)]).sum(0)
+        return moments, weight.reshape(layer.groups, -1, moments.shape[1])
+
+
+def _gram(moments: Tensor, weight: Tensor, owner: Tensor, _: str) -> Tensor:
+    """`sum over outputs of z_i z_j`, mean over places, with `z_i` what channel i adds to an output."""
+    products = moments * (weight.mT @ weight)
+    return torch.stack([spread @ part @ spread.T for part, spread in zip(products, owner, strict=True)]).sum(0)
+
+
+def _losses(moments: Tensor, weight: Tensor, owner: Tensor, what: str) -> Tensor:
+    """`sum over outputs of w_c^T ((M^-1)_cc)^-1 w_c`: what the outputs move by in the mean square without a channel
+    where the weights of all others make up for it as well as they can.
+    """
+    found = torch.zeros(owner.shape[1], dtype=torch.float64)
+    for square, rows, spread in zip(moments, weight, owner, strict=True):
+        damping = relative_damping(square.diagonal().mean(), _DAMPED)
+        inverse = factorised(square, damping, what=f"layer {what!r}").inverse()
+        for channel in range(len(spread)):
+            columns = spread[channel].nonzero()[:, 0]
+            if len(columns):
+                mine = rows[:, columns].T
+                found[channel] += (mine * torch.linalg.solve(inverse[columns][:, columns], mine)).sum()
+    return found
+
+
+def norm_scales_of(traced: Traced) -> frozenset[str]:
+    """The names of the scales of normalisations in the user's model."""
+    nodes = [node for node in traced.graph.nodes if node.target in _NORMS]
+    scales = [arguments_of(node).get("weight") for node in nodes]
+    return frozenset(traced.qualified(str(each.target)) for each in scales if isinstance(each, fx.Node))
 
 
 def _columns(indices: IntArray, layer: Layer) -> Tensor:

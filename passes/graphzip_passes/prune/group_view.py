@@ -66,6 +66,15 @@ class GroupView:
         rows = self.weights.get("producer") or self.weights.get("pointwise") or {}
         return torch.cat([*rows.values()], 1) if rows else torch.zeros(self.size, 1, dtype=torch.float64)
 
+    def matrices(self, role: str) -> list[Tensor]:
+        """The slices (n, entries) in the parameters of a role that have more than one dimension: no biases."""
+        traced = self.evidence.traced
+        return [
+            row
+            for name, row in self.weights.get(role, {}).items()
+            if get_tensor(traced.module, traced.local(name)).dim() > 1
+        ]
+
     @property
     def labelled(self) -> bool:
         """Whether a loss was given, and labels with the calibration data."""
@@ -106,9 +115,13 @@ class GroupView:
     @cached_property
     def norm_scales(self) -> Tensor | None:
         """(n,): the scales of the normalisations that act on the channels, summed in absolute value; or `None`."""
-        scales = self.evidence.norm_scales
-        rows = [row for name, row in self.weights.get("pointwise", {}).items() if name in scales]
-        return torch.cat(rows, 1).abs().sum(1) if rows else None
+        return torch.cat(self.scales, 1).abs().sum(1) if self.scales else None
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """The scales of each of these normalisations, (n, entries)."""
+        known = self.evidence.norm_scales
+        return [row for name, row in self.weights.get("pointwise", {}).items() if name in known]
 
     @cached_property
     def reading_gram(self) -> Tensor | None:
@@ -117,3 +130,10 @@ class GroupView:
         Of all layers that read the group; `None` where anything else reads it.
         """
         return self.evidence.reading_gram(self.group)
+
+    @cached_property
+    def reading_losses(self) -> Tensor | None:
+        """(n,): mean squares over places of what the layers that read the group lose without a channel, where their
+        other weights make up for it as well as they can. `None` where no layer reads the group.
+        """
+        return self.evidence.reading_losses(self.group)

@@ -1,18 +1,16 @@
 """Prune channels: of every group those go that a criterion scores lowest, and what reads the group is re-fitted.
 
-Which channels go is decided when the pass is made. With a `strength` their kernels are drawn to zero while the model
-trains, by group lasso (Wen et al., "Learning Structured Sparsity in Deep Neural Networks", 2016), a term of the loss:
-
-    strength * sum over layers and channels j to go of ||K_j||_2.
-
-What is left of them is the sum of squared kernel residuals, `phi = sum ||K_j||^2` (Ding et al., "Manipulating Identical
-Filter Redundancy ...", Eq. 22).
+Which channels go is decided when the pass is made. With a `strength` they are drawn to zero while the model trains
+(`prune.regularizers`). What is left of them is the sum of squared kernel residuals, `phi = sum ||K_j||^2` (Ding et al.,
+"Manipulating Identical Filter Redundancy ...", Eq. 22).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,8 +37,10 @@ from graphzip_passes.parts.tied_slices import Place, Rows, rows_of, slices_of
 from graphzip_passes.parts.widths import WidthOptions, resolve
 from graphzip_passes.prune import criteria  # noqa: F401 (registers those that graphzip brings)
 from graphzip_passes.prune.evidence import Evidence
+from graphzip_passes.prune.free import compensate_free
 from graphzip_passes.prune.group_view import GroupView
 from graphzip_passes.prune.ranking import Contest, FloatArray, competing, dropped, normalised, structure
+from graphzip_passes.prune.regularizers import attach_growing, scales_of
 
 __all__ = ["PruneChannelsPass", "prune_channels"]
 
@@ -72,6 +72,7 @@ class PruneChannelsPass(Constraint):
         self.traced = traced
         known = context.known or Analysed.of(traced)
         self.analysis, self.groups = known.analysis, known.groups
+        self.corrected: list[str] = []
         widths = WidthOptions(options.keep, options.exclude, options.round_to)
         wanted = {name: width.count for name, width in resolve(widths, self.groups, where=self.where).items()}
         self.scores = self._scored(list(wanted), context) if scores is None else dict(scores)
@@ -82,6 +83,12 @@ class PruneChannelsPass(Constraint):
         for name, gone in self.gone.items():
             logger.info("%s: %d of %d channels go", name, len(gone), self.groups[name].size)
         self._decide()
+        self._scales = scales_of([self.groups[name] for name in wanted], traced)
+        if options.regularizer == "bn_scale" and options.strength and not self._scales:
+            raise PlanError(
+                f"{self.where}.regularizer: 'bn_scale': no normalisation with scales acts on the groups that shrink; "
+                "use 'lasso'"
+            )
 
     def _scored(self, names: Sequence[str], context: PassContext) -> dict[str, FloatArray]:
         """The scores (n,) of every group that shrinks."""
@@ -119,9 +126,17 @@ class PruneChannelsPass(Constraint):
 
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
         """Drop them, and re-fit what is left as the options say."""
+        if self.options.regularizer == "bn_scale" and self.options.strength:
+            known = replace(context, known=None)
+            return PruneChannelsPass(self.options, traced, known)._finished(traced, context)
+        return self._finished(traced, context)
+
+    def _finished(self, traced: Traced, context: PassContext) -> Outcome:
         details: dict[str, Any] = {"dropped": {name: list(gone) for name, gone in self.gone.items()}}
         found = self.narrowed(traced)
         result = found.traced
+        if self.options.compensate == "free":
+            details["corrected"] = self.corrected
         if self.options.compensate == "data" and self.gone:
             batches = [] if context.calibration is None else context.calibration.graph_inputs()
             if not batches:
@@ -137,8 +152,12 @@ class PruneChannelsPass(Constraint):
         """The slimmer model before anything is re-fitted; `traced` stays as it is."""
         groups = {name: self.groups[name] for name in self.gone}
         drops = [(group.whole_blocks, group.channels, _parts(group, self.gone[name])) for name, group in groups.items()]
-        layout = Layout.of(self.analysis, drops, drops=True)
-        return Narrowed(drop_channels(traced, layout), layout, Layout.of(self.analysis, []))
+        plain = self.options.norms == "plain"
+        layout = Layout.of(self.analysis, drops, drops=True, plain_norms=plain)
+        slim = drop_channels(traced, layout)
+        if self.options.compensate == "free":
+            self.corrected = compensate_free(traced, slim, layout)
+        return Narrowed(slim, layout, Layout.of(self.analysis, []))
 
     @torch.no_grad()
     def pull_(self, model: nn.Module, fraction: float) -> None:
@@ -160,13 +179,21 @@ class PruneChannelsPass(Constraint):
         return sum(self.deviations(model).values())
 
     def regularizer(self, model: nn.Module) -> torch.Tensor | None:
-        if not self.options.strength:
+        if not self.options.strength or self.options.regularizer == "growing":
             return None
+        if self.options.regularizer == "bn_scale":
+            scales = [model.get_parameter(name)[entries].abs().sum() for name, entries in self._scales]
+            return self.options.strength * torch.stack(scales).sum()
         terms = [
             (rows.gather([place.tensor for place in rows.places])[chosen].square().sum(1) + _TINY).sqrt().sum()
             for rows, chosen, _ in self._rows(model, kernels=True)
         ]
         return self.options.strength * torch.stack(terms).sum() if terms else None
+
+    def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
+        if self.options.strength and self.options.regularizer == "growing":
+            strength, places = self.options.strength, partial(self._places, model)
+            attach_growing(optimizer, places, strength=strength, steps=steps, where=self.where)
 
     def state(self) -> torch.Tensor:
         """One where a channel goes and zero where it stays, group after group."""
@@ -183,11 +210,13 @@ class PruneChannelsPass(Constraint):
     def _widths(self) -> dict[str, tuple[int, int]]:
         return {name: (self.groups[name].size, self.groups[name].size - len(gone)) for name, gone in self.gone.items()}
 
+    def _places(self, model: nn.Module) -> list[Place]:
+        return [Place.of(model, slices) for slices in self._slices]
+
     def _rows(self, model: nn.Module, *, kernels: bool) -> list[tuple[Rows, torch.Tensor, IntArray]]:
         """Matrices of slices, the rows of channels that go, and the number of the group of each of those rows."""
-        places = [Place.of(model, slices) for slices in self._slices]
         found = []
-        for _, rows in rows_of((place, 0) for place in places if place.is_kernel or not kernels):
+        for _, rows in rows_of((place, 0) for place in self._places(model) if place.is_kernel or not kernels):
             owner = np.concatenate([place.slices.owner for place in rows.places])
             chosen = np.flatnonzero(owner >= 0)
             found.append((rows, torch.from_numpy(chosen).to(rows.order.device), owner[chosen]))
