@@ -18,7 +18,7 @@ from graphzip.calibration import place_of, placed, with_submodule
 from graphzip.calls import Call, Signature, example_of
 from graphzip.errors import ArchiveError, ExportError, GraphZipError, NotFoundError, VerificationError
 from graphzip.export.archive import Archive, load_archive, save_archive
-from graphzip.export.convert import weight_bytes
+from graphzip.export.convert import FileVersion, weight_bytes
 from graphzip.export.example import Free, free_sizes, tensor_leaves
 from graphzip.export.joint import TaskModel, check_joint, check_tasks, export_joint, export_tasks
 from graphzip.export.onnx import ExportReport, check_onnx, export_onnx
@@ -123,6 +123,7 @@ class Compiled:
         path: str | os.PathLike[str],
         *,
         opset: int | None = None,
+        ir_version: int | None = None,
         dynamic_batch: bool = True,
         verify: bool = True,
         per_task: bool = False,
@@ -137,7 +138,8 @@ class Compiled:
 
         The batch and the sizes that were asked to be dynamic are free in the file. Where the graph fixes the batch, the
         file has it fixed and the report says so; with `dynamic_batch=False` it is that of the example. `opset` is by
-        default what the exporter recommends; `verify=False` writes without a check. What could not be checked is in the
+        default what the exporter recommends, and so is `ir_version`, the version of ONNX's format, which an old runtime
+        may need lower; `verify=False` writes without a check. What could not be checked is in the
         report, too, whose `verified` is then false.
 
         Of several models it is one graph that stores what they share once; inputs and outputs are named after the
@@ -159,8 +161,9 @@ class Compiled:
         is left.
         """
         flags = {"dynamic_batch": dynamic_batch, "verify": verify, "per_task": per_task, "same_input": same_input}
-        self._check_export(opset, {**flags, "simplify": simplify})
-        options: dict[str, Any] = {"opset": opset, "dynamic_batch": dynamic_batch, "verify": verify}
+        self._check_export(opset, ir_version, {**flags, "simplify": simplify})
+        version = FileVersion(opset, ir_version)
+        options: dict[str, Any] = {"version": version, "dynamic_batch": dynamic_batch, "verify": verify}
         with watched(progress):
             if quantize is None and not simplify:
                 found = self._exported(path, options, per_task=per_task, same_input=same_input)
@@ -170,18 +173,19 @@ class Compiled:
                     as_path(path, ExportError),
                     rework_of(quantize, error, simplify=simplify, several=several, has_data=has_data),
                     lambda file: self._exported(file, options, per_task=False, same_input=False),
-                    lambda: self._answers(calibration),
+                    lambda: self._answers(calibration, doubled=simplify and quantize is None and dynamic_batch),
                 )
         if verify:
             self.report = replace(self.report, verification=tuple(str(found).splitlines()))
         return found
 
-    def _check_export(self, opset: int | None, flags: Mapping[str, Any]) -> None:
+    def _check_export(self, opset: int | None, ir_version: int | None, flags: Mapping[str, Any]) -> None:
         """Raises `GraphZipError` for arguments of `export` that are none, or do not fit this result."""
         for name, flag in flags.items():
             check_flag(flag, name)
-        if opset is not None:
-            whole(opset, "opset", least=1)
+        for name, number in (("opset", opset), ("ir_version", ir_version)):
+            if number is not None:
+                whole(number, name, least=1)
         for name in ("per_task", "same_input"):
             if flags[name] and not self.tasks:
                 raise GraphZipError(f"{name} is for joint models; a single model was compiled: export to a file")
@@ -189,13 +193,20 @@ class Compiled:
             raise GraphZipError("per_task and same_input exclude each other: one input for all needs one file")
 
     @torch.no_grad()
-    def _answers(self, calibration: Iterable[Any] | None) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Inputs and outputs of the module in eval mode on every batch, or on the example."""
+    def _answers(
+        self, calibration: Iterable[Any] | None, *, doubled: bool
+    ) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Inputs and outputs of the module in eval mode on every batch, or on the example.
+
+        With `doubled` the first one comes with twice its samples, too, where the batch is free.
+        """
         example = self._example()
         signature = Signature.of(self.module, example)
         module = eval_copy(eval_form(self.module))
         batches = [example_of(self.module, example)] if calibration is None else re_iterable(calibration, "calibration")
         calls = [signature.call(batch) for batch in each_batch(batches)]
+        if doubled and not self.traced.scope and all(0 in dims for dims in free_sizes(self.traced)):
+            calls.append(pytree.tree_map_only(torch.Tensor, lambda leaf: torch.cat([leaf, leaf]), calls[0]))
         return [(tensor_leaves(call), tensor_leaves(run_batch(module, *call))) for call in calls]
 
     def _exported(self, path: Any, options: dict[str, Any], *, per_task: bool, same_input: bool) -> ExportReport:
@@ -303,7 +314,7 @@ class Compiled:
             arity = {name: len(self.example_inputs[name]) for name in self.tasks}
             joint = joined_module({name: eval_copy(model[name]) for name in self.tasks}, arity)
             free = self._free_by_task()
-            options: dict[str, Any] = {"opset": None, "dynamic_batch": True, "verify": False, "same_input": False}
+            options: dict[str, Any] = {"version": None, "dynamic_batch": True, "verify": False, "same_input": False}
             return MeasuredState(
                 BEFORE,
                 bytes_of(joint),

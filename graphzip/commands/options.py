@@ -206,6 +206,9 @@ class WidthRuleOptions:
 class OpsetOptions:
     """How the ONNX file is written."""
 
+    ir_version: Annotated[
+        int | None, typer.Option("--ir-version", help="version of ONNX's format; lower for an old runtime")
+    ] = None
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset; default: what the exporter advises")] = None
 
 

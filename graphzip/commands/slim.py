@@ -265,7 +265,9 @@ def quantize(
         compiled = gz.load(file)
         tell(f"quantizing to {to} and comparing")
         with option("--to"):
-            exported = compiled.export(output, opset=saved.opset, quantize=to, calibration=batches, error=error)
+            exported = compiled.export(
+                output, opset=saved.opset, ir_version=saved.ir_version, quantize=to, calibration=batches, error=error
+            )
         compiled.report = gz.Report(compiled.report.before, compiled.report.after)
         if data.card or judge.evaluate is not None:
             tell("measuring both in onnxruntime")

@@ -143,7 +143,7 @@ def finish(
     exported = None
     if written:
         tell(f"exporting {output} and verifying it")
-        exported = compiled.export(output, opset=saved.opset, per_task=per_task)
+        exported = compiled.export(output, opset=saved.opset, ir_version=saved.ir_version, per_task=per_task)
         if card:
             tell("measuring before and after in onnxruntime")
             compiled.measure(subject.module)

@@ -243,5 +243,9 @@ def _message(error: BaseException) -> str:
 def in_flags(error: GraphZipError) -> str:
     """The text of an error, with flags where the library speaks of its arguments."""
     text = re.sub(r"^dynamic_shapes(?=:)", "--dynamic", re.sub(r"^outputs(?=:)", "--outputs", str(error)))
-    text = re.sub(rf"^({_ARGUMENTS})(?=[:= ])", r"--\1", re.sub(r"^round_to(?=:)", "--round-to", text))
+    text = re.sub(
+        rf"^({_ARGUMENTS})(?=[:= ])",
+        r"--\1",
+        re.sub(r"^round_to(?=:)", "--round-to", re.sub(r"^ir_version(?=:)", "--ir-version", text)),
+    )
     return re.sub(rf"\b(?<!-)({_ARGUMENTS})=(?=[,;. ]|$)", r"--\1", text)

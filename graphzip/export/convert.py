@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,51 @@ from graphzip.export.optional_packages import require
 from graphzip.files import companion
 from graphzip.numeric.grouped_mm import grouped_mm
 
-__all__ = ["convert", "external_files", "save", "weight_bytes"]
+__all__ = ["FileVersion", "checked_ir", "convert", "external_files", "save", "weight_bytes"]
 
 logger = logging.getLogger(__name__)
+
+_STANDARD = ("", "ai.onnx")
+_LEAST_IR = 8
+"""The first version of the format in which initializers are no inputs and functions may be in a file."""
 
 _SMALL = 256
 """Bytes of a constant that is computed wherever possible: shapes and scalars."""
 
 
-def convert(captured: Captured, *, opset: int | None, shared: Collection[str] = ()) -> Any:
+@dataclass(frozen=True)
+class FileVersion:
+    """What an ONNX file is written in: opset and version of its format; by default what the exporter recommends."""
+
+    opset: int | None = None
+    ir: int | None = None
+
+
+def convert(captured: Captured, *, version: FileVersion, shared: Collection[str] = ()) -> Any:
     """The ONNX model of a captured program. Tensors with the names `shared` stay as they are, for others read them.
 
     Inputs, outputs and free sizes have the names that they have in `captured`. Raises `ExportError` for an operator
-    that cannot be converted, and for an opset that cannot be written.
+    that cannot be converted, and for a version that cannot be written.
     """
     with_four_dimensions(captured.program)
-    model = _convert(captured.program, opset, shared)
+    model = _convert(captured.program, version.opset, shared)
     _tidy(model, captured.inputs, captured.outputs, captured.symbols)
+    if version.ir is not None:
+        model.ir_version = checked_ir(version.ir, model.opset_imports)
     return model
+
+
+def checked_ir(ir: int, opsets: Mapping[str, int]) -> int:
+    """A version of the format that can hold these opsets. Raises `ExportError` for one that cannot."""
+    onnx = require("onnx")
+    needed = [onnx.helper.make_opsetid(domain, number) for domain, number in opsets.items() if domain in _STANDARD]
+    least = max(onnx.helper.find_min_ir_version_for(needed), _LEAST_IR)
+    if not least <= ir <= onnx.IR_VERSION:
+        raise ExportError(
+            f"ir_version: {ir} is not written with opset {opsets.get('')}; write one from {least} to "
+            f"{int(onnx.IR_VERSION)}, or leave it out"
+        )
+    return ir
 
 
 def _convert(program: ExportedProgram, opset: int | None, shared: Collection[str]) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from graphzip.errors import ExportError, VerificationError
-from graphzip.export.convert import external_files
+from graphzip.export.convert import FileVersion, external_files
 from graphzip.export.example import Example, Free, tensor_leaves
 from graphzip.export.onnx import Built, build, check_onnx, export_mode, export_onnx
 from graphzip.export.optional_packages import require
@@ -41,7 +41,7 @@ def export_joint(
     path: str | os.PathLike[str],
     *,
     free: Mapping[str, Free],
-    opset: int | None,
+    version: FileVersion | None,
     dynamic_batch: bool,
     verify: bool,
     same_input: bool,
@@ -60,7 +60,7 @@ def export_joint(
         given,
         path,
         free=_common(free) if same_input else [dims for each in free.values() for dims in each],
-        opset=opset,
+        version=version,
         dynamic_batch=dynamic_batch,
         verify=verify,
         by_task=True,
@@ -134,7 +134,7 @@ def export_tasks(
     tasks: Mapping[str, TaskModel],
     folder: str | os.PathLike[str],
     *,
-    opset: int | None,
+    version: FileVersion | None,
     dynamic_batch: bool,
     verify: bool,
 ) -> ExportReport:
@@ -154,7 +154,7 @@ def export_tasks(
             name: build(
                 each.module,
                 Example.of(each.inputs, {}, free=each.free, dynamic_batch=dynamic_batch),
-                opset=opset,
+                version=version,
                 shared=_shared(each.module, [other.module for other in tasks.values() if other is not each]),
             )
             for name, each in tasks.items()

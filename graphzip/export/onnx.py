@@ -18,7 +18,7 @@ from torch import nn
 
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured, capture
-from graphzip.export.convert import convert, external_files, save, weight_bytes
+from graphzip.export.convert import FileVersion, convert, external_files, save, weight_bytes
 from graphzip.export.example import Example, Free, tensor_leaves
 from graphzip.export.optional_packages import require
 from graphzip.export.refusals import refuse
@@ -45,7 +45,7 @@ def export_onnx(
     *,
     example_kwargs: dict[str, Any] | None = None,
     free: Free | None = None,
-    opset: int | None = None,
+    version: FileVersion | None = None,
     dynamic_batch: bool = True,
     verify: bool = True,
     by_task: bool = False,
@@ -58,7 +58,7 @@ def export_onnx(
     that have the example's batch size. The first is named `batch`, others after their input, `x_2`, and so is a batch
     of which not every size is taken; where the module's graph holds a size, the file does, too, and the report says so.
     Without `dynamic_batch` first dimensions stay those of the example. Sizes that the module refuses the file refuses,
-    too; where it cannot, that is noted. `opset=None` takes what the exporter recommends. With `verify` the file is
+    too; where it cannot, that is noted. `version` is by default what the exporter recommends. With `verify` the file is
     compared with the module before it is put in place.
 
     Raises `ExportError` where the module cannot be exported as asked or the place cannot be written to,
@@ -68,7 +68,7 @@ def export_onnx(
     _check_tuple(example_inputs)
     with export_mode(verify=verify):
         example = Example.of(example_inputs, example_kwargs or {}, free=free, dynamic_batch=dynamic_batch)
-        built = build(module, example, opset=opset, by_task=by_task, same_input=same_input)
+        built = build(module, example, version=version, by_task=by_task, same_input=same_input)
         external = weight_bytes(built.model) > SINGLE_FILE_LIMIT
         found: Verification | None = None
         with staged(target, ExportError) as temporary:
@@ -100,17 +100,17 @@ def check_onnx(
         example = _example_of_file(there, example_inputs, example_kwargs or {})
         options: dict[str, Any] = {"by_task": by_task, "same_input": same_input, "shared": shared}
         try:
-            built = build(module, example, opset=there.opset_imports.get(""), **options)
+            built = build(module, example, version=FileVersion(there.opset_imports.get("")), **options)
         except ExportError:  # written by another version, in an opset that this one does not write
             try:
-                built = build(module, example, opset=None, **options)
+                built = build(module, example, version=None, **options)
             except ExportError as error:
                 raise VerificationError(f"{source.name} is not the module: {error}") from error
         found = built.compared(source, fresh=False)
     files = external_files(there, source.parent)
     size = sum(file.stat().st_size for file in {source, *files})
     report = built.report(source, size, external=bool(files), found=found)
-    return replace(report, opset=int(there.opset_imports.get("", 0)))
+    return replace(report, opset=int(there.opset_imports.get("", 0)), ir_version=int(there.ir_version))
 
 
 def _example_of_file(there: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
@@ -180,6 +180,7 @@ class Built:
             path=path,
             bytes=size,
             opset=int(self.model.opset_imports[""]),
+            ir_version=int(self.model.ir_version),
             external_data=external,
             max_abs_diff=found.max_abs_diff,
             tolerance=found.tolerance,
@@ -196,7 +197,7 @@ def build(
     module: nn.Module,
     example: Example,
     *,
-    opset: int | None,
+    version: FileVersion | None,
     by_task: bool = False,
     same_input: bool = False,
     shared: Collection[str] = (),
@@ -209,10 +210,10 @@ def build(
     step("tracing what is exported")
     captured = capture(skeleton, example, by_task=by_task, same_input=same_input)
     again = functools.partial(
-        build, example=example, opset=opset, by_task=by_task, same_input=same_input, shared=shared
+        build, example=example, version=version, by_task=by_task, same_input=same_input, shared=shared
     )
     step("converting it to ONNX")
-    model = convert(captured, opset=opset, shared=shared)
+    model = convert(captured, version=version or FileVersion(), shared=shared)
     return Built(model, skeleton, captured, tuple(refuse(model, captured)), again)
 
 

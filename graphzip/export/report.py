@@ -14,9 +14,10 @@ __all__ = ["ExportReport"]
 class ExportReport:
     """What was written and how it was checked.
 
-    `opset` is that of the file. `bytes` counts every file; with `external_data` the weights lie in a file
-    `<name>.<number>.data` beside the model, under another name at each export. `inputs` has the shape of every input in
-    the file, with names for free sizes; `dynamic_batch` tells whether a first size is free.
+    `opset` is that of the file, and `ir_version` the version of its format. `bytes` counts every file; with
+    `external_data` the weights lie in a file `<name>.<number>.data` beside the model, under another name at each
+    export. `inputs` has the shape of every input in the file, with names for free sizes; `dynamic_batch` tells whether
+    a first size is free.
 
     `verified` is true where the check could have failed: stored weights were compared with the module's, the graph with
     what the module gives, and every output on its own scale. What stands against that is in `unchecked`, a sentence
@@ -45,6 +46,7 @@ class ExportReport:
     unchecked: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     quantized: str | None = None
+    ir_version: int = 0
 
     @property
     def verified(self) -> bool:

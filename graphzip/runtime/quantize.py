@@ -98,6 +98,7 @@ def export_reworked(
             what = f"quantize={asked.kind!r}: onnxruntime's quantizer"
             _carried_out(what, lambda: _quantize(plain, target, asked, feeds))
         step("comparing outputs in onnxruntime")
+        _keep_format(target, report)
         worst, scale = _apart(target, feeds, [outputs for _, outputs in batches])
         share = worst / scale if scale else worst
         if not share <= asked.error:
@@ -129,6 +130,14 @@ def _carried_out(what: str, work: Callable[[], None]) -> None:
 def _simplify(source: Path, target: Path) -> None:
     slimmed = require("onnxslim").slim(str(source))
     require("onnx").save(slimmed, target)
+
+
+def _keep_format(file: Path, wanted: ExportReport) -> None:
+    """Let a file that a tool wrote have the version of the format that it was exported in, or the next one it needs."""
+    onnx = require("onnx")
+    model = onnx.load(file)
+    model.ir_version = max(wanted.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import, True))
+    onnx.save(model, file)
 
 
 def _quantize(plain: Path, target: Path, asked: Rework, feeds: Sequence[Feed]) -> None:
@@ -166,7 +175,7 @@ def _apart(file: Path, feeds: Sequence[Feed], wanted: Sequence[Sequence[torch.Te
         try:
             given = session.run(None, feed)
         except Exception as error:
-            raise VerificationError(f"the quantized file fails in onnxruntime: {short(error)}") from error
+            raise VerificationError(f"the reworked file fails in onnxruntime: {short(error)}") from error
         for found, output in zip(given, outputs, strict=True):
             reference = output.detach().cpu().double().numpy()
             apart = float(np.abs(found.astype(np.float64) - reference).max(initial=0.0))

@@ -21,6 +21,7 @@ from torch import nn
 import graphzip as gz
 from graphzip.errors import ExportError, MissingDependencyError, PlanError, VerificationError
 from graphzip.export import onnx as exporter
+from graphzip.export.convert import FileVersion
 from graphzip.export.onnx import ExportReport, check_onnx, export_onnx
 from graphzip.files import staged, write_text
 
@@ -218,16 +219,34 @@ def test_integers_stay_in_range_and_integer_outputs_are_equal(tmp_path: Path) ->
 
 @pytest.mark.parametrize("opset", [18, 21])
 def test_the_requested_opset_is_written(opset: int, rows: torch.Tensor, tmp_path: Path) -> None:
-    report = export_onnx(Linear(), (rows,), tmp_path / "model.onnx", opset=opset)
+    report = export_onnx(Linear(), (rows,), tmp_path / "model.onnx", version=FileVersion(opset))
     written = onnx.load(tmp_path / "model.onnx").opset_import[0].version
     assert report.opset == written == opset
+
+
+def test_the_requested_format_is_written(rows: torch.Tensor, tmp_path: Path) -> None:
+    module = Linear()
+    report = export_onnx(module, (rows,), tmp_path / "model.onnx", version=FileVersion(18, 8))
+    assert report.ir_version == onnx.load(tmp_path / "model.onnx").ir_version == 8
+    assert report.verified
+    assert check_onnx(module, (rows,), tmp_path / "model.onnx").ir_version == 8
+
+
+@pytest.mark.parametrize(("opset", "ir"), [(21, 9), (18, 7), (18, 99)])
+def test_a_format_that_cannot_hold_the_opset_is_refused(
+    opset: int, ir: int, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ExportError, match=rf"^ir_version: {ir} is not written with opset {opset}; write one from \d+ to"
+    ):
+        export_onnx(Linear(), (rows,), tmp_path / "model.onnx", version=FileVersion(opset, ir))
 
 
 def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"cannot be written in ONNX opset 11; the exporter can write opset 18 to \d+"
     ):
-        export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "model.onnx", opset=11)
+        export_onnx(Net(), (torch.randn(2, 3, 6, 6),), tmp_path / "model.onnx", version=FileVersion(11))
     assert left_in(tmp_path) == []
 
 

@@ -72,10 +72,27 @@ def test_what_is_not_written_is_said(options: dict[str, object], said: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_onnxslim_breaks_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxslim = pytest.importorskip("onnxslim")
+
+    def fixed(path: str) -> onnx.ModelProto:
+        """Simplified for the example's batch alone."""
+        model = onnx.load(path)
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+        return model
+
+    monkeypatch.setattr(onnxslim, "slim", fixed)
+    with pytest.raises(gz.VerificationError, match="fails in onnxruntime"):
+        compiled().export(tmp_path / "simple.onnx", simplify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_onnxslim_keeps_what_the_file_computes(tmp_path: Path) -> None:
     pytest.importorskip("onnxslim")
     slim, x = compiled(), torch.randn(5, 3, 8, 8)
-    report = slim.export(tmp_path / "simple.onnx", simplify=True)
+    report = slim.export(tmp_path / "simple.onnx", simplify=True, ir_version=9)
     assert report.quantized is None
-    assert any(note.startswith("simplified: outputs are off by") for note in report.notes)
+    assert report.ir_version == onnx.load(tmp_path / "simple.onnx").ir_version == 9
+    (note,) = [note for note in report.notes if note.startswith("simplified: outputs are off by")]
+    assert "on 2 batches" in note  # the example, and twice its samples
     assert np.abs(outputs(tmp_path / "simple.onnx", x) - slim.module(x).detach().numpy()).max() < 1e-5
