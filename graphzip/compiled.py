@@ -138,9 +138,9 @@ class Compiled:
 
         The batch and the sizes that were asked to be dynamic are free in the file. Where the graph fixes the batch, the
         file has it fixed and the report says so; with `dynamic_batch=False` it is that of the example. `opset` is by
-        default what the exporter recommends, and so is `ir_version`, the version of ONNX's format, which an old runtime
-        may need lower; `verify=False` writes without a check. What could not be checked is in the
-        report, too, whose `verified` is then false.
+        default what the exporter recommends, and so is `ir_version`, that of ONNX's format, which old runtimes may need
+        lower; `verify=False` writes without a check. What could not be checked is in the report, too, whose `verified`
+        is then false.
 
         Of several models it is one graph that stores what they share once; inputs and outputs are named after the
         tasks, `a_x` and `a_output`. With `per_task` the path is a directory, made if its parent exists, with
@@ -163,7 +163,7 @@ class Compiled:
         flags = {"dynamic_batch": dynamic_batch, "verify": verify, "per_task": per_task, "same_input": same_input}
         self._check_export(opset, ir_version, {**flags, "simplify": simplify})
         version = FileVersion(opset, ir_version)
-        options: dict[str, Any] = {"version": version, "dynamic_batch": dynamic_batch, "verify": verify}
+        options = {"version": version, "dynamic_batch": dynamic_batch, "verify": verify}
         with watched(progress):
             if quantize is None and not simplify:
                 found = self._exported(path, options, per_task=per_task, same_input=same_input)
