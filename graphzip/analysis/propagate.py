@@ -49,7 +49,8 @@ class Propagation:
     """Everything the rules said, node by node.
 
     Where parameters are joined, the result has the labels of one of them: `joined` are those that are used alike
-    because of it. `summable` are labels whose slices can be added up: numbers of a parameter, or zeros.
+    because of it. `numbered` are the labels that whole numbers in a node, or in one of its outputs, are the places of.
+    `summable` are labels whose slices can be added up: numbers of a parameter, or zeros.
     """
 
     graph: fx.Graph | None = None
@@ -64,6 +65,7 @@ class Propagation:
     joined: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     summable: list[IntArray] = field(default_factory=list)
     unknown: list[fx.Node] = field(default_factory=list)
+    numbered: dict[fx.Node, dict[int, IntArray]] = field(default_factory=dict)
     raw: set[fx.Node] = field(default_factory=set)
 
     def of_copy(self, graph: fx.Graph) -> Propagation:
@@ -75,6 +77,7 @@ class Propagation:
             graph=graph,
             axes={twins[node]: axes for node, axes in self.axes.items()},
             unknown=[twins[node] for node in self.unknown],
+            numbered={twins[node]: found for node, found in self.numbered.items()},
             raw={twins[node] for node in self.raw},
         )
 
@@ -105,7 +108,7 @@ class _Walk:
         self.rank_open = ranks_open(graph)
         self.grouped: dict[fx.Node, IntArray] = {}
         self.derived: set[int] = set()
-        self.numbered: dict[fx.Node, dict[int, IntArray]] = {}
+        self.numbered = self.result.numbered
 
     def visit(self, position: int, node: fx.Node) -> None:
         axes = self.result.axes

@@ -74,6 +74,22 @@ def _moments(spread: Any) -> Callable[..., None]:
     return rule
 
 
+def _places(build: Builder, mask: fx.Node) -> None:
+    """`where(mask)`: the columns of `nonzero`; how many there are keeps its name."""
+    values = build.place.meta["val"]
+    if not values:
+        return
+    with values[0].fake_mode:
+        together = torch.stack(list(values), 1)
+    found = build.known(together, aten.nonzero.default, mask)
+    for part in list(build.place.users):
+        assert part.target is operator.getitem
+        place = part.args[1]
+        part.replace_all_uses_with(build.known(part.meta["val"], aten.select.int, found, 1, place))
+        build.graph.erase_node(part)
+    build.graph.erase_node(build.place)
+
+
 def _reshape_as(build: Builder, x: fx.Node, other: fx.Node) -> fx.Node:
     return build(aten.reshape.default, x, shape_of(build, other))
 
@@ -242,6 +258,8 @@ _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten.std_mean.correction: _moments(aten.std.correction),
     aten.std_mean.dim: _moments(aten.std.correction),
     aten._grouped_mm.default: _grouped_mm,
+    aten.where.default: _places,
+    aten.nonzero_numpy.default: _places,
     aten.reshape_as.default: _reshape_as,
     aten.view_as.default: _reshape_as,
     aten.broadcast_to.default: _broadcast_to,

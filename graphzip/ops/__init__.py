@@ -20,6 +20,7 @@ from graphzip.ops import (
     pointwise,
     recurrent,
     reductions,
+    routing,
     views,
 )
 from graphzip.ops.spec import OpSpec, table_of
@@ -39,6 +40,7 @@ _FAMILIES = (
     recurrent,
     norm,
     reductions,
+    routing,
 )
 
 OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in _FAMILIES)

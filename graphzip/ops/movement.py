@@ -16,6 +16,7 @@ from graphzip.errors import RewriteError
 from graphzip.graph.meta import meta_of
 from graphzip.graph.sizes import same_size
 from graphzip.labels import IntArray, ranks, support
+from graphzip.ops.routing import is_gate, patch_gate
 from graphzip.ops.rules import broadcast_dims, meet, mixing, moved, same, shape_along, split_axes, uncut
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
@@ -70,7 +71,10 @@ def _unique_position(site: Site, axes: Axes, dim: int) -> Axes:
     """Taking one position along an axis of its own would let the choice depend on what is merged."""
     alone = [axis for axis in axes if support(axis) == (dim,)]
     for axis in alone:
-        site.pin(axis, "picks single channels")
+        if site.node.target is aten.select.int and is_gate(site.node):
+            site.pick(axis, 1)
+        else:
+            site.pin(axis, "picks single channels")
     return tuple(axis for axis in axes if not any(axis is other for other in alone))
 
 
@@ -468,7 +472,7 @@ SPECS = (
     ),
     OpSpec((aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist), movedim),
     OpSpec((aten.unsqueeze.default,), unsqueeze),
-    OpSpec((aten.select.int,), select),
+    OpSpec((aten.select.int,), select, patch=patch_gate),
     OpSpec((aten.slice.Tensor, aten.narrow.default), slice_, patch=patch_slice),
     OpSpec((aten.slice_scatter.default,), scatter, patch=patch_scatter),
     OpSpec((aten.select_scatter.default,), scatter),

@@ -69,7 +69,8 @@ def _overloads(names: str, *, tensors: int) -> tuple[Any, ...]:
             single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
             writes = schema.is_mutable or any(argument.is_out for argument in schema.arguments)
             reduces = name in {"max", "min"} and overload_name in _REDUCING
-            if fits and single and not writes and not reduces:
+            own = overload is aten.eq.Scalar  # see `routing`
+            if fits and single and not writes and not reduces and not own:
                 found.append(overload)
     return tuple(found)
 

@@ -51,6 +51,12 @@ class Patch(Protocol):
     def kept(self, value: Any, dim: int) -> IntArray:
         """The old position of every position along `dim` after the rewrite, in ascending order."""
 
+    def kept_numbers(self, value: Any) -> IntArray | None:
+        """The old places that stay of the channels that an operand has numbers of; `None` where none goes."""
+
+    def vanish(self, value: fx.Node) -> None:
+        """A node of the rewritten graph is zero everywhere; what is computed of it in vain is left out."""
+
     def set(self, name: str, value: Any) -> None:
         """Give argument `name` of the node another value."""
 

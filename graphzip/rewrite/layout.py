@@ -108,6 +108,13 @@ class Layout:
         lines = np.moveaxis(self.mask(axis), dim, -1).reshape(-1, axis.shape[dim])
         return np.flatnonzero(lines[lines.any(axis=1).argmax()])
 
+    def kept_numbers(self, value: fx.Node) -> IntArray | None:
+        """The places that stay of the channels whose places are the numbers in a tensor; `None` where all do."""
+        labels = self.analysis.propagation.numbered.get(value, {}).get(0)
+        if labels is None or self.mask(labels).all():
+            return None
+        return np.flatnonzero(self.mask(labels))
+
     def heirs(self, labels: IntArray) -> IntArray:
         """For each position the position of the channel that stays, at the same rank among its occurrences."""
         classes = self.classes[labels]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import fx
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.propagate import propagate
@@ -19,6 +20,7 @@ from graphzip.rewrite.edit import Edit
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.node_patch import NodePatch
 from graphzip.rewrite.params import shrink_parameters
+from graphzip.rewrite.vanish import leave_out
 
 __all__ = ["drop_channels", "merge_channels", "rewritten"]
 
@@ -57,23 +59,27 @@ def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor
     Raises `RewriteError` where an operator does not fit them.
     """
     edit = Edit(traced)
-    _patch(edit, layout)
+    vanished = _patch(edit, layout)
+    if vanished:
+        leave_out(edit.graph, vanished)
     for name, value in changed.items():
         for alias in [name, *(alias for alias, first in traced.aliases.items() if first == name)]:
             attach(edit.module, alias, value, persistent=is_persistent(traced.module, alias))
-    return edit.done(check=lambda: _prove(edit.traced, layout))
+    return edit.done(unread=bool(vanished), check=lambda: _prove(edit.traced, layout))
 
 
-def _patch(edit: Edit, layout: Layout) -> None:
-    to_copy = edit.twins
+def _patch(edit: Edit, layout: Layout) -> list[fx.Node]:
+    """Let every operator adapt its constants; the nodes that are zero everywhere now."""
+    to_copy, vanished = edit.twins, list[fx.Node]()
     for node, copy in list(to_copy.items()):
         spec = OPS.get(node.target) if node.op == "call_function" else None
         if spec is None or spec.patch is None:
             continue
         try:
-            spec.patch(NodePatch(node, arguments_of(node), layout, copy, to_copy))
+            spec.patch(NodePatch(node, arguments_of(node), layout, copy, to_copy, vanished))
         except RewriteError as error:
             raise RewriteError(f"{describe(node)}: {error}") from error
+    return vanished
 
 
 def _prove(result: Traced, layout: Layout) -> None:

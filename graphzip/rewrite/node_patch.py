@@ -37,6 +37,7 @@ class NodePatch:
     layout: Layout
     copy: fx.Node
     to_copy: dict[fx.Node, fx.Node]
+    vanished: list[fx.Node] = field(default_factory=list)
     _made: int = field(default=0)
 
     def size(self, value: Any, dim: int) -> int:
@@ -78,6 +79,12 @@ class NodePatch:
 
     def kept(self, value: Any, dim: int) -> IntArray:
         return self.layout.kept(value, dim)
+
+    def kept_numbers(self, value: Any) -> IntArray | None:
+        return self.layout.kept_numbers(value)
+
+    def vanish(self, value: fx.Node) -> None:
+        self.vanished.append(value)
 
     def multiplicity(self, value: Any, dims: Sequence[int], blocks: int = 1) -> FloatArray | None:
         return self.layout.multiplicity(value, dims, blocks)

@@ -1,0 +1,118 @@
+"""Experts in a list, and the ways in which models say which of them a row goes to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planting import assert_lossless, relative
+from torch import Tensor, nn
+
+import graphzip as gz
+
+
+def weighted(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """All experts, weighted by a column each."""
+    weights = scores.softmax(-1)
+    return sum(weights[:, k, None] * expert(x) for k, expert in enumerate(model.experts))
+
+
+def masked(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """All experts, weighted by what they were chosen for."""
+    weights, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(x)
+    for k, expert in enumerate(model.experts):
+        out = out + (weights * (chosen == k)).sum(-1, keepdim=True) * expert(x)
+    return out
+
+
+def found(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """The rows that chose an expert, found by its number."""
+    weights, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(x)
+    for k, expert in enumerate(model.experts):
+        rows, slot = torch.where(chosen == k)
+        out[rows] += weights[rows, slot, None] * expert(x[rows])
+    return out
+
+
+def marked(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """The rows that chose an expert, found in a mask of all."""
+    weights, chosen = scores.softmax(-1).topk(2, -1)
+    mask = nn.functional.one_hot(chosen, len(model.experts)).permute(2, 1, 0)
+    out = torch.zeros_like(x)
+    for k, expert in enumerate(model.experts):
+        slot, rows = torch.where(mask[k])
+        out.index_add_(0, rows, expert(x[rows]) * weights[rows, slot, None])
+    return out
+
+
+class Listed(nn.Module):
+    """Four experts behind a router, mixed in as `mix` says."""
+
+    def __init__(self, mix: Any) -> None:
+        super().__init__()
+        self.entry, self.router, self.head = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)) for _ in range(4))
+        self.mix = mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
+        return self.head(x + self.mix(self, x, self.router(x)))
+
+
+FORMS = pytest.mark.parametrize("mix", [weighted, masked, found, marked], ids=lambda mix: mix.__name__)
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return (torch.randn(6, 5),)
+
+
+@FORMS
+def test_every_expert_has_a_width_of_its_own(mix: Any, inputs: tuple[Tensor, ...]) -> None:
+    lossless = assert_lossless(Listed(mix), inputs, trains=False)
+    widths = {name: lossless.groups[name] for name in (f"experts.{k}.0" for k in range(4))}
+    assert [(group.size, group.exact) for group in widths.values()] == [(6, True)] * 4
+
+
+@FORMS
+def test_an_expert_that_nothing_chooses_goes_without_loss(mix: Any, inputs: tuple[Tensor, ...]) -> None:
+    model = Listed(mix).double()
+    with torch.no_grad():
+        model.router.weight[2], model.router.bias[2] = 0, -1e3
+    x = inputs[0].double()
+    compiled = gz.compile(model, gz.Plan([gz.PruneChannels(keep={"router": 3})]), (x,))
+    left = {name.split(".")[1] for name, _ in compiled.module.named_parameters() if name.startswith("experts")}
+    assert left == {"0", "1", "3"}
+    with torch.no_grad():
+        for each in (x, torch.randn(17, 5, dtype=torch.float64)):
+            assert relative(model(each), compiled.module(each)) <= 1e-12
+
+
+@pytest.mark.parametrize("mix", [weighted, found], ids=lambda mix: mix.__name__)
+def test_half_of_the_experts_are_exported_and_saved(mix: Any, inputs: tuple[Tensor, ...], tmp_path: Path) -> None:
+    compiled = gz.compile(Listed(mix), gz.Plan([gz.PruneChannels(keep=0.5)]), inputs)
+    shapes = {name: tuple(value.shape) for name, value in compiled.module.named_parameters()}
+    assert shapes["router.weight"] == (2, 4)
+    assert sorted(shape for name, shape in shapes.items() if name.endswith(".0.weight")) == [(3, 4)] * 2
+    assert compiled.export(tmp_path / "slim.onnx").verified
+    compiled.save(tmp_path / "slim.graphzip")
+    with torch.no_grad():
+        assert relative(compiled.module(*inputs), gz.load(tmp_path / "slim.graphzip").module(*inputs)) == 0.0
+
+
+def test_positions_that_are_no_factors_of_terms_stay(inputs: tuple[Tensor, ...]) -> None:
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.both(x)
+            return both[:, 0] + both[:, 1].exp() * x[:, 0]
+
+    assert not gz.channel_groups(Spread(), inputs)["both"].mergeable
