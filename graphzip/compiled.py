@@ -162,16 +162,15 @@ class Compiled:
         """
         flags = {"dynamic_batch": dynamic_batch, "verify": verify, "per_task": per_task, "same_input": same_input}
         self._check_export(opset, ir_version, {**flags, "simplify": simplify})
-        version = FileVersion(opset, ir_version)
-        options = {"version": version, "dynamic_batch": dynamic_batch, "verify": verify}
+        options = {"version": FileVersion(opset, ir_version), "dynamic_batch": dynamic_batch, "verify": verify}
         with watched(progress):
             if quantize is None and not simplify:
                 found = self._exported(path, options, per_task=per_task, same_input=same_input)
             else:
-                several, has_data = bool(self.tasks), calibration is not None
+                given = {"simplify": simplify, "several": bool(self.tasks), "has_data": calibration is not None}
                 found = export_reworked(
                     as_path(path, ExportError),
-                    rework_of(quantize, error, simplify=simplify, several=several, has_data=has_data),
+                    rework_of(quantize, error, **given),
                     lambda file: self._exported(file, options, per_task=False, same_input=False),
                     lambda: self._answers(calibration, doubled=simplify and quantize is None and dynamic_batch),
                 )
