@@ -201,7 +201,7 @@ COUNTED: tuple[Counted, ...] = (
     _acdc("3", "ResNet34", "net", 12, None, 3.34),
     _acdc("3", "ResNet34", "block", 16, None, 5.77),
     _acdc("3", "ResNet50", "net", 8, None, 14.29),
-    _acdc("3", "ResNet50", "block", 8, None, 16.37, remark="no division into stages gives this"),
+    _acdc("3", "ResNet50", "block", 8, None, 16.37, remark="blocks of equal width and feature size give less"),
     *(_grown(*row) for row in (("net", 8, 3.57), ("block", 8, 4.59), ("block", 12, 6.74))),
     *_csg_rows(),
     Counted("MTZ", "3", "convolutions of VGG-16", "% shared", 56.94, lambda: _zipped(slice(13))),

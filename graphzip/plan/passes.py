@@ -75,6 +75,9 @@ class ClusterMerge(PassOptions):
     - `features`: what `"kmeans"` and registered clusterings compare channels by: `"weights"`, the flattened kernels;
       `"activations"`, what the layer that reads them sees on calibration data; or `"both"`. Where no convolution or
       linear layer reads a group, kernels are compared.
+    - `pacesetter`: where several layers make the channels of a group, whose kernels `"kmeans"` and registered
+      clusterings compare: `"projection"`, those of the layer that lies nearest to the inputs, which in a residual
+      network is the projection of a stage (section 3.5); `"first"`, those of the one that runs first.
     - `clusters`: clusters by hand, group name to lists of channels, `{"conv1": [[0, 3], [1], [2, 5, 4]]}`; every
       channel of the group once.
     - `exclude`: globs of the groups that stay whole.
@@ -114,6 +117,7 @@ class ClusterMerge(PassOptions):
     norms: Annotated[Literal["exact", "plain"], says("is not a way to treat norms; write 'exact' or 'plain'")] = "exact"
     compensate: Literal["none", "free", "data"] = "none"
     features: Literal["weights", "activations", "both"] = "weights"
+    pacesetter: Literal["projection", "first"] = "projection"
 
     def for_data(self) -> ClusterMerge:
         """The same with what calibration data does best for the options that were not given."""

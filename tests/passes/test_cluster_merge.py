@@ -198,6 +198,33 @@ def test_kmeans_looks_at_the_pacesetter() -> None:
         assert clusters_of(model, keep={"stem": 2}, seed=seed) == {"stem": expected}
 
 
+@pytest.mark.parametrize("pacesetter", ["projection", "first"])
+def test_the_projection_of_a_stage_is_its_pacesetter(pacesetter: str) -> None:
+    """The branch of the block runs first; the projection beside it has fewer layers in front."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 8, 3, padding=1)
+            self.projection, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.outer(self.inner(x).relu())
+            y = self.head((y + self.projection(x)).relu())
+            return y
+
+    model = Block()
+    orders = {"first": [0, 1, 0, 1, 1, 0, 1, 0], "projection": [0, 0, 1, 1, 1, 1, 0, 0]}
+    with torch.no_grad():
+        for layer, order in ((model.outer, orders["first"]), (model.projection, orders["projection"])):
+            centres = torch.randn(2, *layer.weight.shape[1:])
+            layer.weight.copy_(centres[order] + 1e-3 * torch.randn_like(layer.weight))
+    plan = gz.Plan([gz.ClusterMerge(keep={"outer": 2}, pacesetter=pacesetter)])
+    found = gz.compile(model, plan, (torch.randn(2, 3, 6, 6),)).report.passes[0]["cluster_merge"]["clusters"]["outer"]
+    order = orders[pacesetter]
+    assert found == [[k for k in range(8) if order[k] == which] for which in (0, 1)]
+
+
 def test_kmeans_finds_planted_duplicates() -> None:
     model, x = residual(), image()
     with torch.no_grad():

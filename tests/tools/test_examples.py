@@ -42,7 +42,12 @@ def test_two_networks_become_one(examples: dict[str, Any], capsys: pytest.Captur
     ]
     assert min(before.values()) > 0.9
     assert all(after[name] > before[name] - 0.03 for name in before)
-    assert compiled.report.after.params < 0.52 * compiled.report.before.params
+    whole, left = compiled.report.before.params, compiled.report.after.params
+    assert left < 0.52 * whole
+    details = compiled.report.passes[0]["zip"]
+    assert details["shared"] == 1.0
+    assert details["shared_of_all"] == pytest.approx(2 * (whole - left) / whole)
+    assert "of all, heads counted" in str(compiled.report)
 
 
 @pytest.mark.slow

@@ -304,6 +304,21 @@ def test_a_strength_too_weak_for_the_steps_is_told(caplog: pytest.LogCaptureFixt
     assert not caplog.text
 
 
+def test_a_schedule_that_leaves_filters_apart_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """At a constant rate the strength would do; the schedule lets the rate fall too soon."""
+    for falls, told in ((True, True), (False, False)):
+        caplog.clear()
+        ready = prepared(strength=5.0)
+        optimizer = ready.optimizer(SGD, lr=0.03, steps=60)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.1 if falls else 1.0)
+        with caplog.at_level(logging.WARNING, "graphzip_passes"):
+            for _ in range(60):
+                train(ready, optimizer, 1)
+                schedule.step()
+        assert ("5 is weak for 60 steps with this schedule of learning rates" in caplog.text) is told
+        assert len([each for each in caplog.records if "is weak" in each.getMessage()]) == told
+
+
 def test_a_pull_beyond_the_centre_ends_there() -> None:
     ready = prepared(strength=100.0)
     start = ready.deviation()

@@ -41,6 +41,7 @@ from graphzip_passes.cluster_merge.variance import correct_variances_
 from graphzip_passes.parts.centripetal import attach
 from graphzip_passes.parts.clustering import check_clustering, cluster
 from graphzip_passes.parts.compensation import Narrowed, Refit, refit
+from graphzip_passes.parts.pacesetter import layers_in_front
 from graphzip_passes.parts.tied_slices import Partition, Place, Slices, Tying, features_of, rows_of, slices_of
 from graphzip_passes.parts.widths import Clusters, WidthOptions, resolve
 
@@ -115,13 +116,14 @@ class ClusterMergePass(Tying):
         counts = {name: width.count for name, width in decided.items() if not isinstance(width, Clusters)}
         self._to_order = counts if options.clustering == RECONSTRUCTION else {}
         self._to_compare = counts if options.features != "weights" else {}
+        front = layers_in_front(traced) if options.pacesetter == "projection" else None
         for name, width in decided.items():
             if isinstance(width, Clusters):
                 self.clusters[name] = width.clusters
             else:
                 how = self._first_clustering(name)
                 blind = how in _BLIND
-                rows = np.zeros((self.groups[name].size, 1)) if blind else features_of(self.groups[name], traced)
+                rows = np.zeros((self.groups[name].size, 1)) if blind else features_of(self.groups[name], traced, front)
                 self.clusters[name] = _cluster(self.groups[name], rows, width.count, how, seed)
             logger.info("%s: %d channels in %d clusters", name, self.groups[name].size, len(self.clusters[name]))
         self._decide()

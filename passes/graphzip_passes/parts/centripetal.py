@@ -54,6 +54,7 @@ TIED: Final = "tied"
 """The strength that leaves nothing of a deviation: members of a cluster are equal after every step."""
 
 _UNTRAINED: Final = -1
+_APART: Final = 1e-3  # of a deviation: what is left of it in the end costs accuracy
 _LARGEST_FLOOR: Final = 1e-3  # of a weight: bfloat16 rounds more coarsely, but is no reason to merge at once
 
 Number = float | Tensor
@@ -225,6 +226,9 @@ def attach(
         group.setdefault("strength", strength)
         group.setdefault("contraction", contraction)
     centripetal = _Centripetal(optimizer, places, in_gradient=in_gradient)
+    progress = None
+    if steps is not None and not isinstance(strength, str):
+        progress = _Progress(optimizer, strength, steps, where, in_gradient)
     plain = optimizer.step
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
@@ -232,28 +236,68 @@ def attach(
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if progress is not None:
+            progress.count()
         centripetal.step(lambda: plain(**options))
         return loss
 
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
 
 
+def _pull(optimizer: torch.optim.Optimizer, strength: float, *, in_gradient: bool) -> float:
+    """The share of a deviation that a step takes away, at the learning rate that the first group has now."""
+    group = optimizer.param_groups[0]
+    pull = float(group["lr"]) * (strength + float(group.get("weight_decay") or 0.0))
+    if in_gradient:
+        pull /= 1.0 - min(float(group.get("momentum") or 0.0), 0.999)
+    return min(pull, 1.0)
+
+
 def _warn_if_short(
     optimizer: torch.optim.Optimizer, strength: float, steps: int, where: str, *, in_gradient: bool
 ) -> None:
     """Say so where even a constant learning rate leaves filters apart at the end of the training."""
-    group = optimizer.param_groups[0]
-    pull = float(group["lr"]) * (strength + float(group.get("weight_decay") or 0.0))
-    if in_gradient:
-        pull = min(pull / (1.0 - min(float(group.get("momentum") or 0.0), 0.999)), 1.0)
-    left = max(1.0 - pull, 0.0) ** steps
-    if left > 1e-3:
-        logger.warning(
-            "%s.strength: %g is weak for %d steps at a learning rate of %g: %.0f %% of the distance between filters of "
-            "a cluster is left at the end, and merging them costs accuracy; set strength: auto",
-            where,
-            strength,
-            steps,
-            float(group["lr"]),
-            100 * left,
-        )
+    left = (1.0 - _pull(optimizer, strength, in_gradient=in_gradient)) ** steps
+    if left > _APART:
+        _warn(where, strength, f"{steps} steps at a learning rate of {float(optimizer.param_groups[0]['lr']):g}", left)
+
+
+def _warn(where: str, strength: float, course: str, left: float) -> None:
+    logger.warning(
+        "%s.strength: %g is weak for %s: %.0f %% of the distance between filters of a cluster is left at the end, and "
+        "merging them costs accuracy; set strength: auto",
+        where,
+        strength,
+        course,
+        100 * left,
+    )
+
+
+class _Progress:
+    """Looks, half way and later, at how far learning rates as they were have brought filters together.
+
+    The rate of that moment for the rest is what a schedule that falls does not exceed.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, strength: float, steps: int, where: str, in_gradient: bool
+    ) -> None:
+        self.optimizer, self.strength, self.steps = optimizer, strength, steps
+        self.where, self.in_gradient = where, in_gradient
+        self.warned = (1.0 - self._pull()) ** steps > _APART
+        self.taken, self.left = 0, 1.0
+
+    def count(self) -> None:
+        """A step at the learning rate of now."""
+        if self.warned or self.taken >= self.steps or isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
+            return  # a rate that lies on a device is not asked for at every step
+        kept = 1.0 - self._pull()
+        self.taken, self.left = self.taken + 1, self.left * kept
+        if self.taken in (self.steps // 2, 3 * self.steps // 4, self.steps):
+            left = self.left * kept ** (self.steps - self.taken)
+            if left > _APART:
+                self.warned = True
+                _warn(self.where, self.strength, f"{self.steps} steps with this schedule of learning rates", left)
+
+    def _pull(self) -> float:
+        return _pull(self.optimizer, self.strength, in_gradient=self.in_gradient)

@@ -25,6 +25,7 @@ from graphzip.graph.torch_private import foreach_copy_
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip_passes.base import Constraint
+from graphzip_passes.parts.pacesetter import pacesetter_of
 
 __all__ = [
     "Partition",
@@ -248,13 +249,14 @@ def _check_pools(matrices: Iterable[Sequence[Place]]) -> None:
         seen |= own
 
 
-def features_of(group: ChannelGroup, traced: Traced) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
-    """The flattened kernels of a group's first producer, the pacesetter: one row per channel.
+def features_of(
+    group: ChannelGroup, traced: Traced, front: dict[str, int] | None = None
+) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
+    """The flattened kernels of a group's pacesetter, (channels, numbers); `front` as in `pacesetter_of`.
 
     Raises `WeightsError` where the model has no weights.
     """
-    leaders = [param for param in group.params if param.role == "producer"] or list(group.params)
-    lead = leaders[0]
+    lead = pacesetter_of(group, traced, front)
     tensor = get_tensor(traced.module, traced.local(lead.param)).detach()
     if tensor.is_meta:
         raise WeightsError(

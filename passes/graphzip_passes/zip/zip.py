@@ -67,6 +67,7 @@ class ZipPass:
         self.alone = {name: obstacle for name, obstacle in found.items() if obstacle is not None} | matching.alone
         self.pairing, self.joining = Pairing(self.joint, amounts, self.layers), Joining(self.joint)
         self.refitting = Refitting(self.joint, self.joining, self.layers)
+        self.before = _parameters(traced)
         self.zipped: set[str] = set()
         self.stored: dict[str, tuple[int, int]] = {}
         self.left: dict[str, torch.Tensor] = {}
@@ -173,15 +174,24 @@ class ZipPass:
             if torch.equal(other, tensor) and self.joint.channels.is_shared(name):
                 attach(result.module, name, other)
         tie(result)
-        details = self._details()
+        details = self._details(_parameters(result))
         rows = [(name, _percent(layer["shared"]), "") for name, layer in details["layers"].items()]
         rows += [(name, "", obstacle) for name, obstacle in self.alone.items()]
         columns = ("layer", "shared parameters", "why nothing is shared")
-        table = Table(columns if self.alone else columns[:2], tuple(row[: 2 + bool(self.alone)] for row in rows))
+        note = (
+            f"{_percent(details['shared'])} of the parameters of these layers are shared, and "
+            f"{_percent(details['shared_of_all'])} of all, heads counted"
+        )
+        shown = tuple(row[: 2 + bool(self.alone)] for row in rows)
+        table = Table(columns if self.alone else columns[:2], shown, note=note if self.stored else "")
         return Outcome(settle(result), changed=bool(self.stored), tables=(table,), details=details)
 
-    def _details(self) -> dict[str, Any]:
-        """For every layer what is shared: channels, and its parameters as a share (Table 3's count); or why not."""
+    def _details(self, after: int) -> dict[str, Any]:
+        """For every layer what is shared: channels, and its parameters as a share; or why not.
+
+        `shared` is the share of what the zipped layers hold, `shared_of_all` that of all parameters of all models, the
+        heads among them, which is the figure of Table 3; `after` are the parameters of the result.
+        """
         layers = {
             name: {
                 "channels": self.pairing.shared.get(name, {}),
@@ -196,6 +206,7 @@ class ZipPass:
             "layers": layers,
             "parameters": total,
             "shared": self._share(total),
+            "shared_of_all": self._share((self.before, after)),
             "refitted": refitted,
             "alone": self.alone,
         }
@@ -204,6 +215,10 @@ class ZipPass:
         """The share of each network's parameters that all have, from their numbers before and after."""
         before, after = sizes
         return (before - after) / (before * (1.0 - 1.0 / len(self.joint.tasks))) if before else 0.0
+
+
+def _parameters(traced: Traced) -> int:
+    return sum(parameter.numel() for parameter in traced.module.parameters())
 
 
 def _percent(share: float) -> str:
