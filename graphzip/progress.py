@@ -137,7 +137,9 @@ class Bar:
         with contextlib.suppress(OSError, ValueError):
             self._bars.stop()
         if self._notebook is not None:
-            self._notebook.update("")
+            from IPython import display
+
+            self._notebook.update(display.HTML(""))  # type: ignore[no-untyped-call, unused-ignore]
 
     def __call__(self, done: int, total: int, text: str) -> None:
         """Show how many of `total` alike things are done, and what comes next."""

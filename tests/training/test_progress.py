@@ -115,3 +115,21 @@ def test_an_interrupt_ends_the_bar() -> None:
         raise KeyboardInterrupt
     with watched(True):
         step("another bar")
+
+
+@pytest.mark.slow
+def test_in_a_notebook_there_is_a_bar_that_goes_when_it_is_done() -> None:
+    nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[docs]'")
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[docs]'")
+    pytest.importorskip("ipykernel", reason="pip install -e '.[docs]'")
+    begin = (
+        "from graphzip.progress import Bar; bar = Bar().__enter__(); bar(0, 4, 'fitting'); bar(3, 4, 'fitting conv1')"
+    )
+    ended = "with Bar() as bar: bar(1, 4, 'comparing')"
+    cells = [nbformat.v4.new_code_cell(source) for source in (begin, ended)]
+    node = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(node, timeout=120, kernel_name="python3").execute()
+    (shown,), (gone,) = (cell.outputs for cell in node.cells)
+    assert "fitting" in shown["data"]["text/html"]
+    assert "/4" in shown["data"]["text/html"]
+    assert gone["data"]["text/html"] == ""
