@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from graphzip.export.generator import save_generator
     from graphzip.export.onnx import ExportReport
+    from graphzip.formats.by_tensor import compile_folder
     from graphzip.formats.exported import from_exported
     from graphzip.formats.huggingface import from_pretrained, save_pretrained
     from graphzip.formats.onnx_files.from_onnx import from_onnx
@@ -133,6 +134,7 @@ __all__ = [
     "channel_groups",
     "coefficient_rank",
     "compile",
+    "compile_folder",
     "cost",
     "distill",
     "draw_groups",
@@ -167,6 +169,7 @@ _HOMES: Final = {
     "graphzip.export.generator": ("save_generator",),
     "graphzip.runtime.inference": ("OnnxModule",),
     "graphzip.export.onnx": ("ExportReport",),
+    "graphzip.formats.by_tensor": ("compile_folder",),
     "graphzip.formats.exported": ("from_exported",),
     "graphzip.formats.huggingface": ("from_pretrained", "save_pretrained"),
     "graphzip.formats.onnx_files.from_onnx": ("from_onnx",),

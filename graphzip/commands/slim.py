@@ -25,7 +25,7 @@ from graphzip.commands.options import (
 )
 from graphzip.commands.subject import BuiltModel, as_json_text, built, checked, data_of, finish, view
 from graphzip.commands.terminal import Tell, UsageError, at_work, show
-from graphzip.commands.usage import budget_of, check_files, check_writable, find, option, tuning_of
+from graphzip.commands.usage import amounts_of, budget_of, check_files, check_writable, find, option, tuning_of
 
 if TYPE_CHECKING:
     from graphzip import Compiled, Plan, WidthStudy
@@ -324,13 +324,7 @@ def _kept(keep: Sequence[str] | None, widths: WidthRuleOptions, *, has_data: boo
 
     if not keep:
         return gz.Plan([])
-    amounts: dict[str, float | int] = {}
-    for text in keep:
-        glob, _, amount = text.rpartition("=")
-        try:
-            amounts[glob or "*"] = int(amount) if amount.strip().isdecimal() else float(amount)
-        except ValueError:
-            raise UsageError(f"--keep: {text!r} is no width; write 0.5, 32, or 'layer?.*=0.5'") from None
+    amounts = amounts_of(keep, "--keep")
     rules = {"round_to": widths.round_to, "min_width": widths.min_width, "exclude": widths.exclude}
     with option("--keep"):
         merge = gz.ClusterMerge(keep=amounts, **{name: value for name, value in rules.items() if value})  # type: ignore[arg-type]

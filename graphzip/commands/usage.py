@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Weights",
     "amount",
+    "amounts_of",
     "budget_of",
     "build",
     "calibration_of",
@@ -86,6 +87,18 @@ def budget_of(**amounts: float | None) -> dict[str, float]:
         others = " and ".join(f"--{what}" for what in given if what != "latency")
         raise UsageError(f"--latency is met by measuring, alone; leave it out, or leave out {others}")
     return given
+
+
+def amounts_of(texts: Sequence[str], flag: str) -> dict[str, float | int]:
+    """Widths by glob: `0.5`, `32`, `layer?.*=0.5`."""
+    found: dict[str, float | int] = {}
+    for text in texts:
+        glob, _, amount = text.rpartition("=")
+        try:
+            found[glob or "*"] = int(amount) if amount.strip().isdecimal() else float(amount)
+        except ValueError:
+            raise UsageError(f"{flag}: {text!r} is no width; write 0.5, 32, or 'layer?.*=0.5'") from None
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -31,7 +31,19 @@ from graphzip.graph.source import first_line
 from graphzip.report.tables import closest
 from graphzip.tracing.results import tensors_by_way
 
-__all__ = ["TASKS", "from_pretrained", "save_pretrained"]
+__all__ = [
+    "ADVICE",
+    "TASKS",
+    "companions",
+    "copy_files",
+    "fitting",
+    "from_pretrained",
+    "listed",
+    "names_in_files",
+    "new_folder",
+    "save_pretrained",
+    "without_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +81,54 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None) -> 
     missing.
     """
     path = Path(folder)
+    kind = _class_in(path, task)
+    _know_caches()
+    try:
+        model = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:
+        raise ArchiveError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def without_weights(path: Path, task: str | None) -> nn.Module:
+    """The same without its weights, on the meta device. Raises `ArchiveError` as `from_pretrained` does."""
+    kind = _class_in(path, task)
+    _know_caches()
+    try:
+        config = _transformers().AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except Exception as error:
+        raise ArchiveError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
+    return model.eval()
+
+
+def names_in_files(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
+    """By the name that the class has for a tensor the name that stands in the files, as `transformers` renames them.
+
+    What is put together from several tensors of the files is left out.
+    """
+    try:
+        loading = importlib.import_module("transformers.core_model_loading")
+        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    except (ImportError, AttributeError):  # a version that reads names as they are
+        return {name: name for name in files}
+    renamings = [each for each in mapping if isinstance(each, loading.WeightRenaming)]
+    converters = [each for each in mapping if not isinstance(each, loading.WeightRenaming)]
+    state, prefix = model.state_dict(keep_vars=True), getattr(model, "base_model_prefix", None)
+    found = {}
+    for name in files:
+        own, converted = loading.rename_source_key(name, renamings, converters, prefix, state)
+        if converted is None:
+            found[own] = name
+    return found
+
+
+def _class_in(path: Path, task: str | None) -> Any:
+    """The class of the model in a folder, or the one that makes models for a task."""
     described = _described(path)
     transformers = _transformers()
-    _know_caches()
     if task is not None and task not in TASKS:
         raise ArchiveError(f"task: {task!r} is unknown; {closest(str(task), list(TASKS))}")
     named = (described.get("architectures") or [None])[0]
@@ -81,12 +138,7 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None) -> 
             f"{path}: transformers {transformers.__version__} has no {named!r}, which {_CONFIG} names, and code that "
             "lies in the folder is not run; give task=, or a version of transformers that has it"
         )
-    try:
-        model = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, use_safetensors=True)
-    except Exception as error:
-        raise ArchiveError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
-    loaded: nn.Module = model.eval()
-    return loaded
+    return kind
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -149,29 +201,33 @@ def save_pretrained(compiled: Compiled, model: nn.Module, folder: str | os.PathL
         raise ArchiveError(
             "save_pretrained takes a whole model; put a part back first (put_back), or use compiled.save"
         )
-    if as_path(folder, ArchiveError).exists():
-        raise ArchiveError(f"{folder} exists; give the name of a new folder")
-    target = check_target(folder, ArchiveError)
+    target = new_folder(folder)
     slim = _rebuilt(compiled, model)
     try:
         with scratch(target) as fresh:
             slim.save_pretrained(fresh, safe_serialization=True)  # type: ignore[operator]
-            _copy(_companions(model), fresh)
+            copy_files(companions(Path(str(getattr(model, "name_or_path", "") or ""))), fresh)
             fresh.rename(target)
     except OSError as error:
         raise unwritable(target, error, ArchiveError) from error
     return slim
 
 
-def _companions(model: Any) -> Iterator[Path]:
+def new_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where a folder is going to be. Raises `ArchiveError` where there is something, or nothing can be written."""
+    if as_path(folder, ArchiveError).exists():
+        raise ArchiveError(f"{folder} exists; give the name of a new folder")
+    return check_target(folder, ArchiveError)
+
+
+def companions(source: Path) -> Iterator[Path]:
     """What lies beside the weights in the folder that a model came from: tokenizers, notes, poolings."""
-    source = Path(str(getattr(model, "name_or_path", "") or ""))
     for file in sorted(source.iterdir()) if str(source) != "." and source.is_dir() else ():
         if file.name not in (_CONFIG, "generation_config.json") and not file.name.endswith(_WEIGHTS):
             yield file
 
 
-def _copy(files: Iterable[Path], folder: Path) -> None:
+def copy_files(files: Iterable[Path], folder: Path) -> None:
     """Copy files into a folder, and what lies in folders among them; all are on the disk then."""
     listed = list(files)
     for file in listed:
@@ -181,7 +237,7 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
     for inner in listed:
         if inner.is_dir():
             (folder / inner.name).mkdir()
-            _copy((file for file in inner.iterdir() if not file.name.endswith(_WEIGHTS)), folder / inner.name)
+            copy_files((file for file in inner.iterdir() if not file.name.endswith(_WEIGHTS)), folder / inner.name)
 
 
 def _rebuilt(compiled: Compiled, model: Any) -> nn.Module:
@@ -193,7 +249,7 @@ def _rebuilt(compiled: Compiled, model: Any) -> nn.Module:
     refusal: ArchiveError | None = None
     for backwards in (False, True):
         try:
-            slim = _filled(compiled, model, _fitting(model, wanted, backwards=backwards))
+            slim = _filled(compiled, model, fitting(model, wanted, backwards=backwards))
             _check_same(compiled, slim, model)
         except ArchiveError as error:
             refusal = refusal or error
@@ -211,18 +267,18 @@ def _filled(compiled: Compiled, model: Any, config: Any) -> nn.Module:
     unknown = [name for name in state if name not in own]
     if unknown:
         raise ArchiveError(
-            f"{type(model).__name__} has no {_listed(unknown)}, which the slim model has: its layers compute otherwise "
-            f"than those of the class; {_ADVICE}"
+            f"{type(model).__name__} has no {listed(unknown)}, which the slim model has: its layers compute otherwise "
+            f"than those of the class; {ADVICE}"
         )
     for name, value in own.items():
         source = state.get(name, old[name])
         if source.shape != value.shape:
-            raise ArchiveError(f"{name!r} is not part of what was compiled and has the old widths; {_ADVICE}")
+            raise ArchiveError(f"{name!r} is not part of what was compiled and has the old widths; {ADVICE}")
         value.copy_(source)
     return slim
 
 
-_ADVICE: Final = "save it with compiled.save, or compile a plan with the same share for all layers"
+ADVICE: Final = "save it with compiled.save, or compile a plan with the same share for all layers"
 
 
 def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:
@@ -234,7 +290,7 @@ def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:
             expected = tensors_by_way(compiled.module.eval()(*call.args, **call.kwargs))
             found = tensors_by_way(slim(*call.args, **call.kwargs))
     except Exception as error:
-        raise ArchiveError(f"the model that the config describes fails: {first_line(error)}; {_ADVICE}") from error
+        raise ArchiveError(f"the model that the config describes fails: {first_line(error)}; {ADVICE}") from error
     finally:
         compiled.module.train(mode)
     for way, value in expected.items():
@@ -244,14 +300,14 @@ def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:
             name = ".".join(map(str, way))
             raise ArchiveError(
                 f"the model that the config describes gives another {name!r} than the slim one (a norm that was "
-                f"narrowed may weigh its channels); {_ADVICE}"
+                f"narrowed may weigh its channels); {ADVICE}"
             )
 
 
 # ------------------------------------------------------------------------------------------------- the config
 
 
-def _fitting(model: Any, wanted: Mapping[str, tuple[int, ...]], *, backwards: bool) -> Any:
+def fitting(model: Any, wanted: Mapping[str, tuple[int, ...]], *, backwards: bool) -> Any:
     """The config with the numbers for these shapes. Raises `ArchiveError` where there are none."""
     config = copy.deepcopy(model.config)
     shapes = _shapes(model, config)
@@ -274,7 +330,7 @@ def _fitting(model: Any, wanted: Mapping[str, tuple[int, ...]], *, backwards: bo
         return config
     raise ArchiveError(
         f"{_CONFIG} cannot say the widths of the slim model: {wrong!r} is {_shown(wanted[wrong])}, where the nearest "
-        f"config has {_shown(shapes[wrong])}; {_ADVICE}"
+        f"config has {_shown(shapes[wrong])}; {ADVICE}"
     )
 
 
@@ -333,6 +389,6 @@ def _shown(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a number"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(repr(name) for name in names[:_LISTED]) + more

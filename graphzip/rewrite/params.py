@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from graphzip.graph.state import like
 from graphzip.labels import IntArray
 from graphzip.rewrite.layout import Layout
 
-__all__ = ["check_roles", "shrink_parameters", "spread_parameters"]
+__all__ = ["check_roles", "shrink_parameter", "shrink_parameters", "shrinking_axes", "spread_parameters"]
 
 
 def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -23,11 +23,23 @@ def shrink_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> di
 
     Consumer slices of a merged channel are added to those of the channel that stays, all others are dropped.
     """
-    made: dict[str, torch.Tensor] = {}
+    return {name: shrink_parameter(layout, axes, tensors[name]) for name, axes in shrinking_axes(layout).items()}
+
+
+def shrinking_axes(layout: Layout) -> dict[str, list[ParamAxis]]:
+    """By the name of the parameter or buffer the axes that lose slices, in the order in which they do."""
+    found: dict[str, list[ParamAxis]] = {}
     for axis in _shrinking(layout):
-        current = made.get(axis.param, tensors[axis.param].detach())
-        made[axis.param] = _shrink(layout, axis, current)
-    return {name: like(value.contiguous(), tensors[name]) for name, value in made.items()}
+        found.setdefault(axis.param, []).append(axis)
+    return found
+
+
+def shrink_parameter(layout: Layout, axes: Sequence[ParamAxis], tensor: torch.Tensor) -> torch.Tensor:
+    """The new value of a parameter or buffer whose `axes` lose slices."""
+    value = tensor.detach()
+    for axis in axes:
+        value = _shrink(layout, axis, value)
+    return like(value.contiguous(), tensor)
 
 
 def spread_parameters(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -45,11 +45,14 @@ from graphzip_passes.registry import BUILT_IN
 
 __all__ = [
     "PASSES",
+    "ByTensor",
     "Constraint",
     "Decision",
     "Pass",
     "PassContext",
     "Stage",
+    "Weights",
+    "by_tensor",
     "checked_outcome",
     "pass_of",
     "register_pass",
@@ -159,14 +162,33 @@ class Decision:
     trained: tuple[Traced, nn.Module] | None = None
 
 
+Weights = Callable[[str], torch.Tensor]
+"""Gives the tensor that a model has under a name, read anew whenever it is called; the caller may not change it."""
+
+
+@dataclass(frozen=True)
+class ByTensor:
+    """What a pass made of a model whose weights are never all in memory: its `outcome`, whose graph is on the meta
+    device, and what gives the `weights` of that.
+    """
+
+    outcome: Outcome
+    weights: Weights
+
+
 @dataclass(frozen=True)
 class Pass:
-    """A registered pass: the class of its options and its function, and how that is called."""
+    """A registered pass: the class of its options and its function, and how that is called.
+
+    `by_tensor` carries it out on a graph that is on the meta device, with its weights read one at a time; `None` where
+    the pass has to see them together.
+    """
 
     options: type[PassOptions]
     function: Callable[[Traced, Any, PassContext], Any]
     decides: bool
     only_reads: bool
+    by_tensor: Callable[[Traced, Any, PassContext, Weights], ByTensor] | None = None
 
     def decide(self, traced: Traced, options: PassOptions, context: PassContext) -> Decision:
         """What it decides on a model. Raises `GraphZipError` where the function gives something else."""
@@ -231,6 +253,16 @@ def register_pass(
     PASS_OPTIONS[kind] = options
     PASSES[options] = Pass(options, function, decides, only_reads)
     return function
+
+
+def by_tensor(options: type[PassOptions]) -> Callable[[_Function], _Function]:
+    """A decorator for the function that carries out a registered pass with its weights read one at a time."""
+
+    def add(function: _Function) -> _Function:
+        PASSES[options] = replace(PASSES[options], by_tensor=function)
+        return function
+
+    return add
 
 
 def _checked_kind(options: Any) -> str:

@@ -34,15 +34,16 @@ from graphzip.report.outcome import CHANNELS_DIFFER, CHANNELS_LOST, Outcome
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.merge import merge_channels
 from graphzip.rewrite.params import spread_parameters
-from graphzip_passes.base import Decision, PassContext, register_pass
+from graphzip_passes.base import ByTensor, Decision, PassContext, Weights, by_tensor, register_pass
 from graphzip_passes.cluster_merge.activations import activations
 from graphzip_passes.cluster_merge.elimination import elimination_orders, partition_of
 from graphzip_passes.cluster_merge.variance import correct_variances_
+from graphzip_passes.parts.by_tensor import held, shrunk
 from graphzip_passes.parts.centripetal import attach
 from graphzip_passes.parts.clustering import check_clustering, cluster
 from graphzip_passes.parts.compensation import Narrowed, Refit, refit
 from graphzip_passes.parts.pacesetter import layers_in_front
-from graphzip_passes.parts.tied_slices import Partition, Place, Slices, Tying, features_of, rows_of, slices_of
+from graphzip_passes.parts.tied_slices import Partition, Place, Slices, Tying, features_of, pull, rows_of, slices_of
 from graphzip_passes.parts.widths import Clusters, WidthOptions, resolve
 
 __all__ = ["ClusterMergePass", "Known", "cluster_merge", "known_of"]
@@ -106,8 +107,7 @@ class ClusterMergePass(Tying):
         found = known or analysed or Analysed.of(traced)
         self.analysis: Analysis = found.analysis
         self.groups: ChannelGroups = found.groups
-        widths = WidthOptions(options.keep, options.exclude, options.round_to, options.clusters, options.min_width)
-        decided = resolve(widths, self.groups, where=where)
+        decided = resolve(_widths(options), self.groups, where=where)
         self.clusters: dict[str, Partition] = {}
         self.kept: dict[str, frozenset[int]] = {}
         self._batches: Sequence[tuple[Any, ...]] = ()
@@ -116,15 +116,13 @@ class ClusterMergePass(Tying):
         counts = {name: width.count for name, width in decided.items() if not isinstance(width, Clusters)}
         self._to_order = counts if options.clustering == RECONSTRUCTION else {}
         self._to_compare = counts if options.features != "weights" else {}
-        front = layers_in_front(traced) if options.pacesetter == "projection" else None
+        front = _front(options, traced)
         for name, width in decided.items():
             if isinstance(width, Clusters):
                 self.clusters[name] = width.clusters
             else:
                 how = self._first_clustering(name)
-                blind = how in _BLIND
-                rows = np.zeros((self.groups[name].size, 1)) if blind else features_of(self.groups[name], traced, front)
-                self.clusters[name] = _cluster(self.groups[name], rows, width.count, how, seed)
+                self.clusters[name] = _clustered(self.groups[name], traced, width.count, how, seed, front)
             logger.info("%s: %d channels in %d clusters", name, self.groups[name].size, len(self.clusters[name]))
         self._decide()
 
@@ -245,6 +243,20 @@ class ClusterMergePass(Tying):
         else:
             self.pull_(traced.module, 1.0)
 
+    def layout(self) -> Layout:
+        """Where the channels that stay are when the clusters are merged."""
+        merges = [self._merge(name) for name in self.clusters]
+        return Layout.of(self.analysis, merges, plain_norms=self.options.norms == "plain")
+
+    def centred(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The value of a parameter or buffer with the slices of every cluster at their mean."""
+        tied = [each for each in self._slices if each.name == name]
+        if not tied:
+            return value
+        holder = {name: value.clone()}
+        pull([Place(holder, name, each) for each in tied], 1.0)
+        return holder[name]
+
     def _merge(self, name: str) -> Merge:
         group = self.groups[name]
         return group.whole_blocks, group.channels, self._keepers_first(name)
@@ -331,6 +343,47 @@ class ClusterMergePass(Tying):
 
     def _tied(self) -> Iterable[Slices]:
         return self._slices
+
+
+@by_tensor(ClusterMerge)
+def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext, weights: Weights) -> ByTensor:
+    """Cluster a group at a time, merge slices of a parameter at a time. Raises `PlanError` where that takes data."""
+    for key, value, instead in (
+        ("compensate", options.compensate, "none"),
+        ("features", options.features, "weights"),
+        ("clustering", options.clustering if options.clustering == RECONSTRUCTION else "kmeans", "kmeans"),
+    ):
+        if value != instead:
+            raise PlanError(f"{context.where}.{key}: {value!r} runs the model; write {instead!r}")
+    known = context.known or Analysed.of(traced)
+    clusters: dict[str, Partition] = {}
+    for name, width in resolve(_widths(options), known.groups, where=context.where).items():
+        group = known.groups[name]
+        if isinstance(width, Clusters):
+            clusters[name] = width.clusters
+            continue
+        check_clustering(options.clustering, f"{context.where}.clustering")
+        with held(traced, group, weights):
+            clusters[name] = _clustered(group, traced, width.count, options.clustering, context.seed, front)
+    found = options.model_copy(update={"clusters": clusters, "keep": {}})
+    merging = ClusterMergePass(found, traced, seed=context.seed, where=context.where, analysed=known)
+    return ByTensor(merging.finish(traced, context), shrunk(merging.layout(), weights, merging.centred))
+
+
+def _widths(options: ClusterMerge) -> WidthOptions:
+    return WidthOptions(options.keep, options.exclude, options.round_to, options.clusters, options.min_width)
+
+
+def _clustered(
+    group: ChannelGroup, traced: Traced, count: int, how: str, seed: int, front: dict[str, int] | None
+) -> Partition:
+    """Cluster a group by the weights that the graph has; `front` as in `pacesetter_of`."""
+    rows = np.zeros((group.size, 1)) if how in _BLIND else features_of(group, traced, front)
+    return _cluster(group, rows, count, how, seed)
+
+
+def _front(options: ClusterMerge, traced: Traced) -> dict[str, int] | None:
+    return layers_in_front(traced) if options.pacesetter == "projection" else None
 
 
 def _first_names(traced: Traced) -> dict[str, torch.Tensor]:

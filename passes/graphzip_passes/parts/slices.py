@@ -44,8 +44,9 @@ def rows_of(param: GroupParam, group: ChannelGroup, tensor: Tensor) -> Tensor:
     else:
         rows = values.movedim(param.dim, 0).reshape(values.shape[param.dim], -1)
     indices = param.indices.reshape(group.size, -1)
-    held = torch.from_numpy(indices >= 0)[:, :, None]
-    found: Tensor = rows[torch.from_numpy(np.maximum(indices, 0))] * held
+    found: Tensor = rows[torch.from_numpy(np.maximum(indices, 0))]
+    if (indices < 0).any():
+        found *= torch.from_numpy(indices >= 0)[:, :, None]
     return found.flatten(1)
 
 

@@ -31,7 +31,8 @@ from graphzip.report.outcome import CHANNELS_LOST, Outcome
 from graphzip.report.tables import closest
 from graphzip.rewrite.layout import Layout
 from graphzip.rewrite.merge import drop_channels
-from graphzip_passes.base import Constraint, Decision, PassContext, register_pass
+from graphzip_passes.base import ByTensor, Constraint, Decision, PassContext, Weights, by_tensor, register_pass
+from graphzip_passes.parts.by_tensor import held, shrunk
 from graphzip_passes.parts.compensation import Narrowed, refit
 from graphzip_passes.parts.tied_slices import Place, Rows, rows_of, slices_of
 from graphzip_passes.parts.widths import WidthOptions, resolve
@@ -73,9 +74,8 @@ class PruneChannelsPass(Constraint):
         known = context.known or Analysed.of(traced)
         self.analysis, self.groups = known.analysis, known.groups
         self.corrected: list[str] = []
-        widths = WidthOptions(options.keep, options.exclude, options.round_to)
-        wanted = {name: width.count for name, width in resolve(widths, self.groups, where=self.where).items()}
-        self.scores = self._scored(list(wanted), context) if scores is None else dict(scores)
+        wanted = _widths(options, self.groups, self.where)
+        self.scores = _scored(traced, known, list(wanted), options, context) if scores is None else dict(scores)
         counts = self._counts(wanted)
         self.gone: dict[str, tuple[int, ...]] = {
             name: dropped(self.groups[name], self.scores[name], count) for name, count in counts.items()
@@ -89,20 +89,6 @@ class PruneChannelsPass(Constraint):
                 f"{self.where}.regularizer: 'bn_scale': no normalisation with scales acts on the groups that shrink; "
                 "use 'lasso'"
             )
-
-    def _scored(self, names: Sequence[str], context: PassContext) -> dict[str, FloatArray]:
-        """The scores (n,) of every group that shrinks."""
-        name = self.options.criterion
-        if name not in CRITERIA:
-            raise PlanError(f"{self.where}.criterion: unknown criterion {name!r}; {closest(name, CRITERIA)}")
-        mine = ChannelGroups([self.groups[each] for each in names])
-        where = f"{self.where}.criterion: {name!r}"
-        evidence = Evidence(self.traced, self.analysis, mine, context.calibration, context.seed, where)
-        found = {
-            group.name: scores_of(GroupView(group, evidence), name, where)
-            for group in sorted(mine, key=evidence.order_of)
-        }
-        return {each: found[each] for each in names}
 
     def _counts(self, wanted: Mapping[str, int]) -> dict[str, int]:
         """How many channels each group keeps; not those that keep all."""
@@ -150,14 +136,18 @@ class PruneChannelsPass(Constraint):
 
     def narrowed(self, traced: Traced) -> Narrowed:
         """The slimmer model before anything is re-fitted; `traced` stays as it is."""
-        groups = {name: self.groups[name] for name in self.gone}
-        drops = [(group.whole_blocks, group.channels, _parts(group, self.gone[name])) for name, group in groups.items()]
-        plain = self.options.norms == "plain"
-        layout = Layout.of(self.analysis, drops, drops=True, plain_norms=plain)
+        layout = self.layout()
         slim = drop_channels(traced, layout)
         if self.options.compensate == "free":
             self.corrected = compensate_free(traced, slim, layout)
         return Narrowed(slim, layout, Layout.of(self.analysis, []))
+
+    def layout(self) -> Layout:
+        """Where the channels that stay are then."""
+        groups = {name: self.groups[name] for name in self.gone}
+        drops = [(group.whole_blocks, group.channels, _parts(group, self.gone[name])) for name, group in groups.items()]
+        plain = self.options.norms == "plain"
+        return Layout.of(self.analysis, drops, drops=True, plain_norms=plain)
 
     @torch.no_grad()
     def pull_(self, model: nn.Module, fraction: float) -> None:
@@ -221,6 +211,42 @@ class PruneChannelsPass(Constraint):
             chosen = np.flatnonzero(owner >= 0)
             found.append((rows, torch.from_numpy(chosen).to(rows.order.device), owner[chosen]))
         return found
+
+
+@by_tensor(PruneChannels)
+def prune_by_tensor(traced: Traced, options: PruneChannels, context: PassContext, weights: Weights) -> ByTensor:
+    """Score a group at a time, and drop slices of a parameter at a time. Raises `PlanError` where that takes data."""
+    if options.compensate != "none":
+        raise PlanError(f"{context.where}.compensate: {options.compensate!r} runs the model; write 'none'")
+    known = context.known or Analysed.of(traced)
+    scores: dict[str, FloatArray] = {}
+    for name in _widths(options, known.groups, context.where):
+        with held(traced, known.groups[name], weights):
+            scores |= _scored(traced, known, [name], options, context)
+    pruning = PruneChannelsPass(options, traced, replace(context, known=known), scores=scores)
+    return ByTensor(pruning.finish(traced, context), shrunk(pruning.layout(), weights))
+
+
+def _widths(options: PruneChannels, groups: ChannelGroups, where: str) -> dict[str, int]:
+    """How many channels each group that shrinks would keep alone."""
+    widths = WidthOptions(options.keep, options.exclude, options.round_to)
+    return {name: width.count for name, width in resolve(widths, groups, where=where).items()}
+
+
+def _scored(
+    traced: Traced, known: Analysed, names: Sequence[str], options: PruneChannels, context: PassContext
+) -> dict[str, FloatArray]:
+    """The scores (n,) of these groups."""
+    name = options.criterion
+    if name not in CRITERIA:
+        raise PlanError(f"{context.where}.criterion: unknown criterion {name!r}; {closest(name, CRITERIA)}")
+    mine = ChannelGroups([known.groups[each] for each in names])
+    where = f"{context.where}.criterion: {name!r}"
+    evidence = Evidence(traced, known.analysis, mine, context.calibration, context.seed, where)
+    found = {
+        group.name: scores_of(GroupView(group, evidence), name, where) for group in sorted(mine, key=evidence.order_of)
+    }
+    return {each: found[each] for each in names}
 
 
 def scores_of(view: GroupView, criterion: str, where: str) -> FloatArray:

@@ -1,0 +1,212 @@
+"""Models of `transformers` that are larger than the memory: from a folder to a slimmer one, a tensor at a time.
+
+The graph has no weights: it is traced, analysed, rewritten and proven on the meta device. Passes ask for the weights of
+one group when they decide, and the new value of a tensor is computed when it is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from graphzip.arguments import check_callable, check_seed
+from graphzip.boundary import call_user, public
+from graphzip.calibration import Trained
+from graphzip.errors import ArchiveError, ExampleInputError, PlanError
+from graphzip.files import scratch, unwritable
+from graphzip.formats.huggingface import (
+    ADVICE,
+    companions,
+    copy_files,
+    fitting,
+    listed,
+    names_in_files,
+    new_folder,
+    without_weights,
+)
+from graphzip.formats.shards import Shards, write_shards
+from graphzip.graph.state import find_aliases, named_state
+from graphzip.graph.torch_private import pytree
+from graphzip.graph.traced import Traced
+from graphzip.plan.plan import Plan
+from graphzip.report.origin import Origin
+from graphzip.report.report import Report
+from graphzip.tracing.compare_modes import form_of
+from graphzip.tracing.results import Outputs
+from graphzip.tracing.trace import trace
+from graphzip.training.account import Account, Moves
+from graphzip_passes.base import PassContext, Weights, checked_outcome, pass_of
+
+__all__ = ["compile_folder"]
+
+logger = logging.getLogger(__name__)
+
+_TOKENS: Final = (2, 8)  # of the example that a model of text is traced with
+_GENERATION: Final = "generation_config.json"
+
+
+@public
+def compile_folder(
+    folder: str | os.PathLike[str],
+    plan: Plan,
+    target: str | os.PathLike[str],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    task: str | None = None,
+    outputs: Outputs | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Carry out `plan` on the model in `folder`, and write the slimmer one into the new folder `target`, with weights
+    that are never all in memory: what a channel group has, and what is written into one file (512 MiB), are.
+
+    Both are folders of `transformers`, with a config.json and safetensors (one file, or sharded), as `from_pretrained`
+    reads and `save_pretrained` writes them; `task` is that of `from_pretrained`. The passes of the plan are those that
+    look at weights alone: `PruneChannels` with a criterion of weights, `ClusterMerge` with a clustering of weights,
+    neither of them compensated. Of `example_inputs` the shapes count, and tensors on the meta device will do; models of
+    text need none. `outputs` and `seed` are those of `compile`. `progress(done, all, name)` is called for every tensor
+    that is written. Widths are computed from the same numbers as by `compile`, tensors keep their dtypes.
+
+    Raises `ArchiveError` for a folder that holds no such model, or whose files name tensors otherwise than the class
+    does, and where the config cannot say the widths; `PlanError` for other passes, and for options that run the model.
+    Nothing is left of `target` then. Other errors are those of `compile`.
+    """
+    source = Path(folder)
+    _check(plan, seed, progress)
+    place = new_folder(target)
+    model = without_weights(source, task)
+    weights = _weights_of(model, Shards(source), source)
+    inputs = _examples(model) if example_inputs is None else pytree.tree_map(_on_meta, example_inputs)
+    traced = trace(model, inputs, outputs=outputs)
+    account = Account.of(traced)
+    for number, options in enumerate(plan.passes):
+        where = f"passes[{number}].{options.kind}"
+        carry_out = pass_of(options, where).by_tensor
+        assert carry_out is not None
+        found = carry_out(traced, options, PassContext(where, seed, Trained(model, traced)), weights)
+        outcome = checked_outcome(found.outcome, where)
+        account.add(options.kind, outcome)
+        traced, weights = outcome.traced, found.weights
+    slim = _class_of(model, traced, inputs, outputs)
+    report = account.report(traced, Moves({"": 0.0}, has_data=False, eps=0.0), Origin.of(plan, seed, ()))
+    _write(slim, weights, source, place, progress)
+    logger.info("%s", report)
+    return report
+
+
+def _check(plan: Any, seed: Any, progress: Any) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a graphzip.Plan, got {type(plan).__name__}")
+    check_seed(seed)
+    check_callable(progress, "progress", "progress(done, all, name)")
+    for number, options in enumerate(plan.passes):
+        where = f"passes[{number}].{options.kind}"
+        if pass_of(options, where).by_tensor is None:
+            raise PlanError(
+                f"{where}: it sees all weights together, and cannot be carried out a tensor at a time; load the model "
+                "with from_pretrained, and compile that"
+            )
+
+
+def _weights_of(model: nn.Module, shards: Shards, source: Path) -> Weights:
+    """What gives the tensors of a model. Raises `ArchiveError` where the files lack one, or have another shape."""
+    state = model.state_dict(keep_vars=True)
+    first = find_aliases(model)
+    named, stored = names_in_files(model, shards.files), {}
+    for name in state:
+        if name in named:
+            stored.setdefault(first.get(name, name), named[name])
+    missing = [name for name in state if first.get(name, name) not in stored]
+    if missing:
+        raise ArchiveError(
+            f"{source} has no {listed(missing)}, or in several tensors of which {type(model).__name__} makes one; load "
+            "the model with from_pretrained, and compile that"
+        )
+    spare = [name for name in shards.files if name not in {named[name] for name in state if name in named}]
+    if spare:
+        logger.warning("%s of %s are no part of %s and left out", listed(spare), source, type(model).__name__)
+
+    def read(name: str) -> torch.Tensor:
+        value, shape = shards(stored[first.get(name, name)]), state[name].shape
+        if value.shape != shape:
+            raise ArchiveError(f"{source}: {name!r} is {tuple(value.shape)}, where the config says {tuple(shape)}")
+        return value
+
+    return read
+
+
+def _examples(model: nn.Module) -> dict[str, torch.Tensor]:
+    if getattr(model, "main_input_name", None) != "input_ids":
+        raise ExampleInputError(
+            f"{type(model).__name__} is no model of text alone; give example_inputs, of which the shapes count: "
+            f"{{{getattr(model, 'main_input_name', 'x')!r}: torch.empty(..., device='meta')}}"
+        )
+    return {"input_ids": torch.zeros(_TOKENS, dtype=torch.int64, device="meta")}
+
+
+def _on_meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _class_of(model: nn.Module, traced: Traced, inputs: Any, outputs: Outputs | None) -> nn.Module:
+    """A model of the class of `model` with the widths of the graph, on the meta device, which computes what that does.
+
+    Several numbers of a config may explain the same sizes (heads, and the width of heads), so they are tried in turn.
+    Raises `ArchiveError` where no config does.
+    """
+    held = dict(named_state(traced.module))
+    wanted = {name: tuple(held[name].shape) for name in model.state_dict() if name in held}
+    expected = form_of(traced.module, model).computes
+    refusal: ArchiveError | None = None
+    for backwards in (False, True):
+        try:
+            config = fitting(model, wanted, backwards=backwards)
+        except ArchiveError as error:
+            refusal = refusal or error
+            continue
+        with torch.device("meta"):
+            slim: nn.Module = type(model)(config)
+        found = form_of(trace(slim.eval(), inputs, outputs=outputs).module, slim).computes
+        if found == expected:
+            return slim
+        refusal = refusal or ArchiveError(
+            f"{type(model).__name__} of the slim widths computes otherwise than the slim model (a norm that was "
+            f"narrowed may weigh its channels); {ADVICE}"
+        )
+    assert refusal is not None
+    raise refusal
+
+
+def _write(
+    slim: nn.Module, weights: Weights, source: Path, place: Path, progress: Callable[[int, int, str], None] | None
+) -> None:
+    """Write the folder, whole or not at all."""
+    tied = find_aliases(slim)
+    state = slim.state_dict(keep_vars=True)
+    names = [name for name in state if name not in tied]
+    done = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal done
+        value, done = weights(name), done + 1
+        if value.shape != state[name].shape:
+            raise ArchiveError(f"{name!r} is not part of what was compiled and has the old widths; {ADVICE}")
+        if progress is not None:
+            call_user(progress, done, len(names), name)
+        return value
+
+    try:
+        with scratch(place) as fresh:
+            slim.config.save_pretrained(fresh)  # type: ignore[union-attr, operator]
+            write_shards(fresh, names, read)
+            generation = [source / _GENERATION] if (source / _GENERATION).is_file() else []
+            copy_files([*companions(source), *generation], fresh)
+            fresh.rename(place)
+    except OSError as error:
+        raise unwritable(place, error, ArchiveError) from error

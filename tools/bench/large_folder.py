@@ -1,0 +1,119 @@
+"""Halve the MLPs of a Llama-shaped folder of random bfloat16 weights without holding it in memory.
+
+    python tools/bench/large_folder.py --billions 1 --folder /tmp/llama
+
+Writes the folder (once), compiles it in a child process with `graphzip.compile_folder`, and prints the seconds of each,
+the peak of the child's resident memory, and whether `transformers` builds the result from its config, with a tensor of
+every layer compared with what `PruneChannels` on that layer's own weights keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PLAN = {"keep": {"*mlp*": 0.5}, "criterion": "l1"}
+SHAPES = {
+    1: {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+    7: {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+def config_of(billions: int) -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(vocab_size=32000, dtype="bfloat16", **SHAPES[billions])
+
+
+def write(folder: Path, billions: int) -> None:
+    """A folder with weights that are drawn tensor by tensor."""
+    import transformers
+
+    from graphzip.formats.shards import write_shards
+
+    folder.mkdir(parents=True)
+    config = config_of(billions)
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+
+    def drawn(name: str) -> torch.Tensor:
+        return (torch.randn(shapes[name], generator=generator, dtype=torch.float32) * 0.02).to(torch.bfloat16)
+
+    write_shards(folder, shapes, drawn)
+
+
+def compiled(folder: Path, target: Path) -> dict[str, float]:
+    """Seconds, and the peak of resident memory in GiB, of this process."""
+    import graphzip as gz
+
+    started = time.perf_counter()
+    report = gz.compile_folder(folder, gz.Plan([gz.PruneChannels(**PLAN)]), target)  # type: ignore[arg-type]
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "before": report.before.params,
+        "after": report.after.params,
+    }
+
+
+def checked(folder: Path, target: Path) -> int:
+    """How many layers were compared."""
+    import transformers
+
+    from graphzip.formats.shards import Shards
+
+    old, new = Shards(folder), Shards(target)
+    config = transformers.AutoConfig.from_pretrained(str(target))
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    assert {name: tuple(new(name).shape) for name in model.state_dict()} == {
+        name: tuple(value.shape) for name, value in model.state_dict().items()
+    }
+    for layer in range(config.num_hidden_layers):
+        gate, up, down = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+        rows = {name: old(name).double() for name in (gate, up)} | {down: old(down).double().T}
+        score = rows[gate].abs().sum(1) + rows[up].abs().sum(1)
+        stay = score.argsort(descending=True)[: len(score) // 2].sort().values
+        assert torch.equal(new(up), old(up)[stay]), layer
+        assert torch.equal(new(down), old(down)[:, stay]), layer
+    return int(config.num_hidden_layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--billions", type=int, choices=sorted(SHAPES), default=1)
+    parser.add_argument("--folder", type=Path, required=True, help="where the folders are written")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    source, target = args.folder / f"llama-{args.billions}b", args.folder / f"llama-{args.billions}b-half"
+    if args.child:
+        print(json.dumps(compiled(source, target)))
+        return
+    if not source.exists():
+        started = time.perf_counter()
+        write(source, args.billions)
+        print(f"written in {time.perf_counter() - started:.0f} s")
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    command = [sys.executable, __file__, "--billions", str(args.billions), "--folder", str(args.folder), "--child"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(
+        f"{size / 2**30:.1f} GiB, {found['before'] / 1e9:.2f} -> {found['after'] / 1e9:.2f} billion parameters in "
+        f"{found['seconds']:.0f} s, peak of resident memory {found['peak_gib']:.2f} GiB"
+    )
+    print(f"{checked(source, target)} layers hold what was to stay")
+
+
+if __name__ == "__main__":
+    main()
