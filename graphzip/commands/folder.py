@@ -44,7 +44,7 @@ def compile_folder(
 
     For models that are larger than the memory. The new folder is loaded by transformers.
     """
-    with at_work(run.verbose) as tell:
+    with at_work(run.verbose):
         import graphzip as gz
 
         if (plan_file is None) == (not prune):
@@ -54,7 +54,6 @@ def compile_folder(
         else:
             with option("--prune"):
                 plan = gz.Plan([gz.PruneChannels(keep=amounts_of(prune or [], "--prune"))])
-        tell(f"tracing {folder} without its weights")
-        report = gz.compile_folder(folder, plan, output, task=task, seed=run.seed, progress=tell.bar)
+        report = gz.compile_folder(folder, plan, output, task=task, seed=run.seed)
         text = as_json_text({"report": report.to_dict(), "folder": str(output)}) if run.as_json else str(report)
     show(text, str(output))

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from graphzip.arguments import check_callable, check_seed
-from graphzip.boundary import call_user, public
+from graphzip.analysis.groups import Analysed
+from graphzip.arguments import check_seed
+from graphzip.boundary import public
 from graphzip.calibration import Trained
 from graphzip.errors import ArchiveError, ExampleInputError, PlanError
 from graphzip.files import scratch, unwritable
@@ -35,6 +36,7 @@ from graphzip.graph.state import find_aliases, named_state
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.plan.plan import Plan
+from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.origin import Origin
 from graphzip.report.report import Report
 from graphzip.tracing.compare_modes import form_of
@@ -61,7 +63,7 @@ def compile_folder(
     task: str | None = None,
     outputs: Outputs | None = None,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = None,
 ) -> Report:
     """Carry out `plan` on the model in `folder`, and write the slimmer one into the new folder `target`, with weights
     that are never all in memory: what a channel group has, and what is written into one file (512 MiB), are.
@@ -70,41 +72,51 @@ def compile_folder(
     reads and `save_pretrained` writes them; `task` is that of `from_pretrained`. The passes of the plan are those that
     look at weights alone: `PruneChannels` with a criterion of weights, `ClusterMerge` with a clustering of weights,
     neither of them compensated. Of `example_inputs` the shapes count, and tensors on the meta device will do; models of
-    text need none. `outputs` and `seed` are those of `compile`. `progress(done, all, name)` is called for every tensor
-    that is written. Widths are computed from the same numbers as by `compile`, tensors keep their dtypes.
+    text need none. `outputs`, `seed` and `progress` are those of `compile`. Widths are computed from the same numbers
+    as by `compile`, tensors keep their dtypes.
 
     Raises `ArchiveError` for a folder that holds no such model, or whose files name tensors otherwise than the class
     does, and where the config cannot say the widths; `PlanError` for other passes, and for options that run the model.
     Nothing is left of `target` then. Other errors are those of `compile`.
     """
     source = Path(folder)
-    _check(plan, seed, progress)
-    place = new_folder(target)
+    _check(plan, seed)
+    with watched(progress):
+        return _compiled(source, plan, new_folder(target), example_inputs, (task, outputs, seed))
+
+
+def _compiled(
+    source: Path, plan: Plan, place: Path, example_inputs: Any, how: tuple[str | None, Outputs | None, int]
+) -> Report:
+    task, outputs, seed = how
+    step(f"tracing {source} without its weights")
     model = without_weights(source, task)
     weights = _weights_of(model, Shards(source), source)
     inputs = _examples(model) if example_inputs is None else pytree.tree_map(_on_meta, example_inputs)
     traced = trace(model, inputs, outputs=outputs)
-    account = Account.of(traced)
+    known = Analysed.of(traced)
+    account = Account.of(traced, known.groups)
     for number, options in enumerate(plan.passes):
         where = f"passes[{number}].{options.kind}"
         carry_out = pass_of(options, where).by_tensor
         assert carry_out is not None
-        found = carry_out(traced, options, PassContext(where, seed, Trained(model, traced)), weights)
+        known = known if not number else Analysed.of(traced)
+        context = PassContext(where, seed, Trained(model, traced), known=known)
+        found = carry_out(traced, options, context, weights)
         outcome = checked_outcome(found.outcome, where)
         account.add(options.kind, outcome)
         traced, weights = outcome.traced, found.weights
     slim = _class_of(model, traced, inputs, outputs)
     report = account.report(traced, Moves({"": 0.0}, has_data=False, eps=0.0), Origin.of(plan, seed, ()))
-    _write(slim, weights, source, place, progress)
+    _write(slim, weights, source, place)
     logger.info("%s", report)
     return report
 
 
-def _check(plan: Any, seed: Any, progress: Any) -> None:
+def _check(plan: Any, seed: Any) -> None:
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a graphzip.Plan, got {type(plan).__name__}")
     check_seed(seed)
-    check_callable(progress, "progress", "progress(done, all, name)")
     for number, options in enumerate(plan.passes):
         where = f"passes[{number}].{options.kind}"
         if pass_of(options, where).by_tensor is None:
@@ -118,7 +130,8 @@ def _weights_of(model: nn.Module, shards: Shards, source: Path) -> Weights:
     """What gives the tensors of a model. Raises `ArchiveError` where the files lack one, or have another shape."""
     state = model.state_dict(keep_vars=True)
     first = find_aliases(model)
-    named, stored = names_in_files(model, shards.files), {}
+    named = names_in_files(model, shards.files)
+    stored: dict[str, str] = {}
     for name in state:
         if name in named:
             stored.setdefault(first.get(name, name), named[name])
@@ -183,28 +196,22 @@ def _class_of(model: nn.Module, traced: Traced, inputs: Any, outputs: Outputs | 
     raise refusal
 
 
-def _write(
-    slim: nn.Module, weights: Weights, source: Path, place: Path, progress: Callable[[int, int, str], None] | None
-) -> None:
+def _write(slim: nn.Module, weights: Weights, source: Path, place: Path) -> None:
     """Write the folder, whole or not at all."""
     tied = find_aliases(slim)
     state = slim.state_dict(keep_vars=True)
     names = [name for name in state if name not in tied]
-    done = 0
 
     def read(name: str) -> torch.Tensor:
-        nonlocal done
-        value, done = weights(name), done + 1
+        value = weights(name)
         if value.shape != state[name].shape:
             raise ArchiveError(f"{name!r} is not part of what was compiled and has the old widths; {ADVICE}")
-        if progress is not None:
-            call_user(progress, done, len(names), name)
         return value
 
     try:
         with scratch(place) as fresh:
             slim.config.save_pretrained(fresh)  # type: ignore[union-attr, operator]
-            write_shards(fresh, names, read)
+            write_shards(fresh, counted(names, "writing", str), read)
             generation = [source / _GENERATION] if (source / _GENERATION).is_file() else []
             copy_files([*companions(source), *generation], fresh)
             fresh.rename(place)

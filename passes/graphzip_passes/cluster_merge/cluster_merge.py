@@ -30,6 +30,7 @@ from graphzip.graph.interpreter import Values
 from graphzip.graph.state import named_state, own_tensors
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge
+from graphzip.progress import counted
 from graphzip.report.outcome import CHANNELS_DIFFER, CHANNELS_LOST, Outcome
 from graphzip.rewrite.layout import Layout, Merge
 from graphzip.rewrite.merge import merge_channels
@@ -357,7 +358,8 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
             raise PlanError(f"{context.where}.{key}: {value!r} runs the model; write {instead!r}")
     known = context.known or Analysed.of(traced)
     clusters: dict[str, Partition] = {}
-    for name, width in resolve(_widths(options), known.groups, where=context.where).items():
+    widths = resolve(_widths(options), known.groups, where=context.where)
+    for name, width in counted(widths.items(), "clustering", lambda item: item[0]):
         group = known.groups[name]
         if isinstance(width, Clusters):
             clusters[name] = width.clusters

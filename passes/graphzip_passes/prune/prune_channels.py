@@ -27,6 +27,7 @@ from graphzip.labels import IntArray
 from graphzip.plan.criteria import CRITERIA
 from graphzip.plan.passes import PruneChannels
 from graphzip.plan.problems import show
+from graphzip.progress import counted
 from graphzip.report.outcome import CHANNELS_LOST, Outcome
 from graphzip.report.tables import closest
 from graphzip.rewrite.layout import Layout
@@ -220,7 +221,7 @@ def prune_by_tensor(traced: Traced, options: PruneChannels, context: PassContext
         raise PlanError(f"{context.where}.compensate: {options.compensate!r} runs the model; write 'none'")
     known = context.known or Analysed.of(traced)
     scores: dict[str, FloatArray] = {}
-    for name in _widths(options, known.groups, context.where):
+    for name in counted(_widths(options, known.groups, context.where), "scoring", str):
         with held(traced, known.groups[name], weights):
             scores |= _scored(traced, known, [name], options, context)
     pruning = PruneChannelsPass(options, traced, replace(context, known=known), scores=scores)
