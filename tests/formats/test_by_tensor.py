@@ -41,10 +41,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 PLANS = {
-    "prune": HALF,
-    "everywhere": gz.Plan([gz.PruneChannels(keep=0.5, criterion="l2")]),
+    "everywhere": gz.Plan([gz.PruneChannels(keep=0.5, criterion="l2", norms="plain")]),
     "global": gz.Plan([gz.PruneChannels(keep={"*mlp*": 0.5}, ranking="global", round_to=12)]),
-    "merge": gz.Plan([gz.ClusterMerge(keep={"*mlp*": 0.5})]),
     "two passes": gz.Plan([gz.PruneChannels(keep={"*mlp*": 0.5}), gz.ClusterMerge(keep={"*mlp*": 0.5})]),
 }
 
@@ -60,7 +58,8 @@ def test_the_folder_is_that_of_compile_bit_for_bit(name: str, folder: Path, tmp_
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert sum(value.numel() for value in found.values()) < sum(value.numel() for value in tensors(folder).values())
     assert report.groups == compiled.report.groups
-    assert (report.before, report.after) == (compiled.report.before, compiled.report.after)
+    for one, other in ((report.before, compiled.report.before), (report.after, compiled.report.after)):
+        assert (one.params, one.macs) == (other.params, other.macs)
     assert not report.lossless
     configs = [json.loads((tmp_path / each / "config.json").read_text()) for each in ("whole", "slim")]
     assert configs[0] == configs[1]
