@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 
 from graphzip.analysis.channels import CONSUMER, PRODUCER, Analysis, Level, analyse
 from graphzip.analysis.explain import Explanation, explain
@@ -279,6 +279,7 @@ class _Builder:
         self.whole_blocks = level is analysis.coarse
         self.first_use = first_use
         self.slices = _slices(analysis, level)
+        self.of_inputs = _read_with_inputs(traced)
 
     def drafts(self) -> list[_Draft]:
         if not self.slices:
@@ -335,12 +336,16 @@ class _Builder:
         )
 
     def _makes_channels(self, parts: list[tuple[_Slices, IntArray]], channels: IntArray) -> bool:
-        """Whether a weight makes them; where a pinned weight is computed, they may still have a bias or a scale."""
+        """Whether a weight makes them; where a pinned weight is computed, they may still have a bias or a scale.
+
+        A scale of the model's inputs makes none.
+        """
         pinned = any(channel in self.level.solution.pins for channel in channels.tolist())
         return any(found.role == "producer" or (pinned and self._is_vector(found.param)) for found, _ in parts)
 
     def _is_vector(self, param: str) -> bool:
-        return self._is_parameter(param) and get_tensor(self.traced.module, param).dim() == 1
+        vector = self._is_parameter(param) and get_tensor(self.traced.module, param).dim() == 1
+        return vector and param not in self.of_inputs
 
     def _is_parameter(self, name: str) -> bool:
         return isinstance(get_tensor(self.traced.module, name), nn.Parameter)
@@ -454,6 +459,23 @@ def _execution_order(traced: Traced) -> dict[str, int]:
         for node in traced.graph.nodes
         if node.op == "get_attr"
     }
+
+
+def _read_with_inputs(traced: Traced) -> set[str]:
+    """Parameters that operators read together with nothing but the model's inputs, as these are or rearranged."""
+    given: set[fx.Node] = set()
+    found: dict[str, bool] = {}
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            given.add(node)
+        elif node.op == "call_function":
+            fetched = [source for source in node.all_input_nodes if source.op == "get_attr"]
+            alone = len(fetched) < len(node.all_input_nodes) and given.issuperset({*node.all_input_nodes} - {*fetched})
+            if alone and not fetched:
+                given.add(node)
+            for source in fetched:
+                found[str(source.target)] = found.get(str(source.target), True) and alone
+    return {name for name, alone in found.items() if alone}
 
 
 def _shares(traced: Traced, groups: Sequence[ChannelGroup]) -> tuple[int, int]:

@@ -77,3 +77,9 @@ def test_one_channel_per_group_takes_one_sample(size: tuple[int, ...], halved: b
         for batch in (x, x[:1]):
             for mode in (True, False):
                 torch.testing.assert_close(again.train(mode)(batch), model.train(mode)(batch), rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_of_the_inputs_makes_no_channels() -> None:
+    model = nn.Sequential(nn.Flatten(1), nn.LayerNorm(12), nn.Linear(12, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    groups = gz.channel_groups(model, (torch.randn(2, 3, 4),))
+    assert groups.names == ("2", "4")
