@@ -357,6 +357,7 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
         if value != instead:
             raise PlanError(f"{context.where}.{key}: {value!r} runs the model; write {instead!r}")
     known = context.known or Analysed.of(traced)
+    front = _front(options, traced)
     clusters: dict[str, Partition] = {}
     widths = resolve(_widths(options), known.groups, where=context.where)
     for name, width in counted(widths.items(), "clustering", lambda item: item[0]):
