@@ -9,6 +9,9 @@ Criteria that look at gradients differentiate the outputs in random directions. 
 them where it is installed: the model's own answers are the labels of those that need some. Accuracy is the share of
 right answers on the test images, in percent. Groups are the inner ones of ResNets, all of other networks.
 
+With `--agree 0.66` that share of every group stays, and a table says in how many layers criteria of the same formula
+choose the same channels as Torch-Pruning's, and how accurate both are as they are.
+
 Cells that are in the file `--cells` are not measured again. Needs the data of the folder GRAPHZIP_DATA (default:
 ../shared/data beside the repository), as `compare.py` does.
 """
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 from cifar import accuracy, data_folder
 from compare import UNLABELLED, add_options, load
-from compare_methods import TORCH_PRUNING, Bench, re_estimated, torch_pruned, widest
+from compare_methods import TORCH_PRUNING, Bench, pruned_at, re_estimated, torch_pruned, widest
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -119,6 +122,30 @@ def table(cells: dict[str, float], net: str, options: argparse.Namespace) -> Tab
     return rendered
 
 
+TWINS = {"group_l1": "magnitude-l1", "group_l2": "magnitude-l2", "bn_scale": "bn-scale"}
+"""Criteria, and those of Torch-Pruning that have the same formula."""
+
+
+def agreement(bench: Bench, keep: float) -> Table:
+    """A row for each pair of criteria."""
+    rendered = Table(
+        "criterion", "of Torch-Pruning", "layers alike", "raw", "raw, theirs", title=f"{bench.name}, {keep}"
+    )
+    trace = gz.trace(bench.model, bench.example)
+    for ours, theirs in TWINS.items():
+        plan = gz.Plan([gz.PruneChannels(keep={bench.groups: keep}, criterion=ours)])
+        found, other = gz.compile(trace, plan).module, pruned_at(bench, 1 - keep, theirs, False)
+        twins = dict(other.named_parameters())
+        weights = [name for name, each in found.named_parameters() if each.dim() > 2]
+        alike = sum(
+            found.get_parameter(name).shape == twins[name].shape and torch.equal(found.get_parameter(name), twins[name])
+            for name in weights
+        )
+        scores = (f"{accuracy(each, *bench.test):.2f}" for each in (found, other))
+        rendered.add_row(ours, theirs, f"{alike} of {len(weights)}", *scores)
+    return rendered
+
+
 def draw(cells: dict[str, float], options: argparse.Namespace) -> None:
     """A line for each criterion from raw over norms to compensated, a panel for each network and budget."""
     from matplotlib.figure import Figure
@@ -142,6 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--criterion", nargs="+", choices=[*CRITERIA], default=[*CRITERIA])
     parser.add_argument("--ranking", nargs="+", choices=RANKINGS, default=list(RANKINGS))
     parser.add_argument("--alone", action="store_true", help="without Torch-Pruning")
+    parser.add_argument("--agree", type=float, help="share of channels at which choices are compared, and nothing else")
     parser.add_argument("--picture", type=Path, help="a file to draw (.svg, .png)")
     return parser.parse_args()
 
@@ -149,8 +177,12 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
-    cells = run(options, data_folder())
     console = Console(width=160)
+    if options.agree is not None:
+        for net in options.net:
+            console.print(agreement(load(net, data_folder(), options), options.agree))
+        return 0
+    cells = run(options, data_folder())
     console.print(f"CIFAR-10, {options.images:,} test images, {UNLABELLED} unlabelled images, no training")
     for net in options.net:
         console.print(table(cells, net, options))
