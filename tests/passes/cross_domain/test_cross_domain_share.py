@@ -505,7 +505,7 @@ def test_one_dimension_and_linear_layers_on_positions() -> None:
 @pytest.mark.parametrize("weights", ["centres", "fitted"])
 def test_data_parallel_training(weights: str, tmp_path: Path) -> None:
     """Two processes that see different data agree on clusters, which stay together exactly, and on all parameters."""
-    worker = Path(__file__).parents[1] / "support" / "workers" / "domain_worker.py"
+    worker = Path(__file__).parents[2] / "support" / "workers" / "domain_worker.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, worker, tmp_path, weights]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

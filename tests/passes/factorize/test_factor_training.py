@@ -98,7 +98,7 @@ def test_the_fitted_start_beats_the_random_one() -> None:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("GRAPHZIP_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    return Path(os.environ.get("GRAPHZIP_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
 
 @pytest.mark.data
