@@ -300,6 +300,8 @@ def prune(c: Context) -> None:
     """Channels that nothing reads, or that are zero, are dropped without a change."""
     if re.search(r" (==|!=|<=?|>=?) |\.(ne|eq|gt|ge|lt|le)\(", c.program.source()):
         raise NotApplicable("comparisons are constant almost everywhere: that a channel has no influence does not show")
+    if "expand" in c.program.source():
+        raise NotApplicable("a number that is spread over the channels tells how many there are")
     groups = c.groups(c.model)
     c.stage = "plant zeros"
     model, gone = _plant_zeros(c, groups)
