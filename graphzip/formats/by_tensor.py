@@ -190,7 +190,7 @@ def _class_of(model: nn.Module, traced: Traced, inputs: Any, outputs: Outputs | 
             return slim
         refusal = refusal or ArchiveError(
             f"{type(model).__name__} of the slim widths computes otherwise than the slim model (a norm that was "
-            f"narrowed may weigh its channels); {ADVICE}"
+            f"narrowed may weigh its channels, which norms='plain' leaves out); {ADVICE}"
         )
     assert refusal is not None
     raise refusal

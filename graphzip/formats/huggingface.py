@@ -300,7 +300,7 @@ def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:
             name = ".".join(map(str, way))
             raise ArchiveError(
                 f"the model that the config describes gives another {name!r} than the slim one (a norm that was "
-                f"narrowed may weigh its channels); {ADVICE}"
+                f"narrowed may weigh its channels, which norms='plain' leaves out); {ADVICE}"
             )
 
 
