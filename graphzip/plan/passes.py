@@ -204,7 +204,8 @@ class SliceGenerate(PassOptions):
     - `generator`: a file that `graphzip.save_generator` wrote, to start from; with `frozen` it stays as it is.
     - `scopes`: globs of layer names; the layers of each share a generator of their own, all others one more.
     - `include`, `exclude`: as in `AtomFactorize`.
-    - `init`: `"fit"` (truncated SVD of all slices) or `"random"`. `compensate`, `force`: as in `AtomFactorize`.
+    - `init`: `"fit"` (truncated SVD of all slices) or `"random"`. `weighted`, `compensate`, `force`: as in
+      `AtomFactorize`.
 
     Raises `PlanError` when a value is out of range or of the wrong type.
     """
@@ -221,6 +222,7 @@ class SliceGenerate(PassOptions):
     include: Globs = ()
     exclude: Globs = ()
     init: Literal["fit", "random"] = "fit"
+    weighted: Flag = False
     compensate: Literal["auto", "none", "data"] = "auto"
     force: Flag = False
 

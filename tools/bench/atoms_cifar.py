@@ -5,7 +5,7 @@
 
 Without `--epochs` nothing is trained: the fit is the result. With it every variant is trained from the fitted start, a
 random one, or both, for that many epochs of the training images (`--train-images` takes some of them), with SGD and
-one cycle of the learning rate. `--weighted` weighs the fit of atoms by the inputs of 512 training images, and
+one cycle of the learning rate. `--weighted` weighs the fit by the inputs of 512 training images, and
 `--compensate` lets batch norms and the layers that keep their kernels follow on these: the default where there is data.
 
 Needs `resnet20_cifar10.safetensors` and `cifar10_jpeg.npz` in the folder that GRAPHZIP_DATA names (default:
@@ -50,7 +50,7 @@ def variants(*, weighted: bool, start: str, compensate: str = "none") -> dict[st
     made: dict[str, gz.AtomFactorize | gz.SliceGenerate] = {f"unshared m{m}": atoms(None, m) for m in range(1, 10)}
     made |= {f"{share} m{m}": atoms(share, m) for share in ("block", "net") for m in (4, 8, 16, 32, 54)}
     made |= {f"g-{share} m8 s16": atoms(share, 8, 16) for share in ("layer", "block", "net")}
-    slices = {"init": start, "compensate": compensate}
+    slices = {"init": start, "compensate": compensate, "weighted": weighted}
     made |= {f"csg {code}": gz.SliceGenerate(code=code, force=True, **slices) for code in (16, 32, 64, 128, 256, 512)}
     made |= {f"bcsg {code}": gz.SliceGenerate(code=code, force=True, binary=True, **slices) for code in (128, 512)}
     return made

@@ -34,6 +34,8 @@ from graphzip_passes.base import Decision, PassContext, register_pass
 from graphzip_passes.factorize.compensate import compensated
 from graphzip_passes.factorize.conv_layers import convolutions_of, first_match, kernel_of, select
 from graphzip_passes.factorize.error_table import error_table
+from graphzip_passes.factorize.patch_moments import input_moments
+from graphzip_passes.factorize.slice_weights import SliceWeights, fit_weighted
 from graphzip_passes.factorize.worth import LeftOut, SharedBytes, Stored, left_out_table, worth_storing
 
 __all__ = ["SliceGeneratePass", "cut", "slice_generate"]
@@ -66,10 +68,14 @@ class SliceGeneratePass:
         if not options.force:
             self._leave_out(traced, where)
         self.errors: dict[str, float] = {}
+        self.moments: dict[str, torch.Tensor] = {}
 
     def factored(self, traced: Traced, context: PassContext) -> tuple[Traced, nn.Module]:
         """The graph and the model with codes and generators in place of kernels."""
-        model = context.model
+        model, data = context.model, context.calibration
+        if self.options.weighted and self.options.init == "fit" and data is not None:
+            watched = {layer.name: model.get_submodule(layer.name) for layer in self.layers}
+            self.moments = input_moments(watched, data.run)
         made: dict[str, SliceConv] = {}
         random = torch.Generator().manual_seed(self.seed)
         for scope in sorted(set(self.scope.values())):
@@ -129,7 +135,7 @@ class SliceGeneratePass:
         weights = [kernel_of(traced, layer.name) for layer in layers]
         like = weights[0]
         wanted = [_random_like(weight, random) if self.options.init == "random" else weight for weight in weights]
-        codes, generator = self._factors(wanted, random)
+        codes, generator = self._factors(wanted, random, [self.moments.get(layer.name) for layer in layers])
         stored = self._stored(generator, like)
         made: dict[str, SliceConv] = {}
         counts = [math.prod(slice_grid(layer.shape, self.options.slice)) for layer in layers]
@@ -153,8 +159,23 @@ class SliceGeneratePass:
         value = generator.to(like.device, like.dtype).contiguous()
         return value if self.options.frozen else nn.Parameter(value)
 
-    def _factors(self, kernels: list[torch.Tensor], random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes `(slices, n_c)` and the generator `(elements, n_c)`, in float64."""
+    def _factors(
+        self, kernels: list[torch.Tensor], random: torch.Generator, moments: list[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `(slices, n_c)` and the generator `(elements, n_c)`, in float64; moments weigh the fit."""
+        if all(moment is None for moment in moments):
+            return self._plain_factors(kernels, random)
+        kernels = [checked(kernel.detach(), "the kernels").cpu() for kernel in kernels]
+        cuts = [cut(kernel, self.options.slice) for kernel in kernels]
+        weights = [
+            SliceWeights.of(kernel, self.options.slice, moment) for kernel, moment in zip(kernels, moments, strict=True)
+        ]
+        generator = self._plain_factors(kernels, random)[1]
+        slices, used = zip(*cuts, strict=True)
+        fixed = self.given is not None or self.options.binary
+        return fit_weighted(slices, used, weights, generator, fixed=fixed)
+
+    def _plain_factors(self, kernels: list[torch.Tensor], random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         options = self.options
         size, length = options.code, math.prod(options.slice)
         cuts = [cut(checked(kernel.detach(), "the kernels").cpu(), options.slice) for kernel in kernels]

@@ -37,6 +37,7 @@ from graphzip_passes.zip.channels import Channels
 from graphzip_passes.zip.joining import Joining
 from graphzip_passes.zip.joint import Arrival, Joint, joins_bias
 from graphzip_passes.zip.layers import match
+from graphzip_passes.zip.masks import KeptZeros
 from graphzip_passes.zip.pairing import Pairing
 from graphzip_passes.zip.readings import Readings
 from graphzip_passes.zip.refitting import Refitting
@@ -48,7 +49,7 @@ __all__ = ["ZipPass", "zip_models"]
 def zip_models(traced: Traced, options: Zip, context: PassContext) -> Decision:
     """Decide which layers correspond; each is then zipped when its stage begins."""
     zipping = ZipPass(options, traced, seed=context.seed, where=context.where)
-    return Decision(zipping.finish, stages=zipping.stages)
+    return Decision(zipping.finish, constraint=KeptZeros(), stages=zipping.stages)
 
 
 class ZipPass:
