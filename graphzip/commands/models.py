@@ -61,11 +61,24 @@ class InputShape:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model that was found but not built. `inputs(module)` are its usual input shapes, `None` where unknown."""
+    """A model that was found but not built. `inputs(module)` are its usual input shapes, `None` where unknown.
+
+    `sized` makes it for given shapes, where building it depends on them, `tasked` for a task that `transformers` names.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[nn.Module], tuple[InputShape, ...] | None]
+    sized: Callable[[Sequence[InputShape]], ModelSpec] | None = None
+    tasked: Callable[[str], ModelSpec] | None = None
+
+    def asked(self, shapes: Sequence[InputShape], task: str | None) -> ModelSpec:
+        """The same for what was asked for. Raises `GraphZipError` where a model has no task."""
+        if task is not None:
+            if self.tasked is None:
+                raise GraphZipError(f"--task is for folders of transformers (hf:FOLDER), and {self.name!r} is none")
+            return self.tasked(task)
+        return self.sized(shapes) if self.sized is not None and shapes else self
 
 
 def load_model(spec: str) -> nn.Module:
@@ -155,8 +168,8 @@ def _timm(name: str) -> ModelSpec:
     return ModelSpec(name, lambda: _built(f"timm:{name}", lambda: timm.create_model(name, pretrained=False)), inputs)
 
 
-def _from_program(path: Path) -> ModelSpec:
-    """A program of `torch.export` or an ONNX file, with its own weights."""
+def _from_program(path: Path, shapes: Sequence[InputShape] = ()) -> ModelSpec:
+    """A program of `torch.export` or an ONNX file, with its own weights; its free sizes are those of `shapes`."""
     import graphzip as gz
 
     if not is_file(path):
@@ -166,7 +179,8 @@ def _from_program(path: Path) -> ModelSpec:
     examples: list[Any] = []
 
     def build() -> nn.Module:
-        module, example = gz.from_onnx(path) if path.suffix == ".onnx" else gz.from_exported(path)
+        is_onnx = path.suffix == ".onnx"
+        module, example = gz.from_onnx(path, sizes=_sizes(path, shapes)) if is_onnx else gz.from_exported(path)
         examples.append(example)
         return module
 
@@ -177,10 +191,30 @@ def _from_program(path: Path) -> ModelSpec:
             return None
         return tuple(InputShape(tuple(value.shape), value.dtype, name) for name, value in named)
 
-    return ModelSpec(str(path), build, inputs)
+    return ModelSpec(str(path), build, inputs, sized=lambda given: _from_program(path, given))
 
 
-def _huggingface(folder: str) -> ModelSpec:
+def _sizes(path: Path, shapes: Sequence[InputShape]) -> dict[str, int]:
+    """The sizes of the free dimensions of an ONNX file but for the batch, where inputs have these shapes."""
+    if not shapes:
+        return {}
+    import onnx
+
+    try:
+        inputs = onnx.load(str(path), load_external_data=False).graph.input
+    except Exception:
+        return {}  # what is wrong with the file is said where it is converted
+    known = {re.sub(r"\W", "_", each.name): each.type.tensor_type.shape.dim for each in inputs}
+    found: dict[str, int] = {}
+    for place, shape in enumerate(shapes):
+        dims = known.get(shape.name, ()) if shape.name else [*known.values(), ()][min(place, len(known))]
+        for dim, size in [*zip(dims, shape.sizes, strict=False)][1:]:
+            if dim.dim_param:
+                found[dim.dim_param] = size
+    return found
+
+
+def _huggingface(folder: str, task: str | None = None) -> ModelSpec:
     """A folder of `transformers`, with its own weights."""
     import graphzip as gz
 
@@ -194,7 +228,9 @@ def _huggingface(folder: str) -> ModelSpec:
         decoder = ("decoder_input_ids",) if getattr(config, "is_encoder_decoder", False) else ()
         return tuple(InputShape((2, 16), torch.int64, name) for name in (main, "attention_mask", *decoder))
 
-    return ModelSpec(folder, lambda: gz.from_pretrained(folder), inputs)
+    return ModelSpec(
+        folder, lambda: gz.from_pretrained(folder, task), inputs, tasked=lambda named: _huggingface(folder, named)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- a user's file

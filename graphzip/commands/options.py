@@ -93,6 +93,9 @@ class SourceOptions:
         str | None,
         typer.Option("--strip-prefix", help="what all names of the weights begin with and the model's do not"),
     ] = None
+    task: Annotated[
+        str | None, typer.Option("--task", help="of hf:FOLDER: what the model is for, such as text-generation")
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,8 @@ def built(
 
     Its example inputs are those of a plan where `plan_inputs` names its file.
     """
-    shapes, spec = shapes_of(source.inputs), spec or find(model)
+    shapes = shapes_of(source.inputs)
+    spec = (spec or find(model)).asked(shapes, source.task)
     tell(f"building {spec.name}")
     module = build(spec, Weights(source.weights, source.weights_key, source.strip_prefix), seed)
     wanted = plan_inputs is None or bool(shapes)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphzip as gz
 from graphzip.commands.models import InputShape, find_model, load_calibration, load_model, make_inputs, parse_shape
 from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError
 
@@ -282,3 +283,21 @@ def test_damaged_calibration_data(tmp_path: Path, damage: slice) -> None:
     path.write_bytes(data)
     with pytest.raises(ExampleInputError, match="cannot be read as calibration data"):
         load_calibration(path)
+
+
+def test_shapes_of_inputs_are_the_free_sizes_of_an_onnx_file(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    compiled = gz.compile(net, gz.Plan([]), (torch.randn(2, 3, 16, 16),), dynamic_shapes="height,width")
+    compiled.export(tmp_path / "free.onnx", verify=False)
+    found = find_model(str(tmp_path / "free.onnx"))
+    spec = found.asked([parse_shape("1x3x10x14")], None)
+    module = spec.build()
+    assert spec.inputs(module)[0].sizes[1:] == (3, 10, 14)
+    named = found.asked([parse_shape(f"{spec.inputs(module)[0].name}=1x3x9x7")], None)
+    assert named.inputs(named.build())[0].sizes[1:] == (3, 9, 7)
+
+
+def test_only_folders_of_transformers_have_tasks() -> None:
+    with pytest.raises(GraphZipError, match="--task is for folders of transformers"):
+        find_model("torchvision:resnet18").asked([], "text-generation")
+    assert find_model("hf:folder").asked([], "text-generation").name == "folder"
