@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from graphzip.training.widen import widen
     from graphzip_passes.base import Constraint, Decision, PassContext, Stage, register_pass
     from graphzip_passes.parts.clustering import register_clustering
-    from graphzip_passes.prune.group_view import GroupView
+    from graphzip_passes.parts.group_view import GroupView
 
 
 __all__ = [
@@ -199,7 +199,7 @@ _HOMES: Final = {
     "graphzip.training.widen": ("widen",),
     "graphzip_passes.base": ("Constraint", "Decision", "PassContext", "Stage", "register_pass"),
     "graphzip_passes.parts.clustering": ("register_clustering",),
-    "graphzip_passes.prune.group_view": ("GroupView",),
+    "graphzip_passes.parts.group_view": ("GroupView",),
 }
 """Where public names live. A public name that is not here is the options of a pass that is in a file of its own, where
 the table of passes says, or an error class in `graphzip.errors`.

@@ -10,6 +10,7 @@ from typing import Any
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.groups import ChannelGroup
+from graphzip.calibration import Calibration
 from graphzip.graph.interpreter import Values
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import ClusterMerge, LowRank, PruneChannels
@@ -121,10 +122,16 @@ class Merging(_OfChannels):
     options: ClusterMerge
 
     def __init__(
-        self, options: ClusterMerge, traced: Traced, known: Known, batches: Sequence[tuple[Any, ...]], seed: int
+        self,
+        options: ClusterMerge,
+        traced: Traced,
+        known: Known,
+        batches: Sequence[tuple[Any, ...]],
+        seed: int,
+        data: Calibration | None = None,
     ) -> None:
         super().__init__(options, traced)
-        self.known, self.batches, self.seed = known, batches, seed
+        self.known, self.batches, self.seed, self.data = known, batches, seed, data
 
     def group(self, name: str) -> ChannelGroup:
         return self.known.groups[name]
@@ -138,7 +145,9 @@ class Merging(_OfChannels):
 
     def _bound(self, widths: Mapping[str, int]) -> ClusterMergePass:
         options = ClusterMerge(**self._at(widths))
-        found = ClusterMergePass(options, self.traced, seed=self.seed, where="cluster_merge", known=self.known)
+        found = ClusterMergePass(
+            options, self.traced, seed=self.seed, where="cluster_merge", known=self.known, data=self.data
+        )
         if found.wants_data:
             found.calibrate(self.batches)
         return found

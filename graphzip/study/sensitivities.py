@@ -237,7 +237,8 @@ class Survey:
         if isinstance(subject.options, PruneChannels):
             channels = Pruning(subject.options, subject.traced, subject.context)
         else:
-            channels = Merging(subject.options, subject.traced, self._known, subject.batches, subject.seed)
+            data = subject.context.calibration
+            channels = Merging(subject.options, subject.traced, self._known, subject.batches, subject.seed, data)
         return channels if ranks is None else Mixed(channels, ranks)
 
     @cached_property

@@ -24,7 +24,7 @@ from torch import nn
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.groups import Analysed, ChannelGroup, ChannelGroups
-from graphzip.calibration import as_inputs
+from graphzip.calibration import Calibration, as_inputs
 from graphzip.errors import PlanError, WeightsError
 from graphzip.graph.interpreter import Values
 from graphzip.graph.state import named_state, own_tensors
@@ -41,8 +41,10 @@ from graphzip_passes.cluster_merge.elimination import elimination_orders, partit
 from graphzip_passes.cluster_merge.variance import correct_variances_
 from graphzip_passes.parts.by_tensor import held, shrunk
 from graphzip_passes.parts.centripetal import attach
-from graphzip_passes.parts.clustering import check_clustering, cluster
+from graphzip_passes.parts.clustering import check_clustering, cluster, cluster_view, is_viewing
 from graphzip_passes.parts.compensation import Narrowed, Refit, refit
+from graphzip_passes.parts.evidence import Evidence
+from graphzip_passes.parts.group_view import GroupView
 from graphzip_passes.parts.pacesetter import layers_in_front
 from graphzip_passes.parts.tied_slices import Partition, Place, Slices, Tying, features_of, pull, rows_of, slices_of
 from graphzip_passes.parts.widths import Clusters, WidthOptions, resolve
@@ -74,7 +76,9 @@ def cluster_merge(traced: Traced, options: ClusterMerge, context: PassContext) -
     """Decide which channels share a cluster."""
     if context.calibration is not None and not traced.tasks:  # what a joint graph reads is not known
         options = options.for_data()
-    merging = ClusterMergePass(options, traced, seed=context.seed, where=context.where, analysed=context.known)
+    merging = ClusterMergePass(
+        options, traced, seed=context.seed, where=context.where, analysed=context.known, data=context.calibration
+    )
     if merging.wants_data:
         merging.calibrate([] if context.calibration is None else context.calibration.graph_inputs())
     return Decision(merging.finish, constraint=merging)
@@ -92,10 +96,12 @@ class ClusterMergePass(Tying):
         where: str,
         known: Known | None = None,
         analysed: Analysed | None = None,
+        data: Calibration | None = None,
     ) -> None:
         if options.clustering != RECONSTRUCTION:
             check_clustering(options.clustering, f"{where}.clustering")
-        if options.features != "weights" and options.clustering in {*_BLIND, RECONSTRUCTION}:
+        seen = options.clustering in {*_BLIND, RECONSTRUCTION} or is_viewing(options.clustering)
+        if options.features != "weights" and seen:
             raise PlanError(
                 f"{where}.features: {options.features!r} means nothing to clustering {options.clustering!r}; leave it "
                 "out, or use clustering='kmeans'"
@@ -117,13 +123,14 @@ class ClusterMergePass(Tying):
         counts = {name: width.count for name, width in decided.items() if not isinstance(width, Clusters)}
         self._to_order = counts if options.clustering == RECONSTRUCTION else {}
         self._to_compare = counts if options.features != "weights" else {}
-        front = _front(options, traced)
+        front, what = _front(options, traced), f"{where}.clustering: {options.clustering!r}"
         for name, width in decided.items():
             if isinstance(width, Clusters):
                 self.clusters[name] = width.clusters
             else:
                 how = self._first_clustering(name)
-                self.clusters[name] = _clustered(self.groups[name], traced, width.count, how, seed, front)
+                seeing = _Seeing(how, seed, front, Evidence(traced, self.analysis, self.groups, data, seed, what))
+                self.clusters[name] = seeing.clustered(self.groups[name], traced, width.count)
             logger.info("%s: %d channels in %d clusters", name, self.groups[name].size, len(self.clusters[name]))
         self._decide()
 
@@ -357,7 +364,9 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
         if value != instead:
             raise PlanError(f"{context.where}.{key}: {value!r} runs the model; write {instead!r}")
     known = context.known or Analysed.of(traced)
-    front = _front(options, traced)
+    what = f"{context.where}.clustering: {options.clustering!r}"
+    evidence = Evidence(traced, known.analysis, known.groups, context.calibration, context.seed, what)
+    seeing = _Seeing(options.clustering, context.seed, _front(options, traced), evidence)
     clusters: dict[str, Partition] = {}
     widths = resolve(_widths(options), known.groups, where=context.where)
     for name, width in counted(widths.items(), "clustering", lambda item: item[0]):
@@ -367,7 +376,7 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
             continue
         check_clustering(options.clustering, f"{context.where}.clustering")
         with held(traced, group, weights):
-            clusters[name] = _clustered(group, traced, width.count, options.clustering, context.seed, front)
+            clusters[name] = seeing.clustered(group, traced, width.count)
     found = options.model_copy(update={"clusters": clusters, "keep": {}})
     merging = ClusterMergePass(found, traced, seed=context.seed, where=context.where, analysed=known)
     return ByTensor(merging.finish(traced, context), shrunk(merging.layout(), weights, merging.centred))
@@ -377,12 +386,21 @@ def _widths(options: ClusterMerge) -> WidthOptions:
     return WidthOptions(options.keep, options.exclude, options.round_to, options.clusters, options.min_width)
 
 
-def _clustered(
-    group: ChannelGroup, traced: Traced, count: int, how: str, seed: int, front: dict[str, int] | None
-) -> Partition:
-    """Cluster a group by the weights that the graph has; `front` as in `pacesetter_of`."""
-    rows = np.zeros((group.size, 1)) if how in _BLIND else features_of(group, traced, front)
-    return _cluster(group, rows, count, how, seed)
+@dataclass(frozen=True)
+class _Seeing:
+    """What a clustering `how` is given of a group; `front` as in `pacesetter_of`."""
+
+    how: str
+    seed: int
+    front: dict[str, int] | None
+    evidence: Evidence
+
+    def clustered(self, group: ChannelGroup, traced: Traced, count: int) -> Partition:
+        """Cluster a group by what the graph has of it."""
+        if is_viewing(self.how):
+            return _cluster(group, GroupView(group, self.evidence), count, self.how, self.seed)
+        rows = np.zeros((group.size, 1)) if self.how in _BLIND else features_of(group, traced, self.front)
+        return _cluster(group, rows, count, self.how, self.seed)
 
 
 def _front(options: ClusterMerge, traced: Traced) -> dict[str, int] | None:
@@ -427,11 +445,15 @@ def _without_data(options: ClusterMerge, where: str) -> str:
     return f"{where}.{key} needs calibration data; pass calibration=, a list of batches, or use {way_out}"
 
 
-def _cluster(group: ChannelGroup, features: Features, count: int, how: str, seed: int) -> Partition:
-    """Cluster a group block by block on a row of features per channel."""
+def _cluster(group: ChannelGroup, features: Features | GroupView, count: int, how: str, seed: int) -> Partition:
+    """Cluster a group block by block on a row of features per channel, or on a view of it."""
     parts: list[tuple[int, ...]] = []
     for block in group.blocks:
         share = count // len(group.blocks)
-        found = cluster(how, features[np.array(block)], share, seed=seed, what=f"group {group.name!r}")
+        what = f"group {group.name!r}"
+        if isinstance(features, GroupView):
+            parts.extend(map(tuple, cluster_view(how, features, block, share, seed=seed, what=what)))
+            continue
+        found = cluster(how, features[np.array(block)], share, seed=seed, what=what)
         parts.extend(tuple(block[place] for place in part) for part in found)
     return tuple(sorted(parts))

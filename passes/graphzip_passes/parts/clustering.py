@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -33,16 +33,20 @@ __all__ = [
     "Clustering",
     "check_clustering",
     "cluster",
+    "cluster_view",
     "clustering_of",
     "clusterings",
+    "is_viewing",
     "register_clustering",
 ]
 
 Features = NDArray[np.floating[Any]]
 Labels = NDArray[np.intp]
 
-Clustering = Callable[[Features, int, int], Iterable[Iterable[int]]]
-"""`(features (n, d), k, seed) -> k lists of channels`, every channel of `range(n)` in exactly one of them."""
+Clustering = Callable[..., Iterable[Iterable[int]]]
+"""`(features (n, d), k, seed) -> k lists of channels`, every channel of `range(n)` in exactly one of them; or that of a
+view, `(group, channels, k, seed)`.
+"""
 
 _Function = TypeVar("_Function", bound=Clustering)
 
@@ -53,10 +57,14 @@ _ROUNDS: Final = 30  # of Lloyd's algorithm over many rows
 
 BUILT_IN: Final = ("kmeans", "even", "imbalanced")
 _CLUSTERINGS: Final[dict[str, Clustering]] = {}
+_VIEWING: Final[set[str]] = set()
 
 
-def register_clustering(name: str) -> Callable[[_Function], _Function]:
+def register_clustering(name: str, *, view: bool = False) -> Callable[[_Function], _Function]:
     """Decorator that makes a function available to plans as `clustering: name`. A later one replaces an earlier one.
+
+    It is `(features (n, d), k, seed) -> k lists of rows`, every row in one of them. With `view` it is `(group,
+    channels, k, seed) -> k lists of channels`: it sees a `graphzip.GroupView`, and divides those channels of the group.
 
     Raises `PlanError` for the name of a clustering that graphzip brings.
     """
@@ -71,6 +79,7 @@ def register_clustering(name: str) -> Callable[[_Function], _Function]:
                 f"clustering {name!r}: {function!r} cannot be called; register a function (features, k, seed)"
             )
         _CLUSTERINGS[name] = function
+        (_VIEWING.add if view else _VIEWING.discard)(name)
         return function
 
     return register
@@ -84,6 +93,28 @@ def clusterings() -> tuple[str, ...]:
 def clustering_of(name: str) -> Clustering | None:
     """The function that is registered under a name."""
     return _CLUSTERINGS.get(name)
+
+
+def is_viewing(name: str) -> bool:
+    """Whether the clustering of this name is given a `GroupView`."""
+    return name in _VIEWING
+
+
+def cluster_view(name: str, view: Any, channels: Sequence[int], k: int, *, seed: int, what: str) -> list[list[int]]:
+    """Divide channels of a group that is seen through a `GroupView` into exactly `k` clusters; as `cluster`."""
+    found = call_user(_CLUSTERINGS[name], view, tuple(channels), k, seed)
+    place = {channel: number for number, channel in enumerate(channels)}
+    try:
+        rows: Any = [[place[channel] for channel in each] for each in found]
+    except KeyError as error:
+        raise PlanError(
+            f"{what}: clustering {name!r} returned channel {error}; it is to divide {', '.join(map(str, channels))}"
+        ) from None
+    except TypeError:
+        rows = found
+    return [
+        [channels[row] for row in each] for each in _checked(rows, len(channels), k, f"{what}: clustering {name!r}")
+    ]
 
 
 def check_clustering(name: str, where: str = "clustering") -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphzip.numeric.solvers import singular_values
 from graphzip.plan.criteria import CRITERIA, Criterion
-from graphzip_passes.prune.group_view import GroupView
+from graphzip_passes.parts.group_view import GroupView
 
 __all__ = ["BUILT_IN"]
 

@@ -35,12 +35,12 @@ from graphzip.rewrite.merge import drop_channels
 from graphzip_passes.base import ByTensor, Constraint, Decision, PassContext, Weights, by_tensor, register_pass
 from graphzip_passes.parts.by_tensor import held, shrunk
 from graphzip_passes.parts.compensation import Narrowed, refit
+from graphzip_passes.parts.evidence import Evidence
+from graphzip_passes.parts.group_view import GroupView
 from graphzip_passes.parts.tied_slices import Place, Rows, rows_of, slices_of
 from graphzip_passes.parts.widths import WidthOptions, resolve
 from graphzip_passes.prune import criteria  # noqa: F401 (registers those that graphzip brings)
-from graphzip_passes.prune.evidence import Evidence
 from graphzip_passes.prune.free import compensate_free
-from graphzip_passes.prune.group_view import GroupView
 from graphzip_passes.prune.ranking import Contest, FloatArray, competing, dropped, normalised, structure
 from graphzip_passes.prune.regularizers import attach_growing, scales_of
 

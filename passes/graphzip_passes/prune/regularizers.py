@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from graphzip.analysis.groups import ChannelGroup
 from graphzip.errors import PlanError
 from graphzip.graph.traced import Traced
+from graphzip_passes.parts.evidence import norm_scales_of
 from graphzip_passes.parts.tied_slices import Place
-from graphzip_passes.prune.evidence import norm_scales_of
 
 __all__ = ["GROWN", "Scales", "attach_growing", "scales_of"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from graphzip.analysis.groups import ChannelGroup
 from graphzip.graph.state import get_tensor
 from graphzip.numeric.solvers import checked
+from graphzip_passes.parts.evidence import Evidence
 from graphzip_passes.parts.slices import Rows, rows_by_role
-from graphzip_passes.prune.evidence import Evidence
 
 __all__ = ["GroupView"]
 

@@ -32,8 +32,8 @@ from graphzip.numeric.solvers import check_finite, factorised, relative_damping,
 from graphzip_passes.parts.compensation import sampled_rows
 from graphzip_passes.parts.holders import readers_of
 from graphzip_passes.parts.output_slopes import output_slopes
+from graphzip_passes.parts.places import Holder, places_of
 from graphzip_passes.parts.slices import rows_by_role
-from graphzip_passes.prune.places import Holder, places_of
 
 __all__ = ["Evidence", "norm_scales_of"]
 
