@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cifar import data_folder
-from digits import view
+from common.digits import view
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits import view
+from common.digits import view
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cifar import CifarResNet, data_folder, normalised, read_images
+from common.digits import VIEWS, view
 from common.teaching import taught
-from digits import VIEWS, view
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
