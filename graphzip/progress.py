@@ -32,6 +32,7 @@ Progress: TypeAlias = "bool | Watcher | None"
 """What an argument `progress` may be: a watcher, or true for a bar."""
 
 _WIDE: Final = 30  # characters of a bar
+_FEW: Final = 5  # things that are not worth a line each
 _OFTEN: Final = 0.2  # seconds between two pictures of a bar in a notebook
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
@@ -150,7 +151,7 @@ class Bar:
         self._bars.update(self._task, completed=done, description=text)
         if self._notebook is not None:
             self._draw()
-        elif self._bars.disable and total > 1:
+        elif self._bars.disable and total >= _FEW:
             self._line(text)
 
     def _draw(self) -> None:

@@ -47,6 +47,12 @@ class JointOptions:
         list[str] | None,
         typer.Option("--weights", metavar="NAME=FILE", help="state dict of a model: cars=cars.pt; once per model"),
     ] = None
+    weights_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights-key", metavar="NAME=KEY", help="which of several state dicts of a model's checkpoint: cars=ema"
+        ),
+    ] = None
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,6 +155,7 @@ def _joined(
     if len(specs) < 2:
         raise UsageError(f"give several models by name, a=MODEL b=MODEL; got {len(specs)}")
     weights = {name: Path(path) for name, path in _by_name(given.weights, "--weights", specs).items()}
+    keys = _by_name(given.weights_key, "--weights-key", specs)
     data = {name: Path(path) for name, path in _by_name(given.calibration, "--calibration", specs).items()}
     if data and len(data) < len(specs):
         raise UsageError(f"--calibration: {next(n for n in specs if n not in data)!r} has none; give all or none")
@@ -166,7 +173,7 @@ def _joined(
     for name, spec in specs.items():
         found = find(spec)
         tell(f"building {name}, {spec}")
-        modules[name] = build(found, Weights(weights.get(name), None, None), run.seed)
+        modules[name] = build(found, Weights(weights.get(name), keys.get(name), None), run.seed)
         examples[name] = example_inputs(found, modules[name], shapes_of(shapes.get(name)), run.seed)
     batches = {name: calibration_of(path) for name, path in data.items()} or None
     judge = Judge.of_several(labels, _by_name(given.evaluate, "--evaluate", specs), batches)

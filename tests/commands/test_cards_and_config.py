@@ -49,12 +49,16 @@ def run() -> Run:
     return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-def classes(folder: Path, seed: int = 0) -> np.ndarray:
-    """What the network with the weights of the seed says of the data."""
+def load_network() -> torch.nn.Module:
     from graphzip.commands.models import load_model
 
+    return load_model("network.py:net")
+
+
+def classes(folder: Path, seed: int = 0) -> np.ndarray:
+    """What the network with the weights of the seed says of the data."""
     torch.manual_seed(seed)
-    model = load_model("network.py:net").eval()
+    model = load_network().eval()
     return model(torch.from_numpy(np.load(folder / "x.npy"))).argmax(1).numpy()
 
 
@@ -187,6 +191,22 @@ def test_two_models_are_zipped_into_one(run: Run, folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)["report"]
     assert report["after"]["params"] < report["before"]["params"] == 2 * (8 * 28 + 4 * 9)
+
+
+def test_checkpoints_of_several_models(run: Run, folder: Path) -> None:
+    torch.manual_seed(5)
+    state = load_network().state_dict()
+    torch.save({"model": state, "ema": {name: 2 * value for name, value in state.items()}}, folder / "both.pt")
+    torch.save(state, folder / "one.pt")
+    models = ["a=network.py:net", "b=network.py:net", "--input", "a=2x3x8x8", "--input", "b=2x3x8x8"]
+    common = ["zip", *models, "--share", "0", "-o", "joint.onnx", "--save", "joint.graphzip", "--no-card"]
+    weights = ["--weights", "a=both.pt", "--weights", "b=one.pt"]
+    assert "which one is meant with --weights-key" in run(*common, *weights).stderr
+    result = run(*common, *weights, "--weights-key", "a=ema")
+    assert result.exit_code == 0, result.stderr
+    joint = gz.load(folder / "joint.graphzip")
+    one, two = (next(joint.task(name).parameters()) for name in "ab")
+    assert torch.equal(one, 2 * two)
 
 
 def test_labels_of_several_models_are_on_the_card(run: Run, folder: Path) -> None:

@@ -75,8 +75,7 @@ def test_off_a_terminal_there_is_a_line_for_ten_per_cent(capfd: pytest.CaptureFi
     assert out == ""
     lines = [line.partition(", about")[0] for line in err.splitlines()]
     assert lines[:2] == ["graphzip: 10 % fitting: 4", "graphzip: 20 % fitting: 8"]
-    assert len(lines) == 10 + 2
-    assert lines[-2:] == ["graphzip: 50 % comparing", "graphzip: 100 % comparing"]
+    assert len(lines) == 10  # what has two parts is not worth a line
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_time_that_is_left() -> None:
