@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from graphzip.commands import folder, joint, slim, tell
+from graphzip.commands import folder, job, joint, slim, tell
 from graphzip.commands.terminal import ExitCode, own_process, show
 
 __all__ = ["ExitCode", "app", "main"]
@@ -41,7 +41,7 @@ def _options(
     """Make trained PyTorch models slimmer without changing what they compute."""
 
 
-for _commands in (tell, slim, joint, folder):
+for _commands in (tell, slim, joint, folder, job):
     _commands.register(app)
 
 

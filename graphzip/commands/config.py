@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from graphzip.report.tables import closest
 
-__all__ = ["read_config"]
+__all__ = ["long_name", "read_config", "read_options"]
 
 _LARGEST = 1 << 20  # bytes
 
@@ -21,9 +21,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     params = {param.name: param for param in context.command.params if param.name not in (None, "config", "help")}
-    known = {_long(param): name for name, param in params.items()}
+    known = {long_name(param): name for name, param in params.items()}
     values: dict[str, Any] = {}
-    for key, value in _read(path).items():
+    for key, value in read_options(path, typer.BadParameter).items():
         if key not in known:
             raise typer.BadParameter(f"{path}: {key!r} is no option of this command; {closest(str(key), list(known))}")
         name = known[key]
@@ -34,20 +34,21 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _long(param: Any) -> str:
+def long_name(param: Any) -> str:
     """An option without dashes, `round-to`; an argument by its name, `model`."""
     return next((name[2:] for name in param.opts if name.startswith("--")), str(param.name))
 
 
-def _read(path: Path) -> Mapping[Any, Any]:
+def read_options(path: Path, error: Callable[[str], Exception]) -> Mapping[Any, Any]:
+    """What a YAML file of options holds. Raises `error` where it is none."""
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
         if len(data) > _LARGEST:
-            raise typer.BadParameter(f"{path} is larger than {_LARGEST} bytes; give a file of options alone")
+            raise error(f"{path} is larger than {_LARGEST} bytes; give a file of options alone")
         found = yaml.safe_load(data.decode("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as reason:
+        raise error(f"{path} cannot be read as YAML: {str(reason).splitlines()[0]}") from reason
     if not isinstance(found, Mapping):
-        raise typer.BadParameter(f"{path} holds no options; write a mapping such as 'macs: 0.5'")
+        raise error(f"{path} holds no options; write a mapping such as 'macs: 0.5'")
     return found

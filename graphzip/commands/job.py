@@ -1,0 +1,237 @@
+"""`graphzip run job.yaml`: plan, compile and report in one folder; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Annotated, Any, Final
+
+import typer
+
+from graphzip.commands.config import long_name, read_options
+from graphzip.commands.options import BudgetOptions, WidthRuleOptions, command
+from graphzip.commands.terminal import UsageError, at_work, show
+from graphzip.file_locks import held, hold
+from graphzip.files import check_target, write_text
+from graphzip.report.tables import closest
+from graphzip.version import __version__
+
+__all__ = ["register"]
+
+_DECIDED: Final = {"save", "cache", "config", "json", "plot", "help", "verbose"}
+"""Options of the commands that a job decides."""
+
+_STATE, _LOCK, _LOG = "job.json", "job.lock", "log.txt"
+
+_BLOCK: Final = 1 << 20
+
+_OF_WIDTHS: Final = {
+    field.name.replace("_", "-") for group in (BudgetOptions, WidthRuleOptions) for field in dataclasses.fields(group)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """A command, and the files of the job's folder that there are when it is done."""
+
+    name: str
+    arguments: list[str]
+    makes: tuple[str, ...]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "run", "graphzip run job.yaml")(run)
+
+
+def run(
+    context: typer.Context,
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="YAML file: model, output, and options of compile")],
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="logs on stderr, and where an error came from; -vv: more")
+    ] = 0,
+) -> None:
+    """Find a plan, carry it out, export and report, as a file says, into one folder.
+
+    The same command goes on after a kill: what is done is not done again. Paths are relative to the file.
+    """
+    code = 0
+    with at_work(verbose) as tell:
+        assert context.parent is not None
+        known: Any = context.parent.command
+        options = dict(read_options(job, UsageError))
+        home, folder = job.resolve().parent, _folder(options, job)
+        stages = _stages(_Wanted(job, options, folder, verbose), known.commands)
+        key = _key(options, home)
+        with _state(folder, key, job) as (done, log):
+            for stage in stages:
+                if stage.name in done and all((folder / name).exists() for name in stage.makes):
+                    tell(f"{stage.name}: done before")
+                    continue
+                tell(stage.name)
+                code = _carry_out(stage, home, log)
+                if code:
+                    break
+                done.append(stage.name)
+                _note(folder, key, done)
+        made = [name for stage in stages for name in stage.makes]
+    if code:
+        raise typer.Exit(code)
+    show("\n".join(str(folder / name) for name in (*made, _LOG)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """A job: its file, what stands there, and the folder for what it makes."""
+
+    file: Path
+    options: Mapping[Any, Any]
+    folder: Path
+    verbose: int
+
+    def stage(self, name: str, given: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, str]) -> _Stage:
+        """A command on the model, with those of the `given` options that it knows; it makes `files`, by flag."""
+        made = [word for flag, file in files.items() for word in (flag, str(self.folder / file))]
+        arguments = [name, self.options["model"], *_flags(given, params), *made, *self.said]
+        return _Stage(name, arguments, tuple(files.values()))
+
+    @property
+    def said(self) -> list[str]:
+        return ["-" + "v" * self.verbose] if self.verbose else []
+
+
+def _folder(options: Mapping[Any, Any], job: Path) -> Path:
+    for name, what in (("model", "what a model is for graphzip compile"), ("output", "the folder for what it makes")):
+        if not isinstance(options.get(name), str):
+            raise UsageError(f"{job}: {name!r} is missing; write {what}")
+    folder: Path = job.resolve().parent / options["output"]
+    if folder.exists() and not (folder / _STATE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{job}: output: {folder} exists and no job made it; give the name of a new folder")
+    check_target(folder / _STATE if folder.exists() else folder, UsageError)
+    return folder
+
+
+def _stages(wanted: _Wanted, commands: Mapping[str, Any]) -> list[_Stage]:
+    """The commands, with the options that each of them knows."""
+    params = {name: {long_name(each): each for each in commands[name].params} for name in ("plan", "compile")}
+    free = (params["plan"].keys() | params["compile"].keys()) - _DECIDED
+    for key in wanted.options:
+        if key not in free:
+            raise UsageError(f"{wanted.file}: {key!r} is no option of a job; {closest(str(key), sorted(free))}")
+    given = {key: value for key, value in wanted.options.items() if key not in ("model", "output")}
+    budget = next((each for each in ("macs", "params", "bytes", "latency") if each in given), None)
+    found = []
+    if budget is not None:
+        other = next((each for each in ("plan", "keep") if each in given), None)
+        if other is not None:
+            raise UsageError(f"{wanted.file}: {budget!r} and {other!r} are both given; leave one of them out")
+        own = given | {"card": False, "cache": wanted.folder / "measurements.jsonl"}
+        found.append(wanted.stage("plan", own, params["plan"], {"-o": "plan.yaml"}))
+        given = {key: value for key, value in given.items() if key not in _OF_WIDTHS}
+        given["plan"] = wanted.folder / "plan.yaml"
+    files = {"-o": "slim.onnx", "--save": "slim.graphzip"}
+    found.append(wanted.stage("compile", given, params["compile"], files))
+    page = ["report", str(wanted.folder / "slim.graphzip"), "-o", str(wanted.folder / "report.html"), *wanted.said]
+    return [*found, _Stage("report", page, ("report.html",))]
+
+
+def _flags(options: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """The options that a command knows, as they are written."""
+    found: list[str] = []
+    for key, value in options.items():
+        if key not in params:
+            continue
+        if params[key].is_flag:
+            found += [params[key].opts[0]] if value else params[key].secondary_opts[:1]
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            found += [f"--{key}", str(each)]
+    return found
+
+
+def _carry_out(stage: _Stage, home: Path, log: IO[str]) -> int:
+    """Run a command, what it says goes into the log and to stderr; its exit code."""
+    told = shlex.join(["graphzip", *stage.arguments])
+    log.write(f"{dt.datetime.now().isoformat(timespec='seconds')} {told}\n")
+    log.flush()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "graphzip", *stage.arguments],
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert child.stdout is not None
+    try:
+        for line in child.stdout:
+            log.write(line)
+            log.flush()
+            print(line, end="", file=sys.stderr, flush=True)
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+
+@contextlib.contextmanager
+def _state(folder: Path, key: str, job: Path) -> Iterator[tuple[list[str], IO[str]]]:
+    """The stages that were done in a folder for the same job, and the log, while nobody else works there."""
+    folder.mkdir(exist_ok=True)
+    if held(folder / _LOCK) and (folder / _LOCK).exists():
+        raise UsageError(f"{job}: {folder} is being worked on by another process; wait for it, or stop it")
+    with contextlib.closing(hold(folder / _LOCK)), (folder / _LOG).open("a", encoding="utf-8") as log:
+        done: list[str] = []
+        if (folder / _STATE).is_file():
+            known = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            if known.get("key") != key:
+                raise UsageError(
+                    f"{job}: {folder} is of another job: the file, what it names or the version has changed since; "
+                    "give another output, or remove that folder"
+                )
+            done = list(known["done"])
+        else:
+            _note(folder, key, done)
+        yield done, log
+
+
+def _note(folder: Path, key: str, done: list[str]) -> None:
+    write_text(folder / _STATE, json.dumps({"key": key, "done": done}) + "\n", UsageError)
+
+
+def _key(options: Mapping[Any, Any], home: Path) -> str:
+    """What tells a job from another: its options, the version, and what is in the files that it names."""
+    found = hashlib.sha256(json.dumps([__version__, options], sort_keys=True, default=str).encode())
+    for value in _texts(options):
+        for name in (value, value.rpartition(":")[0]):
+            if name and (home / name).is_file():
+                _add(found.update, home / name)
+    return found.hexdigest()
+
+
+def _add(update: Callable[[bytes], None], path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            update(block)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
