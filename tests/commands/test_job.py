@@ -197,7 +197,7 @@ def test_a_job_that_is_killed_goes_on(home: Path) -> None:
 def blocks() -> dict[str, str]:
     """The files that the page about jobs shows, by title."""
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "jobs.md").read_text()
-    return {title: text for title, text in re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', page, re.DOTALL)}
+    return dict(re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', page, re.DOTALL))
 
 
 def test_the_job_of_the_manual_is_one(home: Path, carried: list[list[str]]) -> None:
