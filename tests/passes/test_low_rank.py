@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from planting import relative
+from attention_nets import ATTENTION_NETS
+from nets import NETS
+from planting import double, randomize_, relative
 from torch import Tensor, nn
 
 import graphzip as gz
@@ -101,6 +103,30 @@ def test_what_has_full_rank_stays_as_it_is(method: str) -> None:
             torch.equal(one, other) for one, other in zip(model.parameters(), result.module.parameters(), strict=True)
         )
         assert "and whole" in result.report.passes[0]["low_rank_factors"]["left"]["2"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if number % 16 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        for number, name in enumerate([*NETS, *ATTENTION_NETS])
+    ],
+)
+def test_all_of_the_energy_is_exact_and_never_refused(name: str) -> None:
+    """On any network, of whose weights some have a low rank by construction or by planting."""
+    model, inputs = (NETS | ATTENTION_NETS)[name]()
+    model = double(model)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    randomize_(model, 0, inputs)
+    planted = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and min(layer.weight.flatten(1).shape) > 8:
+            plant(layer, 2)
+            planted.append(path)
+    result = gz.compile(model, gz.Plan([gz.LowRank(energy=1.0)]), inputs)
+    assert result.report.lossless
+    assert relative(model(*inputs), result.module(*inputs)) < 1e-9
+    assert all(found == [2] for layer, found in ranks(result).items() if layer in planted)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,13 +3,14 @@
     python tools/bench/compare.py --net resnet20 --epochs 0 1 --cells compare.json
 
 Every method gets the same 512 unlabelled images and no training. `graphzip` is `plan_for(effort="thorough")` and
-`compile`, `graphzip-normal` the same at the default effort, `graphzip-tuned` the first with `tune=` on these images,
-mirrored at random; `l1` and `fold` shrink all widths alike (of ResNets the inner ones), by the smallest kernels and by
-k-means of the kernels; `torch-pruning` is the best, on 1,000 test images, of five importances (group magnitude L1 and
-L2, batch norm scale, Taylor and Hessian with the model's own answers for labels), each of them local and global. All
-but graphzip have their batch norms re-estimated on the images, for without it they are worse. Accuracy is the share of
-right answers on the test images, in percent. `--epochs 0 1` measures every result as it is and after one epoch of
-training, alike for all.
+`compile`, `graphzip-normal` the same at the default effort, `graphzip-ranks` and `graphzip-mixed` that with ranks of
+layers in place of widths and with both, `graphzip-tuned` the first with `tune=` on these images, mirrored at random;
+`l1` and `fold` shrink all widths alike (of ResNets the inner ones), by the smallest kernels and by k-means of the
+kernels; `torch-pruning` is the best, on 1,000 test images, of five importances (group magnitude L1 and L2, batch norm
+scale, Taylor and Hessian with the model's own answers for labels), each of them local and global. All but graphzip have
+their batch norms re-estimated on the images, for without it they are worse. Accuracy is the share of right answers on
+the test images, in percent. `--epochs 0 1` measures every result as it is and after one epoch of training, alike for
+all.
 
 The ResNets come trained. A VGG-16 with batch norm of half the width and a MobileNetV2 are trained first, and kept
 beside the file `--cells`. Cells that are in that file are not measured again. Needs the data of the folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -52,11 +52,14 @@ class Bench:
 
 
 def graphzip(
-    bench: Bench, share: float, effort: str = "thorough", tune: gz.Tune | None = None
+    bench: Bench,
+    share: float,
+    effort: str = "thorough",
+    tune: gz.Tune | None = None,
+    passes: Sequence[gz.PassOptions] = (),
 ) -> tuple[str, nn.Module]:
-    plan = gz.plan_for(
-        bench.model, bench.example, macs=share, calibration=bench.images, cache=bench.cache, effort=effort
-    )
+    how: dict[str, Any] = {"cache": bench.cache, "effort": effort, "passes": passes}
+    plan = gz.plan_for(bench.model, bench.example, macs=share, calibration=bench.images, **how)
     compiled = gz.compile(bench.model, plan, bench.example, calibration=bench.images, tune=tune)
     return str(compiled.report.tuning or ""), compiled.module
 
@@ -91,6 +94,8 @@ def torch_pruning(bench: Bench, share: float) -> tuple[str, nn.Module]:
 METHODS: dict[str, Callable[[Bench, float], tuple[str, nn.Module]]] = {
     "graphzip": graphzip,
     "graphzip-normal": partial(graphzip, effort="normal"),
+    "graphzip-ranks": partial(graphzip, effort="normal", passes=[gz.LowRank()]),
+    "graphzip-mixed": partial(graphzip, effort="normal", passes=[gz.ClusterMerge(), gz.LowRank()]),
     "graphzip-tuned": partial(graphzip, tune=gz.Tune(augment=mirrored)),
     "torch-pruning": torch_pruning,
     "fold": fold,
