@@ -30,6 +30,12 @@ _PLAIN: Final = str.maketrans({"─": "-", "━": "=", "╌": ".", "±": "~", "�
 _ARGUMENTS: Final = "macs|params|bytes|latency|calibration|cache|seed|scope|mode|opset|tune|target|evaluate|error"
 
 
+_IN_PYTHON: Final = "save it with compiled.save, or compile a plan with the same share for all layers"
+_IN_FLAGS: Final = (
+    "save it to a file, --save slim.graphzip, or give --uniform, and --exclude for layers whose width no config says"
+)
+
+
 class ExitCode(IntEnum):
     """What a command's exit status says."""
 
@@ -242,7 +248,8 @@ def _message(error: BaseException) -> str:
 
 def in_flags(error: GraphZipError) -> str:
     """The text of an error, with flags where the library speaks of its arguments."""
-    text = re.sub(r"^dynamic_shapes(?=:)", "--dynamic", re.sub(r"^outputs(?=:)", "--outputs", str(error)))
+    said = str(error).replace(_IN_PYTHON, _IN_FLAGS)
+    text = re.sub(r"^dynamic_shapes(?=:)", "--dynamic", re.sub(r"^outputs(?=:)", "--outputs", said))
     text = re.sub(
         rf"^({_ARGUMENTS})(?=[:= ])",
         r"--\1",

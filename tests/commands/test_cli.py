@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import graphzip as gz
 from graphzip.commands import cli
+from graphzip.formats.huggingface import ADVICE
 from graphzip.plan.passes import PASS_OPTIONS
 from graphzip_passes.base import PASSES
 
@@ -469,6 +470,12 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     [
         (gz.VerificationError("outputs differ"), 3, "graphzip: error: outputs differ\n"),
         (gz.ExportError("no such opset"), 1, "graphzip: error: no such opset\n"),
+        (
+            gz.ArchiveError(f"the config cannot say it; {ADVICE}"),
+            1,
+            "graphzip: error: the config cannot say it; save it to a file, --save slim.graphzip, or give --uniform, and "
+            "--exclude for layers whose width no config says\n",
+        ),
         (KeyboardInterrupt(), 130, "graphzip: interrupted\n"),
         (
             ZeroDivisionError("division by zero"),
