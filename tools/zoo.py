@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,21 @@ def _found(spec: str) -> tuple[Any, tuple[Any, ...]]:
 def _share(groups: Any) -> float:
     """Channels that can shrink, of all but outputs and the words of vocabularies, which a tied head has as outputs."""
     aside = re.compile(r"\boutputs?\b|is indexed by the data")
-    sizes = [(group.size, group.mergeable) for group in groups if group.mergeable or not aside.search(group.reason)]
-    return sum(size for size, free in sizes if free) / max(sum(size for size, _ in sizes), 1)
+    free = {name for group in groups if group.mergeable for name in _made(group, range(group.size))}
+    counted = [group for group in groups if group.mergeable or not aside.search(group.reason)]
+    shrink = sum(group.size if group.mergeable else _covered(group, free) for group in counted)
+    return shrink / max(sum(group.size for group in counted), 1)
+
+
+def _covered(group: Any, free: set[tuple[str, int, int]]) -> int:
+    """Channels of a group that cannot shrink alone, but as a part of the blocks of another group."""
+    return sum(free.issuperset(_made(group, [channel])) for channel in range(group.size))
+
+
+def _made(group: Any, channels: Iterable[int]) -> set[tuple[str, int, int]]:
+    """What makes channels: slices of weights, and what acts on each."""
+    slices = (each for channel in channels for each in group.slices(channel))
+    return {(each.param, each.dim, each.index) for each in slices if each.role != "consumer"}
 
 
 def _pinned(groups: Any) -> list[str]:

@@ -1,0 +1,125 @@
+"""Torch-Pruning, torch-kirigami and graphzip on models of `tools/wild`: what each takes of half the channels.
+
+    python tools/bench/wild_peers.py --out peers.jsonl          # one line per model and method, resumable
+
+Every method is asked by magnitude for half of the channels of each layer (torch-kirigami: of the parameters), and
+keeps what makes the outputs. Told is what
+part of the parameters is left, or why there is no model: it raised, or what is left does not run, or gives outputs of
+other shapes. The libraries of `tools/wild`, `torch-pruning` and `torch-kirigami` are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+NAMES = (
+    "bert", "gpt2", "llama", "mixtral", "mamba", "t5", "bart", "hf_vit", "swinv2", "convnextv2", "segformer", "sam",
+    "wav2vec2", "patchtst", "conv_gru", "lstm_cells", "smp_unet", "yolo11n", "vit_pytorch", "unet_2d",
+)  # fmt: skip
+
+
+def graphzip(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    """Half of every group, by magnitude."""
+    import graphzip as gz
+
+    return gz.compile(model, gz.Plan([gz.PruneChannels(keep=0.5)]), inputs).module
+
+
+def torch_pruning(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    """Half of every group, by magnitude; layers that make outputs are told by their names."""
+    import torch_pruning as tp
+
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    ignored = _last(model)
+    tp.pruner.BasePruner(model, inputs, importance=importance, pruning_ratio=0.5, ignored_layers=ignored).step()
+    return model
+
+
+def kirigami(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    """Half of the parameters, chosen greedily by magnitude."""
+    from torch_kirigami import DependencyGraph
+    from torch_kirigami.pruning import Greedy, GroupMagnitude, ParameterBudget, Pruner
+
+    pruner = Pruner(model, graph=DependencyGraph.build(model, args=inputs))
+    half = sum(each.numel() for each in model.parameters()) // 2
+    strategy = Greedy(GroupMagnitude(p=2))
+    slim: nn.Module = pruner.prune(pruner.discover_candidates(), budget=ParameterBudget(half), strategy=strategy)[0]
+    return slim
+
+
+def _last(model: nn.Module) -> list[nn.Module]:
+    """The last layer, which makes the outputs of most models."""
+    layers = [each for each in model.modules() if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv1d)]
+    return layers[-1:]
+
+
+METHODS: dict[str, Callable[[nn.Module, tuple[Any, ...]], nn.Module]] = {
+    "graphzip": graphzip,
+    "torch-pruning": torch_pruning,
+    "torch-kirigami": kirigami,
+}
+
+
+def tried(name: str, method: str) -> dict[str, Any]:
+    """What a method makes of a model."""
+    from graphzip.commands.models import make_inputs, parse_shape
+    from tools.wild import MODELS
+
+    torch.manual_seed(0)
+    model = MODELS[name].build().eval()
+    inputs = make_inputs(model, [parse_shape(text) for text in MODELS[name].inputs.split(",")])
+    row: dict[str, Any] = {"model": name, "method": method}
+    before = sum(each.numel() for each in model.parameters())
+    with torch.no_grad():
+        expected = _shapes(model(*inputs))
+    try:
+        slim = METHODS[method](copy.deepcopy(model), inputs).eval()
+    except Exception as error:
+        return row | {"failed": "raises", "why": f"{type(error).__name__}: {error}"[:200]}
+    try:
+        with torch.no_grad():
+            found = _shapes(slim(*inputs))
+    except Exception as error:
+        return row | {"failed": "does not run", "why": f"{type(error).__name__}: {error}"[:200]}
+    if found != expected:
+        return row | {"failed": "other shapes"}
+    return row | {"left": sum(each.numel() for each in slim.parameters()) / before}
+
+
+def _shapes(outputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=NAMES)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    known = set()
+    if options.out.exists():
+        known = {(row["model"], row["method"]) for row in map(json.loads, options.out.read_text().splitlines())}
+    for name in options.models:
+        for method in options.methods:
+            if (name, method) not in known:
+                row = tried(name, method)
+                print(json.dumps(row), flush=True)
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
