@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphzip.graph.assembled import KeptValue
 from graphzip.graph.meta import Factored, meta_of, owner_name
 from graphzip.graph.operators import CONVOLUTIONS, argument_of
 from graphzip.graph.proxies import as_layer, is_proxy
@@ -94,7 +95,7 @@ class FactoredConv(nn.Module):
         self.groups = groups
         self.training = like.training
         self.register_parameter("bias", like.bias)  # type: ignore[arg-type]
-        self._kept: tuple[Any, torch.Tensor] | None = None
+        self._kept = KeptValue()
 
     in_channels: int
     out_channels: int
@@ -106,17 +107,7 @@ class FactoredConv(nn.Module):
     def weight(self) -> torch.Tensor:
         """The kernel, `(out channels, in channels / groups, *kernel size)`."""
         tensors = [getattr(self, name) for name in self.operands]
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        special = torch.compiler.is_compiling() or any(
-            tensor.is_inference() or type(tensor) not in (nn.Parameter, torch.Tensor) for tensor in tensors
-        )
-        if self.training or learns or special:
-            return self.kernel()
-        state = [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
-        if self._kept is None or self._kept[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (state, self.kernel())
-        return self._kept[1]
+        return self._kept.of(tensors, self.kernel, training=self.training)
 
     def kernel(self, *, training: bool | None = None) -> torch.Tensor:
         """The kernel as the tensors are now; atoms drop out in training, or as `training` says."""
@@ -132,11 +123,8 @@ class FactoredConv(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Any:
-        self._kept = None
+        self._kept.forget()
         return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{name}={tuple(getattr(self, name).shape)}" for name in self.operands)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphzip.graph.assembled import assembly_of
 from graphzip.graph.dual_mode import TwoForms, one_form
 from graphzip.graph.factored import FACTORED, FactoredConv, kernel_nodes
 from graphzip.graph.guards import check_sizes, parse
@@ -108,6 +109,7 @@ class _Restorer:
 
     def run(self) -> None:
         self._factored_layers()
+        self._assembled()
         for node in list(self.module.graph.nodes):
             if node.op != "call_function":
                 continue
@@ -136,6 +138,21 @@ class _Restorer:
             for each in built:
                 if not each.users:
                     self.module.graph.erase_node(each)
+
+    def _assembled(self) -> None:
+        """Parameters that are put together from tiles are kept between calls."""
+        for node in list(self.module.graph.nodes):
+            weights = [each for each in node.all_input_nodes if each.op == "call_function"]
+            for weight in weights if node.target in _LAYERS else ():
+                found = assembly_of(weight)
+                if found is not None:
+                    layer, fetched, made = found
+                    name = self._free_name(weight, "assembled")
+                    _set_submodule(self.module, name, layer)
+                    self._call(weight, name, tuple(fetched))
+                    for each in reversed(made):
+                        if not each.users:
+                            self.module.graph.erase_node(each)
 
     def _norm(self, node: fx.Node, layer: _ModuleRule) -> None:
         """A norm with running statistics follows the mode, unless it never uses them or always does."""

@@ -341,7 +341,8 @@ class CrossDomainShare(PassOptions):
       mapping from globs on layer names to either: the first match wins, layers that no key matches keep all. After a
       flatten every input feature is a channel of its own. `exclude`: globs of layers that keep all their channels.
     - `regularizer`: the term of the loss in the stage "regularize": `"normalized"` (balanced clusters, Eq. 10),
-      `"plain"` (Eq. 7), `"simple"` (Eq. 13), `"growl"` (Eq. 2, to compare with), or `None`.
+      `"plain"` (Eq. 7), `"simple"` (Eq. 13), `"growl"` (Eq. 2, to compare with; `Prepared.optimizer` takes it as a
+      proximal step, and the term is zero then), or `None`.
     - `strength`: how large the term's gradient is, as a share of the loss's; it is measured every few steps, and means
       the same for all terms. With `scaling="absolute"` the number that the term is multiplied by, as in the paper.
     - `balanced`: all clusters of a layer have as many channels, up to one (section 4.5).

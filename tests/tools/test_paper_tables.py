@@ -104,8 +104,8 @@ def test_sizes_of_the_other_papers(tool: Any, key: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("paper", ["ACDC", "CSG"])
 def test_all_sizes_follow_but_those_that_are_named(tool: Any, paper: str) -> None:
-    found = [tool.counted(row) for row in tool.COUNTED if row.paper == paper]
-    wrong = [(each["result"], each["params"]) for each in found if each["follows"] is bool(each["remark"])]
+    found = [(row, tool.counted(row)) for row in tool.COUNTED if row.paper == paper]
+    wrong = [(row.result, each["params"]) for row, each in found if each["follows"] is bool(row.remark)]
     assert not wrong
 
 

@@ -43,6 +43,7 @@ from graphzip_passes.base import Decision, PassContext, Stage, register_pass
 from graphzip_passes.cross_domain.balanced import balanced
 from graphzip_passes.cross_domain.embedding import NODES, Learned, spectral_embedding
 from graphzip_passes.cross_domain.pooled_features import Trimmed
+from graphzip_passes.cross_domain.proximal import attach_proximal
 from graphzip_passes.cross_domain.random_state import drawn_so_far, go_on_from, parts_of
 from graphzip_passes.cross_domain.shared_fit import fit_shared
 from graphzip_passes.cross_domain.shared_layers import SharedLayer, shared_layers, weights_before
@@ -139,7 +140,7 @@ class CrossDomainSharePass(Tying):
         self._trimmed = Trimmed(tasks, options.pool, options.samples, seed)
         self._random = np.random.default_rng(seed)
         self._learned: dict[str, Learned] = {}
-        self._share_of_loss = Share(options.strength)
+        self._share_of_loss, self._proximal = Share(options.strength), False
 
     def stages(self) -> tuple[Stage, ...]:
         """What is left: once there are clusters, only the fine-tuning."""
@@ -175,7 +176,7 @@ class CrossDomainSharePass(Tying):
 
     def regularizer(self, model: nn.Module) -> Tensor | None:
         kind = self.options.regularizer
-        if kind is None or self.clusters:
+        if kind is None or self.clusters or self._proximal:
             return None
         if kind == "growl":
             terms = [growl(_channels(layer, model)) for layer in self.layers]
@@ -211,6 +212,15 @@ class CrossDomainSharePass(Tying):
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
         if self.clusters:
             attach(optimizer, lambda: self._places(model), strength=TIED, steps=steps, where=self.where)
+        elif self.options.regularizer == "growl":
+            self._proximal = True
+            attach_proximal(
+                optimizer,
+                lambda: [_channels(layer, model).detach() for layer in self.layers],
+                lambda rows: _write(self.layers, model, rows),
+                strength=self.options.strength,
+                relative=self.options.scaling == "relative",
+            )
 
     def state(self) -> Tensor:
         """The number of the cluster of every channel, layer after layer; -1 while there are none."""
@@ -383,6 +393,14 @@ def _bars(name: str, found: Mapping[str, Any]) -> Bars:
     """How large the clusters of a layer are."""
     sizes = {task: tuple(own) for task, own in found["sizes"].items()}
     return Bars(f"{name}: {found['channels']} channels, {found['clusters']} clusters", "channels of a cluster", sizes)
+
+
+@torch.no_grad()
+def _write(layers: Sequence[SharedLayer], model: nn.Module, rows: Sequence[Tensor]) -> None:
+    """The way back of `_channels`, for several layers."""
+    for layer, own in zip(layers, rows, strict=True):
+        for name, part in zip(layer.weights, torch.split(own, list(layer.sizes)), strict=True):
+            get_tensor(model, name).copy_(part.reshape(-1, layer.outs, *layer.kernel).transpose(0, 1))
 
 
 def _channels(layer: SharedLayer, model: nn.Module) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["THRESHOLD", "degrees", "factor_of", "growl", "simple_loss", "spectral_loss"]
+__all__ = ["THRESHOLD", "degrees", "factor_of", "growl", "growl_weights", "simple_loss", "spectral_loss"]
 
 THRESHOLD: Final = 0.3
 """Above this similarity the simple constraint draws channels together (section 4.5)."""
@@ -72,5 +72,9 @@ def growl(channels: Tensor) -> Tensor:
     `sum_i w_i ||t_[i]||_2`, the norms in falling order and the weights `w_i = (n - i + 1) / n` falling evenly to 1/n.
     """
     norms = (channels.square().sum(1) + torch.finfo(channels.dtype).tiny).sqrt().sort(descending=True).values
-    weights = torch.arange(len(norms), 0, -1, device=norms.device, dtype=norms.dtype) / len(norms)
-    return (weights * norms).sum()
+    return (growl_weights(len(norms), norms) * norms).sum()
+
+
+def growl_weights(count: int, like: Tensor) -> Tensor:
+    """`w_i` (count,), falling evenly to `1 / count`."""
+    return torch.arange(count, 0, -1, device=like.device, dtype=like.dtype) / count

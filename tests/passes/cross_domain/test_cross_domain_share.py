@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip_passes.cross_domain.pooled_features import rows_of_input
+from graphzip_passes.cross_domain.proximal import growl_proximal
 from graphzip_passes.cross_domain.share import CrossDomainSharePass
+from graphzip_passes.cross_domain.similarity import growl
 
 
 @functools.cache
@@ -321,6 +323,26 @@ def test_strength_is_a_share_of_the_gradient_of_the_loss(regularizer: str, scale
         (scale * (loss + term)).backward()
     assert shares[0] == 0.0
     assert shares[2] == pytest.approx(0.3, rel=0.05 if regularizer in ("simple", "growl") else 0.5)
+
+
+def test_growl_is_a_proximal_step_of_the_optimizer() -> None:
+    """It sets rows to zero and lets others have one norm, and lowers the penalised objective as no other point does."""
+    torch.manual_seed(0)
+    rows, strength = torch.randn(9, 4, dtype=torch.float64) * torch.linspace(0.1, 2.0, 9)[:, None], 2.7
+    found = growl_proximal(rows, strength)
+
+    def objective(point: Tensor) -> float:
+        return float(0.5 * (point - rows).square().sum() + strength * growl(point))
+
+    least = objective(found)
+    for _ in range(200):
+        assert objective(found + 0.05 * torch.randn_like(found)) > least
+    assert 0 < int((found.norm(dim=1) == 0).sum()) < 9
+    ready = prepared(regularizer="growl", strength=20.0)
+    optimizer = ready.optimizer(torch.optim.SGD, lr=0.05)
+    assert float(ready.regularizer()) == 0.0
+    train(ready, optimizer, 20)
+    assert any(bool((weights(ready, layer).norm(dim=1) == 0).any()) for layer in CLUSTERS)
 
 
 def test_balanced_clusters_have_one_size() -> None:
