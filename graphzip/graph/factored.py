@@ -18,13 +18,12 @@ kept until a tensor it depends on changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from graphzip.graph.assembled import KeptValue
 from graphzip.graph.meta import Factored, meta_of, owner_name
 from graphzip.graph.operators import CONVOLUTIONS, argument_of
 from graphzip.graph.proxies import as_layer, is_proxy
@@ -33,6 +32,7 @@ __all__ = [
     "FACTORED",
     "AtomConv",
     "FactoredConv",
+    "KeptValue",
     "SliceConv",
     "factored_conv",
     "kernel_nodes",
@@ -81,6 +81,33 @@ def unpack_signs(packed: torch.Tensor, count: int, like: torch.Tensor) -> torch.
     """The signs, -1 and +1, of `count` columns: operators that every runtime has for bytes."""
     bits = torch.stack([torch.bitwise_and(packed, 1 << place) for place in range(8)], dim=2)
     return bits.to(torch.bool).flatten(1)[:, :count].type_as(like) * 2 - 1
+
+
+class KeptValue:
+    """A tensor that is computed from others, kept while these stay as they are."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, torch.Tensor] | None = None
+
+    def of(self, tensors: Sequence[torch.Tensor], build: Callable[[], torch.Tensor], *, training: bool) -> torch.Tensor:
+        """What `build` gives for these tensors: anew in training, with gradients, and while a model is traced."""
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        special = torch.compiler.is_compiling() or any(
+            tensor.is_inference() or type(tensor) not in (nn.Parameter, torch.Tensor) for tensor in tensors
+        )
+        if training or learns or special:
+            return build()
+        state = [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
+        if self._kept is None or self._kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = (state, build())
+        return self._kept[1]
+
+    def forget(self) -> None:
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}
 
 
 class FactoredConv(nn.Module):

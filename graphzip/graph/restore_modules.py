@@ -6,16 +6,15 @@ they had. Batch norm and dropout follow `.train()` and `.eval()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from graphzip.graph.assembled import assembly_of
 from graphzip.graph.dual_mode import TwoForms, one_form
-from graphzip.graph.factored import FACTORED, FactoredConv, kernel_nodes
+from graphzip.graph.factored import FACTORED, FactoredConv, KeptValue, kernel_nodes
 from graphzip.graph.guards import check_sizes, parse
 from graphzip.graph.inputs import check_constant, check_input, concrete_shape
 from graphzip.graph.meta import meta_of
@@ -27,7 +26,7 @@ from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.numeric.im2col import per_dimension
 
-__all__ = ["factored_layer", "to_module"]
+__all__ = ["Assembled", "factored_layer", "to_module"]
 
 aten = torch.ops.aten
 
@@ -246,6 +245,78 @@ class _Restorer:
         while hasattr(taken, name) or joined(owner, name) in self.types:
             number, name = number + 1, f"{base}_{number}"
         return joined(owner, name)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A concatenation, or slices in another order, of values that are known by their numbers: tiles first, then what
+    earlier steps made.
+    """
+
+    joins: bool
+    operands: tuple[int, ...]
+    dim: int
+
+
+class Assembled(nn.Module):
+    """A parameter that is put together from tiles: what these steps make of the tensors that it is called with.
+
+    What several models share in part each of them concatenates from its tiles (`graphzip.rewrite.partition`): in eval
+    mode once, until a tile changes.
+    """
+
+    def __init__(self, steps: Sequence[_Step]) -> None:
+        super().__init__()
+        self.steps = tuple(steps)
+        self._value = KeptValue()
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        if is_proxy(*tensors):
+            return as_layer(self, *tensors)  # type: ignore[no-any-return]
+        return self._value.of(tensors, lambda: self._built(tensors), training=self.training)
+
+    def _built(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        values = list(tensors)
+        for step in self.steps:
+            given = [values[number] for number in step.operands]
+            values.append(torch.cat(given, step.dim) if step.joins else given[0].index_select(step.dim, given[1]))
+        return values[-1]
+
+    def train(self, mode: bool = True) -> Any:
+        self._value.forget()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.steps)} steps"
+
+
+def assembly_of(node: fx.Node) -> tuple[Assembled, list[fx.Node], list[fx.Node]] | None:
+    """What puts this value together from parameters alone, the nodes that fetch these, and those in between.
+
+    Nothing where it is computed otherwise.
+    """
+    found: list[fx.Node] = [node]
+    for each in found:
+        if each.op == "get_attr":
+            continue
+        if each.target not in (aten.cat.default, aten.index_select.default):
+            return None
+        found += [operand for operand in each.all_input_nodes if operand not in found]
+    order = [each for each in node.graph.nodes if each in set(found)]
+    fetched = [each for each in order if each.op == "get_attr"]
+    made = [each for each in order if each.op != "get_attr"]
+    if not made:
+        return None
+    number = {each: place for place, each in enumerate([*fetched, *made])}
+    return Assembled([_step(each, number) for each in made]), fetched, made[:-1]
+
+
+def _step(node: fx.Node, number: dict[fx.Node, int]) -> _Step:
+    if node.target is aten.cat.default:
+        parts, *dims = node.args
+        return _Step(True, tuple(number[part] for part in cast(Any, parts)), cast(int, dims[0] if dims else 0))
+    source, dim, index = cast(Any, node.args)
+    return _Step(False, (number[source], number[index]), dim)
 
 
 class BatchNormCall(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphzip as gz
-from graphzip.graph.assembled import Assembled
+from graphzip.graph.restore_modules import Assembled
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
