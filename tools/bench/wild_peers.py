@@ -53,11 +53,17 @@ def kirigami(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     from torch_kirigami import DependencyGraph
     from torch_kirigami.pruning import Greedy, GroupMagnitude, ParameterBudget, Pruner
 
-    pruner = Pruner(model, graph=DependencyGraph.build(model, args=inputs))
+    from tools.wild.wrappers import Call
+
+    inner, named = (
+        (model.model, dict(zip(model.names, inputs, strict=False))) if isinstance(model, Call) else (model, {})
+    )
+    options = named | dict(model.options) if isinstance(model, Call) else {}
+    graph = DependencyGraph.build(inner, args=() if named else inputs, kwargs=options)
     half = sum(each.numel() for each in model.parameters()) // 2
-    strategy = Greedy(GroupMagnitude(p=2))
-    slim: nn.Module = pruner.prune(pruner.discover_candidates(), budget=ParameterBudget(half), strategy=strategy)[0]
-    return slim
+    pruner, strategy = Pruner(inner, graph=graph), Greedy(GroupMagnitude(p=2))
+    pruner.prune(pruner.discover_candidates(), budget=ParameterBudget(half), strategy=strategy)  # in place
+    return model
 
 
 def _last(model: nn.Module) -> list[nn.Module]:
