@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,16 @@ def test_zeros_go_without_a_trace(name: str, batch: int) -> None:
     for rows in (1, 2):
         x = torch.randn(rows, 3, 4, 6, dtype=torch.float64)
         assert relative(model(x), compiled.module(x)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "group_norm", "std"])
+def test_norms_that_count_zeros_are_exported_and_saved(name: str, tmp_path: Path) -> None:
+    model: Any = NORMS[name]().eval()
+    x = torch.randn(2, 3, 4, 6)
+    compiled = gz.compile(model, gz.Plan([gz.PruneChannels(keep=0.5)]), (x,))
+    assert compiled.export(tmp_path / "slim.onnx").verified
+    compiled.save(tmp_path / "slim.graphzip")
+    assert torch.equal(gz.load(tmp_path / "slim.graphzip").module(x), compiled.module(x))
 
 
 def test_plain_norms_are_taken_of_what_is_left() -> None:
