@@ -66,7 +66,21 @@ def measured(states: Sequence[MeasuredState], leaves: Sequence[torch.Tensor], ba
         )
         for state in states
     ]
-    return Card(tuple(figures), machine(), tuple(notes))
+    return Card(tuple(figures), machine(), (*notes, *slower(figures)))
+
+
+def slower(figures: Sequence[Figures]) -> list[str]:
+    """What is to be said where the last state computes less than the first and takes longer."""
+    first, last = figures[0], figures[-1]
+    longer = any(
+        new.low > old.high for old, new in zip(first.latencies, last.latencies, strict=False) if old.batch == new.batch
+    )
+    if not longer or last.macs >= first.macs:
+        return []
+    return [
+        f"{last.name} computes less and takes longer: onnxruntime is fast where widths are multiples of 8; "
+        "target='onnxruntime-cpu' or round_to=8 finds such ones"
+    ]
 
 
 def _times(

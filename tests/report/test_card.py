@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graphzip as gz
+from graphzip.measuring import slower
 from graphzip.report.card import Card, Figures, Latency, Scores
 from graphzip.report.page import page_of
 from graphzip.report.report import Report
@@ -98,6 +99,15 @@ def test_a_batch_that_is_fixed_is_measured_as_it_is() -> None:
     compiled = gz.compile(model, gz.Plan([]), (x,))
     for figures in compiled.measure(model).figures:
         assert [latency.batch for latency in figures.latencies] == [None]
+
+
+def test_a_model_that_got_slower_says_what_to_do() -> None:
+    slow = replace(AFTER, latencies=(Latency(1, 4.6, 4.4, 4.8, 50),))
+    assert slower([BEFORE, AFTER]) == []
+    assert slower([BEFORE, replace(slow, macs=BEFORE.macs)]) == []
+    assert slower([BEFORE, replace(slow, latencies=(Latency(1, 4.3, 4.1, 4.5, 50),))]) == []  # within the quartiles
+    (note,) = slower([BEFORE, slow])
+    assert note.startswith("after computes less and takes longer: onnxruntime is fast where widths are multiples of 8")
 
 
 def test_a_card_is_saved_with_the_model_and_grows(tmp_path: Path) -> None:
