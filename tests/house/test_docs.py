@@ -83,3 +83,15 @@ def test_the_changelog_knows_this_version() -> None:
     kinds = set(re.findall(r"^### (.+)$", CHANGELOG, flags=re.MULTILINE))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert graphzip.__version__ in versions or graphzip.__version__ == "0.1.0"
+
+
+def test_times_of_a_card_are_those_of_a_machine() -> None:
+    card = (
+        "     before   after\n─────\n"
+        "latency, batch 1   0.02 ms (0.01-0.03)   0.01 ms   -50.0 %\n"
+        "weights   129.2 kB   60.48 kB\n"
+    )
+    other = card.replace("0.02 ms (0.01-0.03)", "12.5 ms (11.0-13.0)").replace("-50.0", "+9.5").replace("─", "───")
+    assert tells(card, other)
+    assert not tells(card, other.replace("60.48", "61.48"))
+    assert not tells(card, other.replace("before   after", "before"))
