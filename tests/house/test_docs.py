@@ -12,7 +12,7 @@ import torch
 import graphzip
 from graphzip.graph.meta import NodeMeta
 from tools.floors import drawing
-from tools.manual.pages import MEASURED, PAGES, ROOT, blocks, front_matter, play, tells
+from tools.manual.pages import PAGES, ROOT, blocks, front_matter, leeway, play, tells
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 ARCHITECTURE = TEXTS["docs/architecture.md"]
@@ -39,9 +39,9 @@ def test_a_page_prints_what_it_shows(name: str, tmp_path: Path, monkeypatch: pyt
         torch.manual_seed(0)
         told = list(play(TEXTS[name], name))
     assert told
-    measured = front_matter(TEXTS[name]).get("measured", MEASURED)
+    measured = leeway(TEXTS[name])
     for block, shown, printed in told:
-        assert tells(shown, printed, measured), f"{name}:{block.line} shows\n{shown}\nand prints\n{printed}"
+        assert tells(shown, printed, *measured), f"{name}:{block.line} shows\n{shown}\nand prints\n{printed}"
 
 
 def test_every_block_has_a_language() -> None:

@@ -9,8 +9,8 @@ writes what was printed into the page. What runs:
 
 `...` in what a page shows stands for anything. Blocks of other languages (`sh`, `bash`, `yaml` without a title) are for
 reading. In its front matter a page may say `tests: slow`, `needs: PACKAGE ...`, and `measured: PATTERN`: on lines where
-the pattern is found numbers differ between machines; those in percent may lie two points apart, others anywhere. The
-latencies and the memory of a card are not compared.
+the pattern is found numbers differ between machines; those in percent may lie two points apart (`near: 6` allows six),
+others anywhere. The latencies and the memory of a card are not compared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["PAGES", "ROOT", "Block", "blocks", "front_matter", "play", "shown_after", "tells"]
+__all__ = ["PAGES", "ROOT", "Block", "blocks", "front_matter", "leeway", "play", "shown_after", "tells"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -41,6 +41,7 @@ PAGES = sorted(
 )
 
 MEASURED = "onnxruntime"
+NEAR = 2.0
 MACHINE = r"^(?:latency, batch|peak memory).*\n"
 PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s?%")
 
@@ -147,7 +148,13 @@ def _at_home() -> Iterator[None]:
                 del sys.modules[name]
 
 
-def tells(shown: str, printed: str, measured: str = MEASURED) -> bool:
+def leeway(page: str) -> tuple[str, float]:
+    """On which lines of a page numbers are measured, and how many points percentages may lie apart there."""
+    matter = front_matter(page)
+    return matter.get("measured", MEASURED), float(matter.get("near", NEAR))
+
+
+def tells(shown: str, printed: str, measured: str = MEASURED, near: float = NEAR) -> bool:
     """Whether what is shown is what was printed: `...` is anything, numbers on lines that match `measured` are near.
 
     Times and memory are those of a machine: of such lines, and of how wide they make their table, nothing is compared.
@@ -158,8 +165,8 @@ def tells(shown: str, printed: str, measured: str = MEASURED) -> bool:
         [float(each) for text in _measured(side, measured) for each in PERCENT.findall(text)]
         for side in (shown, printed)
     ]
-    near = all(abs(mine - theirs) <= 2 for mine, theirs in zip(*percents, strict=False))
-    return near and doctest.OutputChecker().check_output(f"{one}\n", f"{other}\n", doctest.ELLIPSIS)
+    close = all(abs(mine - theirs) <= near for mine, theirs in zip(*percents, strict=False))
+    return close and doctest.OutputChecker().check_output(f"{one}\n", f"{other}\n", doctest.ELLIPSIS)
 
 
 def _without_machine(text: str) -> str:
@@ -180,9 +187,9 @@ def _measured(text: str, measured: str) -> list[str]:
 def update(path: Path) -> int:
     """Write what a page prints into it; how many blocks were another."""
     page = path.read_text(encoding="utf-8")
-    measured = front_matter(page).get("measured", MEASURED)
+    measured = leeway(page)
     played = _in_empty_folder(page, path)
-    wrong = [(block, printed) for block, shown, printed in played if not tells(shown, printed, measured)]
+    wrong = [(block, printed) for block, shown, printed in played if not tells(shown, printed, *measured)]
     lines = page.splitlines(keepends=True)
     for block, printed in reversed(wrong):
         fence = next(i for i in range(block.line, len(lines)) if lines[i] == "```\n")
@@ -225,9 +232,9 @@ def main() -> None:
             print(f"{path}: {update(path)} blocks written")
             continue
         page = path.read_text(encoding="utf-8")
-        measured = front_matter(page).get("measured", MEASURED)
+        measured = leeway(page)
         for block, shown, printed in _in_empty_folder(page, path):
-            if not tells(shown, printed, measured):
+            if not tells(shown, printed, *measured):
                 failed = True
                 print(f"{path}:{block.line} shows\n{shown}\nand prints\n{printed}\n")
     sys.exit(failed)
