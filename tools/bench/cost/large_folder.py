@@ -1,6 +1,6 @@
 """Halve the MLPs of a Llama-shaped folder of random bfloat16 weights without holding it in memory.
 
-    python tools/bench/large_folder.py --billions 1 --folder /tmp/llama
+    python tools/bench/cost/large_folder.py --billions 1 --folder /tmp/llama
 
 Writes the folder (once), compiles it in a child process with `graphzip.compile_folder`, and prints the seconds of each,
 the peak of the child's resident memory, and whether `transformers` builds the result from its config, with a tensor of

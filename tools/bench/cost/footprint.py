@@ -1,6 +1,6 @@
 """Processor time and peak memory of halving a network: graphzip's `compile` next to torch-pruning's graph and pruning.
 
-    python tools/bench/footprint.py resnet50 --repeats 3
+    python tools/bench/cost/footprint.py resnet50 --repeats 3
 
 Every cell is measured in child processes of its own, the methods in turns, on one thread: seconds of processor time of
 the first call in a process (with imports) and of a second one, and by how much the first call raised the peak of

@@ -1,6 +1,6 @@
 """Processor time of halving a network: traced anew, from one trace, and next to Torch-Pruning and a bare export.
 
-    python tools/bench/compile_time.py resnet50 mobilenet_v2 densenet121 --repeats 3
+    python tools/bench/cost/compile_time.py resnet50 mobilenet_v2 densenet121 --repeats 3
 
 One process and one thread. After a first round that is not counted, each repeat runs a bare static `torch.export`,
 `graphzip.compile` of the model, `graphzip.compile` of a `graphzip.trace` that was made before, and Torch-Pruning (graph

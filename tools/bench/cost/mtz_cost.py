@@ -1,8 +1,8 @@
 """What zipping costs: two VGG-16 at full size, and one small network after the other.
 
-    python tools/bench/mtz_cost.py --vgg
-    python tools/bench/mtz_cost.py --vgg --mapped
-    python tools/bench/mtz_cost.py --networks 5
+    python tools/bench/cost/mtz_cost.py --vgg
+    python tools/bench/cost/mtz_cost.py --vgg --mapped
+    python tools/bench/cost/mtz_cost.py --networks 5
 
 `--vgg` zips two VGG-16 with random weights on 200 random images of 224 x 224, the fully connected layers with their
 25,088 and 4,096 inputs included. `--mapped` reads their weights from safetensors files that are mapped into memory,
