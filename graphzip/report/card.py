@@ -74,7 +74,7 @@ class Scores:
         return [Scores(f"{self.title}, {task}", values, self.share) for task, values in self.tasks.items()]
 
     def with_value(self, name: str, value: float | Mapping[str, float]) -> Scores:
-        """The same with `value`, the score of the state `name`, or the score of each task in it; their mean counts then."""
+        """The same with `value`, the score of the state `name`, or with one of each task, whose mean counts then."""
         if not isinstance(value, Mapping):
             return replace(self, values={**self.values, name: value})
         tasks = {task: {**self.tasks.get(task, {}), name: each} for task, each in value.items()}
