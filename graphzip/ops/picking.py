@@ -292,7 +292,7 @@ SPECS = (
     OpSpec(_overloads("histc"), histogram, patch=patch_histogram),
     OpSpec(
         _overloads(
-            *("nonzero", "nonzero_numpy", "nonzero_static", "masked_select", "take"),
+            *("nonzero", "nonzero_static", "masked_select", "take"),
             *("_unique2", "unique_dim", "unique_consecutive", "bincount"),
             *("repeat_interleave.Tensor", "count_nonzero", "searchsorted.Tensor"),
         ),

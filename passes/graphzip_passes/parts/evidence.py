@@ -307,7 +307,8 @@ def _losses(moments: Tensor, weight: Tensor, owner: Tensor, what: str) -> Tensor
             columns = spread[channel].nonzero()[:, 0]
             if len(columns):
                 mine = rows[:, columns].T
-                found[channel] += (mine * torch.linalg.solve(inverse[columns][:, columns], mine)).sum()
+                block = factorised(inverse[columns][:, columns], what=f"layer {what!r}")
+                found[channel] += (mine * block.solve(mine)).sum()
     return found
 
 

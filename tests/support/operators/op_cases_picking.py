@@ -150,7 +150,6 @@ CASES.add(aten.one_hot.default, lambda m, x: aten.one_hot.default((x > 0).long()
 
 DECIDED: dict[str, Run] = {
     "nonzero": lambda op, x: op(x),
-    "nonzero_numpy": lambda op, x: op(x)[0],
     "nonzero_static": lambda op, x: op(x, size=3),
     "masked_select": lambda op, x: op(x, x > 0),
     "take": lambda op, x: op(x, torch.tensor([3, 1])),
