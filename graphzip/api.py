@@ -252,7 +252,7 @@ def _prepare_several(
     batches = None if calibration is None else _by_task(calibration, models, "calibration")
     copies = _copy(dict(models), borrowed=borrowed)
     traced = {}
-    for name, model in counted(copies.items(), "tracing", lambda task: task[0]):
+    for name, model in counted(copies.items(), "tracing", copies):
         try:
             if traces:
                 traced[name], _ = traces[name].for_copy(model, borrowed=borrowed)

@@ -43,7 +43,7 @@ def measured(states: Sequence[MeasuredState], leaves: Sequence[torch.Tensor], ba
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Path] = {}
         sizes: dict[str, int] = {}
-        for number, state in enumerate(counted(states, "writing", lambda state: state.name)):
+        for number, state in enumerate(counted(states, "writing", [state.name for state in states])):
             file = Path(folder) / f"{number}.onnx"
             try:
                 sizes[state.name] = state.write(file)

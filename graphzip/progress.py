@@ -7,13 +7,14 @@ prints nothing of its own accord: without a watcher, both end in the log.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-from graphzip.arguments import check_callable
 from graphzip.boundary import tell_user
 
 if TYPE_CHECKING:
@@ -51,13 +52,14 @@ def step(text: str) -> None:
     told(0, 1, text)
 
 
-def counted(things: Collection[T], text: str, name: Callable[[T], str] | None = None) -> Iterator[T]:
-    """Go through `things` and say so: `text`, with the `name` of each where it has one."""
+def counted(things: Collection[T], text: str, names: Iterable[str] | None = None) -> Iterator[T]:
+    """Go through `things` and say so: `text`, with the name of each where they have `names`."""
     if not things:
         return
     logger.info("%s (%d)", text, len(things))
-    for number, each in enumerate(things):
-        told(number, len(things), text if name is None else f"{text}: {name(each)}")
+    said = itertools.repeat(text) if names is None else (f"{text}: {name}" for name in names)
+    for number, (each, what) in enumerate(zip(things, said, strict=False)):
+        told(number, len(things), what)
         yield each
     told(len(things), len(things), text)
 
@@ -76,6 +78,8 @@ def watched(progress: Progress) -> Iterator[None]:
         if progress is True:
             watcher = stack.enter_context(Bar())
         else:
+            from graphzip.arguments import check_callable  # which loads torch
+
             check_callable(progress, "progress", "progress(done, all, what), or true for a bar")
             user: Any = progress
 
@@ -129,18 +133,18 @@ class Bar:
     def __enter__(self) -> Bar:
         self._bars.start()
         if self._console.is_jupyter:
-            from IPython import display
+            display: Any = importlib.import_module("IPython.display")
 
-            self._notebook = display.display(self._bars, display_id=True)  # type: ignore[no-untyped-call, unused-ignore]
+            self._notebook = display.display(self._bars, display_id=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError, ValueError):
             self._bars.stop()
         if self._notebook is not None:
-            from IPython import display
+            display: Any = importlib.import_module("IPython.display")
 
-            self._notebook.update(display.HTML(""))  # type: ignore[no-untyped-call, unused-ignore]
+            self._notebook.update(display.HTML(""))
 
     def __call__(self, done: int, total: int, text: str) -> None:
         """Show how many of `total` alike things are done, and what comes next."""

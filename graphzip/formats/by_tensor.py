@@ -211,7 +211,7 @@ def _write(slim: nn.Module, weights: Weights, source: Path, place: Path) -> None
     try:
         with scratch(place) as fresh:
             slim.config.save_pretrained(fresh)  # type: ignore[union-attr, operator]
-            write_shards(fresh, counted(names, "writing", str), read)
+            write_shards(fresh, counted(names, "writing", names), read)
             generation = [source / _GENERATION] if (source / _GENERATION).is_file() else []
             copy_files([*companions(source), *generation], fresh)
             fresh.rename(place)

@@ -165,7 +165,7 @@ class Survey:
         found: dict[str, dict[int, float]] = {name: {} for name in self.subject.choices}
         kept = {key: loss for key in wanted if (loss := self._get(*key)) is not None}
         missing = [key for key in wanted if key not in kept]
-        for name, width in counted(missing, "measuring", lambda key: f"{key[0]} at {key[1]}"):
+        for name, width in counted(missing, "measuring", [f"{name} at {width}" for name, width in missing]):
             with unwatched():
                 loss = kept[name, width] = self._laboratory.loss(name, width)
             logger.info("%s: %d of %d move the outputs by %.3g", name, width, self.subject.full(name), loss)

@@ -71,7 +71,7 @@ class Account:
         """Note what the user's scores say of each of these models, in eval mode; nothing where there are none."""
         if evaluate is None:
             return
-        for name, module in counted(states.items(), "scoring", lambda state: state[0]):
+        for name, module in counted(states.items(), "scoring", states):
             found: Any
             if isinstance(evaluate, Mapping):
                 parts = {task: module.get_submodule(task) for task in evaluate}

@@ -433,7 +433,8 @@ class Prepared(nn.Module):
 
     def _carry_out(self) -> None:
         """Go through what is left of the current pass with no training in between."""
-        for stage in counted(self._stages(), "beginning", lambda stage: stage.name):
+        stages = self._stages()
+        for stage in counted(stages, "beginning", [stage.name for stage in stages]):
             self._enter(stage)
         self._finish()
 

@@ -67,7 +67,7 @@ def test_by_default_it_is_in_the_log_alone(capfd: pytest.CaptureFixture[str], ca
 def test_off_a_terminal_there_is_a_line_for_ten_per_cent(capfd: pytest.CaptureFixture[str]) -> None:
     with watched(True):
         step("a long step, which has no share")
-        for _ in counted(range(40), "fitting", str):
+        for _ in counted(range(40), "fitting", map(str, range(40))):
             pass
         for _ in counted(range(2), "comparing"):
             pass

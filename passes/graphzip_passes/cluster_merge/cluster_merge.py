@@ -369,7 +369,7 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
     seeing = _Seeing(options.clustering, context.seed, _front(options, traced), evidence)
     clusters: dict[str, Partition] = {}
     widths = resolve(_widths(options), known.groups, where=context.where)
-    for name, width in counted(widths.items(), "clustering", lambda item: item[0]):
+    for name, width in counted(widths.items(), "clustering", widths):
         group = known.groups[name]
         if isinstance(width, Clusters):
             clusters[name] = width.clusters

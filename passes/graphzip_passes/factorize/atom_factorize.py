@@ -216,7 +216,7 @@ class AtomFactorizePass:
             members.setdefault(key, []).append(member)
         atoms: dict[tuple[str, int], torch.Tensor] = {}
         coefficients: dict[tuple[str, int], torch.Tensor] = {}
-        for group in counted(members.values(), "fitting atoms", lambda group: group[0][0]):
+        for group in counted(members.values(), "fitting atoms", [group[0][0] for group in members.values()]):
             shared, bases = self._factors(traced, group, moments, generator)
             for member, basis in zip(group, bases, strict=True):
                 atoms[member], coefficients[member] = basis, shared

@@ -160,7 +160,7 @@ def _cuts(
     layers, left = _selected(traced, options, where)
     outputs = _products(traced, layers, batches) if options.method == "data-svd" else {}
     cuts: list[_Cut] = []
-    for layer in counted(layers, "finding factors", lambda layer: _name(traced, layer)):
+    for layer in counted(layers, "finding factors", [_name(traced, layer) for layer in layers]):
         cut = _cut(traced, layer, options, outputs.get(layer.node))
         if cut.after < cut.before:
             cuts.append(cut)

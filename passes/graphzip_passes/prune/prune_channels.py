@@ -221,7 +221,8 @@ def prune_by_tensor(traced: Traced, options: PruneChannels, context: PassContext
         raise PlanError(f"{context.where}.compensate: {options.compensate!r} runs the model; write 'none'")
     known = context.known or Analysed.of(traced)
     scores: dict[str, FloatArray] = {}
-    for name in counted(_widths(options, known.groups, context.where), "scoring", str):
+    names = _widths(options, known.groups, context.where)
+    for name in counted(names, "scoring", names):
         with held(traced, known.groups[name], weights):
             scores |= _scored(traced, known, [name], options, context)
     pruning = PruneChannelsPass(options, traced, replace(context, known=known), scores=scores)
