@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 def test_an_archive_of_each_format_loads(version: int, tmp_path: Path) -> None:
     loaded, made = gz.load(DATA / f"format_{version}.graphzip"), compiled_net()
     assert list(loaded.module.state_dict()) == list(made.module.state_dict())
-    assert loaded.report.after == made.report.after
+    assert replace(loaded.report.after, bytes=made.report.after.bytes) == made.report.after  # older ones have no bytes
     assert loaded.report.groups == made.report.groups
     assert isinstance(loaded.module.get_submodule("stem"), nn.Conv2d)
     for mode in (False, True):
