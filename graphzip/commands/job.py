@@ -1,4 +1,4 @@
-"""`graphzip run job.yaml`: plan, compile and report in one folder; a run that was stopped goes on where it was."""
+"""`graphzip run job.yaml`: compile and report in one folder; a run that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO, Annotated, Any, Final
 import typer
 
 from graphzip.commands.config import long_name, read_options
-from graphzip.commands.options import BudgetOptions, WidthRuleOptions, command
+from graphzip.commands.options import command
 from graphzip.commands.terminal import UsageError, at_work, show
 from graphzip.file_locks import held, hold
 from graphzip.files import check_target, write_text
@@ -32,10 +32,6 @@ _DECIDED: Final = {"save", "cache", "config", "json", "plot", "help", "verbose"}
 _STATE, _LOCK, _LOG = "job.json", "job.lock", "log.txt"
 
 _BLOCK: Final = 1 << 20
-
-_OF_WIDTHS: Final = {
-    field.name.replace("_", "-") for group in (BudgetOptions, WidthRuleOptions) for field in dataclasses.fields(group)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +65,8 @@ def run(
         known: Any = context.parent.command
         options = dict(read_options(job, UsageError))
         home, folder = job.resolve().parent, _folder(options, job)
-        stages = _stages(_Wanted(job, options, folder, verbose), known.commands)
+        said = ["-" + "v" * verbose] if verbose else []
+        stages = _stages(options, known.commands["compile"], job, folder, said)
         key = _key(options, home)
         with _state(folder, key, job) as (done, log):
             for stage in stages:
@@ -88,26 +85,6 @@ def run(
     show("\n".join(str(folder / name) for name in (*made, _LOG)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """A job: its file, what stands there, and the folder for what it makes."""
-
-    file: Path
-    options: Mapping[Any, Any]
-    folder: Path
-    verbose: int
-
-    def stage(self, name: str, given: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, str]) -> _Stage:
-        """A command on the model, with those of the `given` options that it knows; it makes `files`, by flag."""
-        made = [word for flag, file in files.items() for word in (flag, str(self.folder / file))]
-        arguments = [name, self.options["model"], *_flags(given, params), *made, *self.said]
-        return _Stage(name, arguments, tuple(files.values()))
-
-    @property
-    def said(self) -> list[str]:
-        return ["-" + "v" * self.verbose] if self.verbose else []
-
-
 def _folder(options: Mapping[Any, Any], job: Path) -> Path:
     for name, what in (("model", "what a model is for graphzip compile"), ("output", "the folder for what it makes")):
         if not isinstance(options.get(name), str):
@@ -119,36 +96,36 @@ def _folder(options: Mapping[Any, Any], job: Path) -> Path:
     return folder
 
 
-def _stages(wanted: _Wanted, commands: Mapping[str, Any]) -> list[_Stage]:
-    """The commands, with the options that each of them knows."""
-    params = {name: {long_name(each): each for each in commands[name].params} for name in ("plan", "compile")}
-    free = (params["plan"].keys() | params["compile"].keys()) - _DECIDED
-    for key in wanted.options:
+def _stages(options: Mapping[Any, Any], command: Any, job: Path, folder: Path, said: list[str]) -> list[_Stage]:
+    """The commands, with the options of the job; `said` says how much they tell."""
+    params = {long_name(each): each for each in command.params}
+    free = params.keys() - _DECIDED
+    for key in options:
         if key not in free:
-            raise UsageError(f"{wanted.file}: {key!r} is no option of a job; {closest(str(key), sorted(free))}")
-    given = {key: value for key, value in wanted.options.items() if key not in ("model", "output")}
+            raise UsageError(f"{job}: {key!r} is no option of a job; {closest(str(key), sorted(free))}")
+    given = {key: value for key, value in options.items() if key not in ("model", "output")}
     budget = next((each for each in ("macs", "params", "bytes", "latency") if each in given), None)
-    found = []
     if budget is not None:
         other = next((each for each in ("plan", "keep") if each in given), None)
         if other is not None:
-            raise UsageError(f"{wanted.file}: {budget!r} and {other!r} are both given; leave one of them out")
-        own = given | {"card": False, "cache": wanted.folder / "measurements.jsonl"}
-        found.append(wanted.stage("plan", own, params["plan"], {"-o": "plan.yaml"}))
-        given = {key: value for key, value in given.items() if key not in _OF_WIDTHS}
-        given["plan"] = wanted.folder / "plan.yaml"
-    files = {"-o": "slim.onnx", "--save": "slim.graphzip"}
-    found.append(wanted.stage("compile", given, params["compile"], files))
-    page = ["report", str(wanted.folder / "slim.graphzip"), "-o", str(wanted.folder / "report.html"), *wanted.said]
-    return [*found, _Stage("report", page, ("report.html",))]
+            raise UsageError(f"{job}: {budget!r} and {other!r} are both given; leave one of them out")
+        given["cache"] = folder / "measurements.jsonl"
+    slim, page = str(folder / "slim.graphzip"), str(folder / "report.html")
+    files = ["-o", str(folder / "slim.onnx"), "--save", slim]
+    return [
+        _Stage(
+            "compile",
+            ["compile", options["model"], *_flags(given, params), *files, *said],
+            ("slim.onnx", "slim.graphzip"),
+        ),
+        _Stage("report", ["report", slim, "-o", page, *said], ("report.html",)),
+    ]
 
 
 def _flags(options: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
     """The options that a command knows, as they are written."""
     found: list[str] = []
     for key, value in options.items():
-        if key not in params:
-            continue
         if params[key].is_flag:
             found += [params[key].opts[0]] if value else params[key].secondary_opts[:1]
             continue
