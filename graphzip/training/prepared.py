@@ -433,8 +433,7 @@ class Prepared(nn.Module):
 
     def _carry_out(self) -> None:
         """Go through what is left of the current pass with no training in between."""
-        stages = self._stages()
-        for stage in counted(stages, "beginning", [stage.name for stage in stages]):
+        for stage in counted(stages := self._stages(), "beginning", [each.name for each in stages]):
             self._enter(stage)
         self._finish()
 
