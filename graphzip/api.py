@@ -20,7 +20,7 @@ from graphzip.graph.copies import borrow, deep_copy, why_not_copied
 from graphzip.graph.source import first_line
 from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.traced import Traced
-from graphzip.plan.plan import Plan
+from graphzip.plan.plan import Plan, check_plan
 from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.tables import closest
 from graphzip.rewrite.join_models import join, module_of
@@ -324,8 +324,7 @@ def _check(model: nn.Module | Mapping[str, nn.Module], plan: Plan) -> None:
     several = isinstance(model, Mapping)
     if not several:
         check_traceable(model)
-    if not isinstance(plan, Plan):
-        raise PlanError(f"expected a graphzip.Plan, got {type(plan).__name__}; write Plan([...]) or Plan.load(path)")
+    check_plan(plan)
     joins = [f"passes[{number}].{options.kind}" for number, options in enumerate(plan.passes) if options.joins]
     if several and plan.passes and not joins:
         raise PlanError(

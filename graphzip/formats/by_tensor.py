@@ -35,7 +35,7 @@ from graphzip.formats.shards import Shards, write_shards
 from graphzip.graph.state import find_aliases, named_state
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
-from graphzip.plan.plan import Plan
+from graphzip.plan.plan import Plan, check_plan
 from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.origin import Origin
 from graphzip.report.report import Report
@@ -114,8 +114,7 @@ def _compiled(
 
 
 def _check(plan: Any, seed: Any) -> None:
-    if not isinstance(plan, Plan):
-        raise PlanError(f"plan must be a graphzip.Plan, got {type(plan).__name__}")
+    check_plan(plan)
     check_seed(seed)
     for number, options in enumerate(plan.passes):
         where = f"passes[{number}].{options.kind}"
@@ -141,7 +140,8 @@ def _weights_of(model: nn.Module, shards: Shards, source: Path) -> Weights:
             f"{source} has no {listed(missing)}, or in several tensors of which {type(model).__name__} makes one; load "
             "the model with from_pretrained, and compile that"
         )
-    spare = [name for name in shards.files if name not in {named[name] for name in state if name in named}]
+    read_names = {named[name] for name in state if name in named}
+    spare = [name for name in shards.files if name not in read_names]
     if spare:
         logger.warning("%s of %s are no part of %s and left out", listed(spare), source, type(model).__name__)
 
@@ -170,30 +170,22 @@ def _on_meta(leaf: Any) -> Any:
 def _class_of(model: nn.Module, traced: Traced, inputs: Any, outputs: Outputs | None) -> nn.Module:
     """A model of the class of `model` with the widths of the graph, on the meta device, which computes what that does.
 
-    Several numbers of a config may explain the same sizes (heads, and the width of heads), so they are tried in turn.
-    Raises `ArchiveError` where no config does.
+    Raises `ArchiveError` where no config gives one.
     """
     held = dict(named_state(traced.module))
-    wanted = {name: tuple(held[name].shape) for name in model.state_dict() if name in held}
     expected = form_of(traced.module, model).computes
-    refusal: ArchiveError | None = None
-    for backwards in (False, True):
-        try:
-            config = fitting(model, wanted, backwards=backwards)
-        except ArchiveError as error:
-            refusal = refusal or error
-            continue
+
+    def build(config: Any) -> nn.Module:
         with torch.device("meta"):
-            slim: nn.Module = type(model)(config)
-        found = form_of(trace(slim.eval(), inputs, outputs=outputs).module, slim).computes
-        if found == expected:
-            return slim
-        refusal = refusal or ArchiveError(
-            f"{type(model).__name__} of the slim widths computes otherwise than the slim model (a norm that was "
-            f"narrowed may weigh its channels, which norms='plain' leaves out); {ADVICE}"
-        )
-    assert refusal is not None
-    raise refusal
+            slim: nn.Module = type(model)(config).eval()
+        if form_of(trace(slim, inputs, outputs=outputs).module, slim).computes != expected:
+            raise ArchiveError(
+                f"{type(model).__name__} of the slim widths computes otherwise than the slim model (a norm that was "
+                f"narrowed may weigh its channels, which norms='plain' leaves out); {ADVICE}"
+            )
+        return slim
+
+    return fitting(model, {name: tuple(held[name].shape) for name in model.state_dict() if name in held}, build)
 
 
 def _write(slim: nn.Module, weights: Weights, source: Path, place: Path) -> None:

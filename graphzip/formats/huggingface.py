@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -241,22 +241,14 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
 
 
 def _rebuilt(compiled: Compiled, model: Any) -> nn.Module:
-    """A model of the class of `model` with the weights of what was compiled, which computes the same.
+    """A model of the class of `model` with the weights of what was compiled, which computes the same."""
 
-    Several numbers of a config may explain the same sizes (heads, and the width of heads), so they are tried in turn.
-    """
-    wanted = {name: tuple(value.shape) for name, value in compiled.module.state_dict().items()}
-    refusal: ArchiveError | None = None
-    for backwards in (False, True):
-        try:
-            slim = _filled(compiled, model, fitting(model, wanted, backwards=backwards))
-            _check_same(compiled, slim, model)
-        except ArchiveError as error:
-            refusal = refusal or error
-        else:
-            return slim
-    assert refusal is not None
-    raise refusal
+    def build(config: Any) -> nn.Module:
+        slim = _filled(compiled, model, config)
+        _check_same(compiled, slim, model)
+        return slim
+
+    return fitting(model, {name: tuple(value.shape) for name, value in compiled.module.state_dict().items()}, build)
 
 
 def _filled(compiled: Compiled, model: Any, config: Any) -> nn.Module:
@@ -307,7 +299,23 @@ def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- the config
 
 
-def fitting(model: Any, wanted: Mapping[str, tuple[int, ...]], *, backwards: bool) -> Any:
+def fitting(model: Any, wanted: Mapping[str, tuple[int, ...]], build: Callable[[Any], nn.Module]) -> nn.Module:
+    """What `build` makes of the config with the numbers for these shapes.
+
+    Several numbers of a config may explain the same sizes (heads, and the width of heads), so they are tried in turn.
+    Raises `ArchiveError` where no config has them, or `build` raises it for each.
+    """
+    refusal: ArchiveError | None = None
+    for backwards in (False, True):
+        try:
+            return build(_config_of(model, wanted, backwards=backwards))
+        except ArchiveError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _config_of(model: Any, wanted: Mapping[str, tuple[int, ...]], *, backwards: bool) -> Any:
     """The config with the numbers for these shapes. Raises `ArchiveError` where there are none."""
     config = copy.deepcopy(model.config)
     shapes = _shapes(model, config)

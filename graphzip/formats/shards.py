@@ -61,14 +61,15 @@ def write_shards(
     that are named and listed as `transformers` does.
     """
     parts: list[list[str]] = []
-    total = 0
+    total = filled = 0
     held: dict[str, torch.Tensor] = {}
     for name in names:
         value = read(name).detach().contiguous()
-        if held and sum(each.nbytes for each in held.values()) + value.nbytes > most:
+        if held and filled + value.nbytes > most:
             parts.append(_written(held, folder / f"{len(parts)}.part"))
-            held = {}
+            held, filled = {}, 0
         held[name] = value
+        filled += value.nbytes
         total += value.nbytes
     parts.append(_written(held, folder / f"{len(parts)}.part"))
     files = (

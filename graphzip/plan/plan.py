@@ -32,7 +32,7 @@ from graphzip.plan.values import Shapes, is_int, is_list, listed
 from graphzip.plan.yaml_text import check_text, read_yaml, to_yaml
 from graphzip.report.tables import closest, preformatted
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "check_plan"]
 
 VERSION: Final = 1
 _MOST: Final = 1_000  # passes of a plan, or options of a pass
@@ -261,3 +261,9 @@ def _read_pass(item: Any, where: str, problems: list[str]) -> list[PassOptions]:
     found = filled(options, {key_text(key): value for key, value in given.items()}, where)
     problems += found
     return [] if found else [options]
+
+
+def check_plan(plan: Any) -> None:
+    """Raises `PlanError` unless it is a plan."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"expected a graphzip.Plan, got {type(plan).__name__}; write Plan([...]) or Plan.load(path)")

@@ -83,18 +83,17 @@ class Report:
 
     `lossless` tells that the result computes what the model that was given does, up to rounding: no pass drops
     anything, and outputs are the same on the calibration data; where there is none on the example inputs, unless it is
-    known without running the model, as of merging identical channels. What is
-    lost is in `losses`; a model that was trained in between computes something else. `changed` tells whether anything
-    is another than before, and `groups` how wide groups were and are. `passes` has for each pass what it decided, under
-    its kind; `tables` and `bars` are what passes show of it. `drift` is the
-    largest difference between outputs before and after on the calibration data, relative to the largest output; `None`
-    without calibration data. Of several models `tasks` has each; `before` and `after` are then of all together, a
-    parameter that several share counted once, and `drift` is the largest. `notes` says what the result lacks, such as
-    branches that exist only in training. `tuning` is what `tune=` gained, `None` where it was not asked for. `scores`
-    are what `evaluate=` gave before and after, and `card` the figures that `Compiled.measure` took. `origin` is the
-    plan, the seed and the versions that reproduce it and the curves of the training, `study` how the widths were found
-    where that is known (`WidthStudy.summary`), `verification` what was said of the file that was exported, `graph`
-    which layers of the model that was given are coupled by channel groups.
+    known without running the model, as of merging identical channels. What is lost is in `losses`; a model that was
+    trained in between computes something else. `changed` tells whether anything is another than before, and `groups`
+    how wide groups were and are. `passes` has for each pass what it decided, under its kind; `tables` and `bars` are
+    what passes show of it. `drift` is the largest difference between outputs before and after on the calibration data,
+    relative to the largest output; `None` without calibration data. Of several models `tasks` has each; `before` and
+    `after` are then of all together, a parameter that several share counted once, and `drift` is the largest. `notes`
+    says what the result lacks, such as branches that exist only in training. `tuning` is what `tune=` gained, `None`
+    where it was not asked for. `scores` are what `evaluate=` gave before and after, and `card` the figures that
+    `Compiled.measure` took. `origin` is the plan, the seed and the versions that reproduce it and the curves of the
+    training, `study` how the widths were found where that is known (`WidthStudy.summary`), `verification` what was said
+    of the file that was exported, `graph` which layers of the model that was given are coupled by channel groups.
     """
 
     before: Cost

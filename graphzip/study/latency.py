@@ -19,8 +19,7 @@ def latency_at(traced: Traced, merge: Narrows | None, thin: LowRank | None, know
     """Milliseconds for one sample with these widths and ranks."""
     if merge is not None:
         keep: Any = merge.keep
-        norms = merge.norms if isinstance(merge, ClusterMerge) else "exact"
-        even = ClusterMerge(keep=dict(keep), clustering="even", norms=norms)
+        even = ClusterMerge(keep=dict(keep), clustering="even", norms=merge.norms)
         traced = ClusterMergePass(even, traced, seed=0, where=even.kind, known=known).merged(traced).traced
     if thin is not None:
         shapes = {"method": "svd"} if thin.method == "data-svd" else {}

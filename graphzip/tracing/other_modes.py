@@ -14,6 +14,7 @@ from torch import fx, nn
 from graphzip.canonical.inline_subgraphs import inline_subgraphs
 from graphzip.graph.copies import borrow, in_mode, switches_by_itself
 from graphzip.graph.modes import lost_in_training, spectral_norms
+from graphzip.graph.randomness import generators_kept
 from graphzip.graph.source import first_line
 from graphzip.graph.torch_private import pytree
 from graphzip.tracing.compare_modes import Form, differences, form_of, shown
@@ -132,8 +133,7 @@ class OtherForms:
 
     def _returned(self, training: bool) -> str:
         twin = in_mode(self.model, training, borrow)
-        devices = {each.device for each in twin.parameters() if each.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(list(devices)):
+        with torch.no_grad(), generators_kept():
             leaves, spec = pytree.tree_flatten(self._run(twin))
         return shown(spec, leaves)
 

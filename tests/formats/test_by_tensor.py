@@ -131,7 +131,7 @@ def test_a_classifier_of_pictures_takes_shapes(tmp_path: Path) -> None:
 # --- refused, with nothing left behind -------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
-    "no plan": ("half", gz.PlanError, "plan must be a graphzip.Plan, got str"),
+    "no plan": ("half", gz.PlanError, r"expected a graphzip.Plan, got str; write Plan\(\[...\]\) or Plan.load\(path\)"),
     "another pass": (
         gz.Plan([gz.LowRank()]),
         gz.PlanError,

@@ -14,17 +14,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import op_cases_linear
-import op_cases_movement
-import op_cases_norm
-import op_cases_picking
-import op_cases_pointwise
-import op_cases_positions
-import op_cases_recurrent
-import op_cases_uneven
 import pytest
 import torch
-from op_cases import Case
+from op_case_table import CASES, FAMILIES
 from planting import plant, relative
 from torch import Tensor, nn
 
@@ -33,17 +25,6 @@ from graphzip.analysis.groups import ChannelGroup, ChannelGroups
 from graphzip.graph.traced import Traced
 from graphzip.ops import OPS
 
-FAMILIES = (
-    op_cases_pointwise,
-    op_cases_movement,
-    op_cases_picking,
-    op_cases_linear,
-    op_cases_norm,
-    op_cases_positions,
-    op_cases_recurrent,
-    op_cases_uneven,
-)
-CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 COVERED = {target for case in CASES.values() for target in case.targets}
 
 UNREACHABLE: dict[Any, str] = {

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import op_cases_linear
-import op_cases_movement
-import op_cases_norm
-import op_cases_picking
-import op_cases_pointwise
-import op_cases_positions
-import op_cases_recurrent
-import op_cases_uneven
 import pytest
 import torch
-from op_cases import Case
+from op_case_table import CASES
 from planting import plant, relative
 from torch import nn
 
 import graphzip as gz
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups
-
-FAMILIES = (
-    op_cases_pointwise,
-    op_cases_movement,
-    op_cases_picking,
-    op_cases_linear,
-    op_cases_norm,
-    op_cases_positions,
-    op_cases_recurrent,
-    op_cases_uneven,
-)
-CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 
 
 def may_shrink(group: ChannelGroup) -> bool:
