@@ -16,6 +16,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("graphzip: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # Python remembers an interrupt that left text under `exec`, as dataclasses run theirs, and would end
+        # `python -m` by the signal whatever the exit status is, until other text is run.
+        eval("None")
 
 
 if __name__ == "__main__":

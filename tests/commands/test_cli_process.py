@@ -187,7 +187,7 @@ def test_ctrl_c_during_the_work(folder: Path) -> None:
 @pytest.mark.parametrize("after", [0.1, 0.3, 0.6, 1.2])
 def test_ctrl_c_during_imports(folder: Path, after: float) -> None:
     (folder / "sitecustomize.py").write_text(HOOK.format(after=after))
-    words = ["inspect", "loud.py:net", "--input", "2x4"]
+    words = ["inspect", "slow.py:net", "--input", "2x4"]
     process = subprocess.Popen(
         command(*words),
         cwd=folder,
@@ -201,6 +201,30 @@ def test_ctrl_c_during_imports(folder: Path, after: float) -> None:
     assert out == b""
 
 
+@pytest.mark.parametrize("where", ["inspect text.py:net --input 2x4", "inspect m.onnx"])
+def test_ctrl_c_in_text_that_is_executed(folder: Path, where: str) -> None:
+    (folder / "text.py").write_text('exec("raise KeyboardInterrupt")\n')
+    (folder / "sitecustomize.py").write_text(TEXT if where.endswith("onnx") else "")
+    done = run(folder, *where.split(), env=environment(PYTHONPATH=f"{folder}{os.pathsep}{environment()['PYTHONPATH']}"))
+    assert done.returncode == 130, done.stderr
+    assert quiet(done) == "graphzip: interrupted\n"
+
+
+TEXT = '''
+import sys
+
+
+class Interrupts:
+    """Ctrl-C while graphzip's command is imported, in text that is executed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "graphzip.commands.cli":
+            exec("raise KeyboardInterrupt")
+        return None
+
+
+sys.meta_path.insert(0, Interrupts())
+'''
 HOOK = '''
 import os
 import signal
