@@ -137,14 +137,17 @@ class Calibration:
 
 
 def as_inputs(leaves: Sequence[Any], traced: Traced) -> tuple[Any, ...]:
-    """What a graph is given, on the device and in the floating dtype of its inputs: it may have been moved since."""
+    """What a graph is given, on the device and in the floating dtype of its inputs: it may have been moved since.
+
+    One on the meta device says nothing of where its inputs are.
+    """
     own = pytree.tree_leaves((traced.example_inputs, traced.example_kwargs))
 
     def placed(leaf: Any, like: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or not isinstance(like, torch.Tensor):
             return leaf
         both = leaf.is_floating_point() and like.is_floating_point()
-        return leaf.to(like.device, like.dtype if both else leaf.dtype)
+        return leaf.to(leaf.device if like.is_meta else like.device, like.dtype if both else leaf.dtype)
 
     return tuple(map(placed, leaves, own)) if len(leaves) == len(own) else tuple(leaves)
 

@@ -36,16 +36,26 @@ def compile_folder(
         list[str] | None,
         typer.Option("--prune", metavar="GLOB=AMOUNT", help="drop the channels with the smallest weights: '*mlp*=0.5'"),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help=".npz file with an array of samples per input (input_ids), or .npy"),
+    ] = None,
+    spill: Annotated[
+        Path | None,
+        typer.Option("--spill", metavar="FOLDER", help="keep what layers give on --calibration in files there"),
+    ] = None,
     task: Annotated[
         str | None, typer.Option("--task", help="what the model is for, such as text-generation; default: its config's")
     ] = None,
 ) -> None:
     """Carry out a plan on a folder of transformers with weights that are read and written one at a time.
 
-    For models that are larger than the memory. The new folder is loaded by transformers.
+    For models that are larger than the memory. The new folder is loaded by transformers. With --calibration layers are
+    re-fitted one after the other.
     """
     with at_work(run.verbose):
         import graphzip as gz
+        from graphzip.commands.models import load_calibration
 
         if (plan_file is None) == (not prune):
             raise UsageError("give a plan file with --plan, or widths with --prune GLOB=AMOUNT: one of them")
@@ -54,6 +64,8 @@ def compile_folder(
         else:
             with option("--prune"):
                 plan = gz.Plan([gz.PruneChannels(keep=amounts_of(prune or [], "--prune"))])
-        report = gz.compile_folder(folder, plan, output, task=task, seed=run.seed)
+        with option("--calibration"):
+            batches = None if calibration is None else load_calibration(calibration, by_name=True)
+        report = gz.compile_folder(folder, plan, output, task=task, calibration=batches, spill=spill, seed=run.seed)
         text = as_json_text({"report": report.to_dict(), "folder": str(output)}) if run.as_json else str(report)
     show(text, str(output))

@@ -1,14 +1,18 @@
 """Models of `transformers` that are larger than the memory: from a folder to a slimmer one, a tensor at a time.
 
 The graph has no weights: it is traced, analysed, rewritten and proven on the meta device. Passes ask for the weights of
-one group when they decide, and the new value of a tensor is computed when it is written.
+one group when they decide, and the new value of a tensor is computed when it is written. Calibration data runs through
+the graph one operator at a time, whose weights alone are read then.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,23 +20,27 @@ import torch
 from torch import nn
 
 from graphzip.analysis.groups import Analysed
-from graphzip.arguments import check_seed
+from graphzip.arguments import check_seed, re_iterable
 from graphzip.boundary import public
-from graphzip.calibration import Trained
+from graphzip.calibration import Calibration, Trained
+from graphzip.calls import Signature
 from graphzip.errors import ArchiveError, ExampleInputError, PlanError
-from graphzip.files import scratch, unwritable
+from graphzip.files import check_target, scratch, unwritable
 from graphzip.formats.huggingface import (
     ADVICE,
     companions,
+    computed_buffers,
     copy_files,
     fitting,
     listed,
     names_in_files,
     new_folder,
+    of_config,
     without_weights,
 )
 from graphzip.formats.shards import Shards, write_shards
-from graphzip.graph.state import find_aliases, named_state
+from graphzip.graph.batches import each_batch
+from graphzip.graph.state import find_aliases, get_tensor, named_state
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.plan.plan import Plan, check_plan
@@ -44,6 +52,7 @@ from graphzip.tracing.results import Outputs
 from graphzip.tracing.trace import trace
 from graphzip.training.account import Account, Moves
 from graphzip_passes.base import PassContext, Weights, checked_outcome, pass_of
+from graphzip_passes.parts.streamed import Workspace
 
 __all__ = ["compile_folder"]
 
@@ -62,6 +71,8 @@ def compile_folder(
     *,
     task: str | None = None,
     outputs: Outputs | None = None,
+    calibration: Iterable[Any] | None = None,
+    spill: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress = None,
 ) -> Report:
@@ -70,30 +81,61 @@ def compile_folder(
 
     Both are folders of `transformers`, with a config.json and safetensors (one file, or sharded), as `from_pretrained`
     reads and `save_pretrained` writes them; `task` is that of `from_pretrained`. The passes of the plan are those that
-    look at weights alone: `PruneChannels` with a criterion of weights, `ClusterMerge` with a clustering of weights,
-    neither of them compensated. Of `example_inputs` the shapes count, and tensors on the meta device will do; models of
-    text need none. `outputs`, `seed` and `progress` are those of `compile`. Widths are computed from the same numbers
-    as by `compile`, tensors keep their dtypes.
+    look at a group or a layer at a time: `PruneChannels` with a criterion of weights or activations, `ClusterMerge`
+    with a clustering of weights. Of `example_inputs` the shapes count, and tensors on the meta device will do; models
+    of text need none. `outputs`, `seed` and `progress` are those of `compile`. Widths are computed from the same
+    numbers as by `compile`, tensors keep their dtypes.
+
+    `calibration` are batches as for `compile`. They go through the model an operator at a time, on the CPU, with the
+    weights that it reads: layers behind what shrank are fitted (`compensate="data"`), written beside `target`, and
+    forgotten. What operators give on all batches is in memory, or in files in the folder `spill`, as long as it is
+    read. Sequences have the length of the example, by default of the first batch.
 
     Raises `ArchiveError` for a folder that holds no such model, or whose files name tensors otherwise than the class
-    does, and where the config cannot say the widths; `PlanError` for other passes, and for options that run the model.
-    Nothing is left of `target` then. Other errors are those of `compile`.
+    does, and where the config cannot say the widths; `PlanError` for other passes, and for options that look at several
+    layers together. Nothing is left of `target` then. Other errors are those of `compile`.
     """
     source = Path(folder)
     _check(plan, seed)
-    with watched(progress):
-        return _compiled(source, plan, new_folder(target), example_inputs, (task, outputs, seed))
+    place, data = new_folder(target), None if calibration is None else re_iterable(calibration, "calibration")
+    with watched(progress), _workspace(place, spill) as workspace, torch.inference_mode(False):
+        how = _How(task, outputs, seed, data, workspace)
+        return _compiled(source, plan, place, example_inputs, how)
 
 
-def _compiled(
-    source: Path, plan: Plan, place: Path, example_inputs: Any, how: tuple[str | None, Outputs | None, int]
-) -> Report:
-    task, outputs, seed = how
+@dataclass(frozen=True)
+class _How:
+    """The options of `compile_folder`, and where graphs run."""
+
+    task: str | None
+    outputs: Outputs | None
+    seed: int
+    data: Iterable[Any] | None
+    workspace: Workspace
+
+
+@contextmanager
+def _workspace(place: Path, spill: str | os.PathLike[str] | None) -> Iterator[Workspace]:
+    """Beside the new folder, and in the one for values. Nothing is left of either."""
+    try:
+        with ExitStack() as stack:
+            values = None
+            if spill is not None:
+                check_target(Path(spill) / "values", ArchiveError)
+                values = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphzip-", dir=spill)))
+            yield Workspace(stack.enter_context(scratch(place)), values)
+    except OSError as error:
+        raise unwritable(place, error, ArchiveError) from error
+
+
+def _compiled(source: Path, plan: Plan, place: Path, example_inputs: Any, how: _How) -> Report:
     step(f"tracing {source} without its weights")
-    model = without_weights(source, task)
-    weights = _weights_of(model, Shards(source), source)
-    inputs = _examples(model) if example_inputs is None else pytree.tree_map(_on_meta, example_inputs)
-    traced = trace(model, inputs, outputs=outputs)
+    model = without_weights(source, how.task)
+    inputs = _examples(model, how.data) if example_inputs is None else pytree.tree_map(_on_meta, example_inputs)
+    traced = trace(model, inputs, outputs=how.outputs)
+    constants = {} if how.data is None else computed_buffers(source, how.task) | _choices(traced)
+    weights = _weights_of(model, Shards(source), source, constants)
+    signature = {"": Signature.of(model, inputs)}
     known = Analysed.of(traced)
     account = Account.of(traced, known.groups)
     for number, options in enumerate(plan.passes):
@@ -101,13 +143,15 @@ def _compiled(
         carry_out = pass_of(options, where).by_tensor
         assert carry_out is not None
         known = known if not number else Analysed.of(traced)
-        context = PassContext(where, seed, Trained(model, traced), known=known)
+        trained = Trained(model, traced)
+        calibration = None if how.data is None else Calibration({"": how.data}, signature, trained)
+        context = PassContext(where, how.seed, trained, calibration, known=known, workspace=how.workspace)
         found = carry_out(traced, options, context, weights)
         outcome = checked_outcome(found.outcome, where)
         account.add(options.kind, outcome)
         traced, weights = outcome.traced, found.weights
-    slim = _class_of(model, traced, inputs, outputs)
-    report = account.report(traced, Moves({"": 0.0}, has_data=False, eps=0.0), Origin.of(plan, seed, ()))
+    slim = _class_of(model, traced, inputs, how.outputs)
+    report = account.report(traced, Moves({"": 0.0}, has_data=False, eps=0.0), Origin.of(plan, how.seed, ()))
     _write(slim, weights, source, place)
     logger.info("%s", report)
     return report
@@ -125,8 +169,17 @@ def _check(plan: Any, seed: Any) -> None:
             )
 
 
-def _weights_of(model: nn.Module, shards: Shards, source: Path) -> Weights:
-    """What gives the tensors of a model. Raises `ArchiveError` where the files lack one, or have another shape."""
+def _choices(traced: Traced) -> dict[str, torch.Tensor]:
+    """The constants by which layers choose all positions of a table, by name."""
+    chosen = [node for node in traced.graph.nodes if node.meta.get("choice")]
+    return {str(node.target): torch.arange(get_tensor(traced.module, str(node.target)).numel()) for node in chosen}
+
+
+def _weights_of(model: nn.Module, shards: Shards, source: Path, constants: Mapping[str, torch.Tensor]) -> Weights:
+    """What gives the tensors of a model, and `constants` of its graph.
+
+    Raises `ArchiveError` where the files lack one, or have another shape.
+    """
     state = model.state_dict(keep_vars=True)
     first = find_aliases(model)
     named = names_in_files(model, shards.files)
@@ -146,6 +199,13 @@ def _weights_of(model: nn.Module, shards: Shards, source: Path) -> Weights:
         logger.warning("%s of %s are no part of %s and left out", listed(spare), source, type(model).__name__)
 
     def read(name: str) -> torch.Tensor:
+        if name in constants:
+            return constants[name]
+        if first.get(name, name) not in stored:
+            raise ArchiveError(
+                f"{type(model).__name__} computes {name!r}, which cannot be made without its weights; load the model "
+                "with from_pretrained, and compile that"
+            )
         value, shape = shards(stored[first.get(name, name)]), state[name].shape
         if value.shape != shape:
             raise ArchiveError(f"{source}: {name!r} is {tuple(value.shape)}, where the config says {tuple(shape)}")
@@ -154,13 +214,19 @@ def _weights_of(model: nn.Module, shards: Shards, source: Path) -> Weights:
     return read
 
 
-def _examples(model: nn.Module) -> dict[str, torch.Tensor]:
+def _examples(model: nn.Module, data: Iterable[Any] | None) -> dict[str, torch.Tensor]:
+    """Text of the shape of the first batch, or of any."""
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ExampleInputError(
             f"{type(model).__name__} is no model of text alone; give example_inputs, of which the shapes count: "
             f"{{{getattr(model, 'main_input_name', 'x')!r}: torch.empty(..., device='meta')}}"
         )
-    return {"input_ids": torch.zeros(_TOKENS, dtype=torch.int64, device="meta")}
+    if data is None:
+        return {"input_ids": torch.zeros(_TOKENS, dtype=torch.int64, device="meta")}
+    first = next(each_batch(data))
+    if isinstance(first, Mapping):
+        return {name: first[name].to("meta") for name in ("input_ids", "attention_mask") if name in first}
+    return {"input_ids": (first[0] if isinstance(first, tuple | list) else first).to("meta")}
 
 
 def _on_meta(leaf: Any) -> Any:
@@ -177,7 +243,7 @@ def _class_of(model: nn.Module, traced: Traced, inputs: Any, outputs: Outputs | 
 
     def build(config: Any) -> nn.Module:
         with torch.device("meta"):
-            slim: nn.Module = type(model)(config).eval()
+            slim = of_config(type(model), config).eval()
         if form_of(trace(slim, inputs, outputs=outputs).module, slim).computes != expected:
             raise ArchiveError(
                 f"{type(model).__name__} of the slim widths computes otherwise than the slim model (a norm that was "

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from graphzip.arguments import check_module
 from graphzip.boundary import public
@@ -35,12 +36,14 @@ __all__ = [
     "ADVICE",
     "TASKS",
     "companions",
+    "computed_buffers",
     "copy_files",
     "fitting",
     "from_pretrained",
     "listed",
     "names_in_files",
     "new_folder",
+    "of_config",
     "save_pretrained",
     "without_weights",
 ]
@@ -66,6 +69,7 @@ TASKS: Final = {
 _CONFIG: Final = "config.json"
 _WEIGHTS: Final = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pt", ".pth", ".index.json", ".py")
 _SAME: Final = 1e-4  # of the largest number of an output
+_STEPS: Final = 8  # or so many steps to the next number, in 16 bits
 _LISTED: Final = 5
 
 
@@ -93,15 +97,36 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None) -> 
 
 def without_weights(path: Path, task: str | None) -> nn.Module:
     """The same without its weights, on the meta device. Raises `ArchiveError` as `from_pretrained` does."""
+    return _built(path, task, torch.device("meta")).eval()
+
+
+def computed_buffers(path: Path, task: str | None) -> dict[str, torch.Tensor]:
+    """What the class computes by itself, and keeps in no file, by name: frequencies, masks. Weights get no memory."""
+    model = _built(path, task, _WeightsOnMeta())
+    stored = model.state_dict(keep_vars=True)
+    return {name: value for name, value in model.named_buffers() if name not in stored and not value.is_meta}
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Inside, tensors that begin with no value, or a random one, get no memory, as weights do."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = function in (torch.empty, torch.rand, torch.randn)
+        return function(*args, **(kwargs or {}) | ({"device": "meta"} if made else {}))
+
+
+def _built(path: Path, task: str | None, mode: Any) -> nn.Module:
     kind = _class_in(path, task)
     _know_caches()
     try:
         config = _transformers().AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        with mode:
+            model = of_config(kind, config)
     except Exception as error:
         raise ArchiveError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
-    return model.eval()
+    return model
 
 
 def names_in_files(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
@@ -123,6 +148,13 @@ def names_in_files(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
         if converted is None:
             found[own] = name
     return found
+
+
+def of_config(kind: Any, config: Any) -> nn.Module:
+    """A model of a class, with the dtype that the config names as `from_pretrained` gives it."""
+    make = getattr(kind, "from_config", None) or getattr(kind, "_from_config", kind)
+    made: nn.Module = make(config)
+    return made
 
 
 def _class_in(path: Path, task: str | None) -> Any:
@@ -288,7 +320,8 @@ def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:
     for way, value in expected.items():
         other = found.get(way)
         scale = float(value.abs().max()) if value.numel() else 0.0
-        if other is None or other.shape != value.shape or not float((other - value).abs().max()) <= _SAME * scale:
+        limit = max(_SAME, _STEPS * torch.finfo(value.dtype).eps) if value.is_floating_point() else _SAME
+        if other is None or other.shape != value.shape or not float((other - value).abs().max()) <= limit * scale:
             name = ".".join(map(str, way))
             raise ArchiveError(
                 f"the model that the config describes gives another {name!r} than the slim one (a norm that was "

@@ -76,11 +76,15 @@ class Values:
         """The values of a node whose operands are there; `given` stands in for some of them. Nothing is kept."""
         if node.op == "placeholder":
             return [batch[self._inputs.index(node)] for batch in self.batches]
-        operands = {each: (given or {}).get(each) or self._values[each] for each in node.all_input_nodes}
+        operands = {each: (given or {}).get(each) or self[each] for each in node.all_input_nodes}
         return [
-            value_of(self.traced.module, node, {each: values[number] for each, values in operands.items()})
+            self._value(node, {each: values[number] for each, values in operands.items()})
             for number in range(len(self.batches))
         ]
+
+    def _value(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
+        """What a node gives on one batch."""
+        return value_of(self.traced.module, node, operands)
 
     @torch.no_grad()
     def run(self, node: fx.Node) -> None:

@@ -41,6 +41,7 @@ from graphzip.plan.passes import PASS_OPTIONS
 from graphzip.plan.problems import show
 from graphzip.report.outcome import Bars, Outcome, Table
 from graphzip.rewrite.refresh import refresh
+from graphzip_passes.parts.streamed import Workspace
 from graphzip_passes.registry import BUILT_IN
 
 __all__ = [
@@ -70,6 +71,7 @@ class PassContext:
     - `trained`: the module that is or was trained.
     - `calibration`: the calibration data, or `None`.
     - `known`: the channels of the graph, where it was analysed before.
+    - `workspace`: where a graph runs whose weights are read one at a time.
     """
 
     where: str
@@ -77,6 +79,7 @@ class PassContext:
     trained: Trained
     calibration: Calibration | None = None
     known: Analysed | None = None
+    workspace: Workspace | None = None
 
     @property
     def model(self) -> nn.Module:

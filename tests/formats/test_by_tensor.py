@@ -14,18 +14,12 @@ from typer.testing import CliRunner
 import graphzip as gz
 from graphzip.commands.cli import app
 from graphzip.formats import by_tensor, shards
+from tests.support.folders import llama, tensors
 
 transformers = pytest.importorskip("transformers")
 
 IDS = {"input_ids": torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))}
 HALF = gz.Plan([gz.PruneChannels(keep={"*mlp*": 0.5})])
-
-
-def llama(**options: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | heads | options))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama(tie_word_embeddings=True).save_pretrained(path)
     (path / "tokenizer.json").write_text("{}")
     return path
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 PLANS = {
@@ -145,22 +135,27 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "pruning compensated": (
         gz.Plan([gz.PruneChannels(compensate="data")]),
         gz.PlanError,
-        r"passes\[0\].prune_channels.compensate: 'data' runs the model; write 'none'",
+        r"passes\[0\].prune_channels.compensate: 'data' needs calibration data; pass calibration=",
+    ),
+    "statistics": (
+        gz.Plan([gz.PruneChannels(compensate="free")]),
+        gz.PlanError,
+        r"passes\[0\].prune_channels.compensate: 'free' looks at several layers together; write 'none' or 'data'",
     ),
     "merging compensated": (
         gz.Plan([gz.ClusterMerge(compensate="data")]),
         gz.PlanError,
-        r"passes\[0\].cluster_merge.compensate: 'data' runs the model; write 'none'",
+        r"passes\[0\].cluster_merge.compensate: 'data' needs calibration data; pass calibration=",
     ),
     "reconstruction": (
         gz.Plan([gz.ClusterMerge(clustering="reconstruction")]),
         gz.PlanError,
-        r"passes\[0\].cluster_merge.clustering: 'reconstruction' runs the model; write 'kmeans'",
+        r"passes\[0\].cluster_merge.clustering: 'reconstruction' looks at several layers together; write 'kmeans'",
     ),
     "activations": (
         gz.Plan([gz.ClusterMerge(features="activations")]),
         gz.PlanError,
-        r"passes\[0\].cluster_merge.features: 'activations' runs the model; write 'weights'",
+        r"passes\[0\].cluster_merge.features: 'activations' looks at several layers together; write 'weights'",
     ),
     "another width in each layer": (
         gz.Plan([gz.PruneChannels(keep={"*layers.0.mlp*": 0.5})]),

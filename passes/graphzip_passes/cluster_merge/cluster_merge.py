@@ -39,7 +39,7 @@ from graphzip_passes.base import ByTensor, Decision, PassContext, Weights, by_te
 from graphzip_passes.cluster_merge.activations import activations
 from graphzip_passes.cluster_merge.elimination import elimination_orders, partition_of
 from graphzip_passes.cluster_merge.variance import correct_variances_
-from graphzip_passes.parts.by_tensor import held, shrunk
+from graphzip_passes.parts.by_tensor import held, refitted, shrunk, streams
 from graphzip_passes.parts.centripetal import attach
 from graphzip_passes.parts.clustering import check_clustering, cluster, cluster_view, is_viewing
 from graphzip_passes.parts.compensation import Narrowed, Refit, refit
@@ -172,7 +172,11 @@ class ClusterMergePass(Tying):
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
         """Merge them."""
         identical = self._is_collapsed(traced.module)
-        result = self._slim(traced) if identical else self.convert(traced)
+        return self.outcome(self._slim(traced) if identical else self.convert(traced), identical=identical)
+
+    def outcome(self, result: Traced, *, identical: bool, fitted: Refit | None = None) -> Outcome:
+        """What came of it: the slimmer model, of clusters that were `identical` or not, and what was `fitted`."""
+        self._refit = fitted or self._refit
         widths = {name: (self.groups[name].size, len(parts)) for name, parts in self.clusters.items()}
         exact = not self.left_plain and all(self.groups[name].exact for name in self.clusters)
         return Outcome(
@@ -355,17 +359,23 @@ class ClusterMergePass(Tying):
 
 @by_tensor(ClusterMerge)
 def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext, weights: Weights) -> ByTensor:
-    """Cluster a group at a time, merge slices of a parameter at a time. Raises `PlanError` where that takes data."""
-    for key, value, instead in (
-        ("compensate", options.compensate, "none"),
-        ("features", options.features, "weights"),
-        ("clustering", options.clustering if options.clustering == RECONSTRUCTION else "kmeans", "kmeans"),
+    """Cluster a group at a time, merge slices of a parameter at a time, and re-fit a layer at a time.
+
+    Raises `PlanError` for what looks at several layers together.
+    """
+    if context.calibration is not None:
+        options = options.for_data()
+    for key, wrong, instead in (
+        ("compensate", {"free"}, "'none' or 'data'"),
+        ("features", {"activations", "both"}, "'weights'"),
+        ("clustering", {RECONSTRUCTION}, "'kmeans'"),
     ):
-        if value != instead:
-            raise PlanError(f"{context.where}.{key}: {value!r} runs the model; write {instead!r}")
+        if (value := getattr(options, key)) in wrong:
+            raise PlanError(f"{context.where}.{key}: {value!r} looks at several layers together; write {instead}")
     known = context.known or Analysed.of(traced)
     what = f"{context.where}.clustering: {options.clustering!r}"
     evidence = Evidence(traced, known.analysis, known.groups, context.calibration, context.seed, what)
+    evidence.streams = streams(context, weights)
     seeing = _Seeing(options.clustering, context.seed, _front(options, traced), evidence)
     clusters: dict[str, Partition] = {}
     widths = resolve(_widths(options), known.groups, where=context.where)
@@ -379,7 +389,15 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
             clusters[name] = seeing.clustered(group, traced, width.count)
     found = options.model_copy(update={"clusters": clusters, "keep": {}})
     merging = ClusterMergePass(found, traced, seed=context.seed, where=context.where, analysed=known)
-    return ByTensor(merging.finish(traced, context), shrunk(merging.layout(), weights, merging.centred))
+    slim = shrunk(merging.layout(), weights, merging.centred)
+    if options.compensate != "data" or not clusters:
+        return ByTensor(merging.finish(traced, context), slim)
+    batches = [] if context.calibration is None else context.calibration.graph_inputs()
+    if not batches:
+        raise PlanError(_without_data(options, context.where))
+    merged = merging.merged(traced)
+    fitted, slim = refitted(traced, merged, (weights, slim), context, batches)
+    return ByTensor(merging.outcome(merged.traced, identical=False, fitted=fitted), slim)
 
 
 def _widths(options: ClusterMerge) -> WidthOptions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +14,11 @@ from graphzip.graph.state import attach, get_tensor, is_persistent
 from graphzip.graph.traced import Traced
 from graphzip.rewrite.layout import Layout
 from graphzip.rewrite.params import shrink_parameter, shrinking_axes
-from graphzip_passes.base import Weights
+from graphzip_passes.base import PassContext, Weights
+from graphzip_passes.parts.compensation import Narrowed, Refit, refit
+from graphzip_passes.parts.streamed import Streamed
 
-__all__ = ["held", "shrunk"]
+__all__ = ["held", "refitted", "shrunk", "streams"]
 
 
 @contextmanager
@@ -48,3 +51,29 @@ def shrunk(
         return shrink_parameter(layout, axes[name], value) if name in axes else value
 
     return read
+
+
+def streams(context: PassContext, weights: Weights) -> Callable[[Traced, Sequence[tuple[Any, ...]]], Streamed]:
+    """What makes the values of a graph that has these weights, and reads them when they are needed."""
+    assert context.workspace is not None
+    workspace = context.workspace
+    return lambda traced, batches: Streamed(traced, batches, weights, workspace)
+
+
+def refitted(
+    traced: Traced,
+    found: Narrowed,
+    weights: tuple[Weights, Weights],
+    context: PassContext,
+    batches: Sequence[tuple[Any, ...]],
+) -> tuple[Refit, Weights]:
+    """Fit the layers of a slimmer model one after the other, with the `weights` of both read one at a time.
+
+    Gives what was fitted, and the weights of the slimmer model from then on.
+    """
+    assert context.workspace is not None
+    kept = context.workspace.kept()
+    old = Streamed(traced, batches, weights[0], context.workspace)
+    new = Streamed(found.traced, batches, weights[1], context.workspace, kept)
+    done = refit(old, new, found.layout, found.means)
+    return done, kept.over(weights[1])

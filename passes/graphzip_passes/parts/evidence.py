@@ -6,7 +6,7 @@ pruning" (2018); Hutchinson (1990) for random directions of the outputs, where t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -59,7 +59,10 @@ _NORMS: Final = {
 
 @dataclass
 class Evidence:
-    """A model, its groups, and the calibration data; `where` is the path of the option that asks, for messages."""
+    """A model, its groups, and the calibration data; `where` is the path of the option that asks, for messages.
+
+    `streams` gives the values of a graph whose weights are never all in memory.
+    """
 
     traced: Traced
     analysis: Analysis
@@ -67,6 +70,7 @@ class Evidence:
     calibration: Calibration | None
     seed: int
     where: str
+    streams: Callable[[Traced, Sequence[tuple[Any, ...]]], Values] | None = None
     _stream: Values | None = field(default=None, repr=False)
 
     @cached_property
@@ -104,7 +108,7 @@ class Evidence:
     def _at(self, node: fx.Node) -> list[Tensor]:
         """The values of a node."""
         if self._stream is None or (self._order[node] < self._stream.done and node not in self._stream):
-            self._stream = Values(self.traced, leading(self.batches, _HELD))
+            self._stream = (self.streams or Values)(self.traced, leading(self.batches, _HELD))
         self._stream.up_to(node)
         return self._stream[node]
 
@@ -139,8 +143,17 @@ class Evidence:
         """(samples, n): `sum of w * d loss / d w` over all that makes a channel."""
         return self._by_sample[1][group.name]
 
+    def _check_whole(self) -> None:
+        """Raises `PlanError` where the model cannot be looked at as a whole."""
+        if self.streams is not None:
+            raise PlanError(
+                f"{self.where}: it looks at all layers together, and cannot be carried out a tensor at a time; take "
+                "'wanda' or a criterion of weights, or load the model with from_pretrained, and compile that"
+            )
+
     @cached_property
     def _mean(self) -> tuple[float, dict[str, Tensor]]:
+        self._check_whole()
         if not self.labelled:
             raise PlanError(
                 f"{self.where}: it differentiates a loss; pass loss=, a function (outputs, labels), and calibration "
@@ -155,6 +168,7 @@ class Evidence:
 
     @cached_property
     def _by_sample(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self._check_whole()
         squares, count = self._zeros(), 0
         rows: dict[str, list[Tensor]] = {group.name: [] for group in self.groups}
         for batch, labels in self._one_by_one():
@@ -265,6 +279,7 @@ class Evidence:
         (groups of the layer, columns, columns), their weight, (groups, outputs, columns), and the columns of channels,
         (groups, n, columns).
         """
+        self._check_whole()
         readers: dict[fx.Node, list[tuple[str, IntArray, Layer]]] = {}
         for group in self.groups:
             for param in readers_of(group, self._layers):

@@ -33,8 +33,8 @@ from graphzip.report.tables import closest
 from graphzip.rewrite.layout import Layout
 from graphzip.rewrite.merge import drop_channels
 from graphzip_passes.base import ByTensor, Constraint, Decision, PassContext, Weights, by_tensor, register_pass
-from graphzip_passes.parts.by_tensor import held, shrunk
-from graphzip_passes.parts.compensation import Narrowed, refit
+from graphzip_passes.parts.by_tensor import held, refitted, shrunk, streams
+from graphzip_passes.parts.compensation import Narrowed, Refit, refit
 from graphzip_passes.parts.evidence import Evidence
 from graphzip_passes.parts.group_view import GroupView
 from graphzip_passes.parts.tied_slices import Place, Rows, rows_of, slices_of
@@ -119,19 +119,29 @@ class PruneChannelsPass(Constraint):
         return self._finished(traced, context)
 
     def _finished(self, traced: Traced, context: PassContext) -> Outcome:
-        details: dict[str, Any] = {"dropped": {name: list(gone) for name, gone in self.gone.items()}}
         found = self.narrowed(traced)
-        result = found.traced
+        fitted = None
+        if self.options.compensate == "data" and self.gone:
+            batches = self.batches(context)
+            fitted = refit(Values(traced, batches), Values(found.traced, batches), found.layout, found.means)
+        return self.outcome(found.traced, fitted)
+
+    def batches(self, context: PassContext) -> list[tuple[Any, ...]]:
+        """What the graph is fitted on. Raises `PlanError` where there is nothing."""
+        batches = [] if context.calibration is None else context.calibration.graph_inputs()
+        if not batches:
+            raise PlanError(
+                f"{self.where}.compensate: 'data' needs calibration data; pass calibration=, a list of batches, or "
+                "use compensate='none'"
+            )
+        return batches
+
+    def outcome(self, result: Traced, fitted: Refit | None) -> Outcome:
+        """What came of it: the slimmer model, and what was fitted in it."""
+        details: dict[str, Any] = {"dropped": {name: list(gone) for name, gone in self.gone.items()}}
         if self.options.compensate == "free":
             details["corrected"] = self.corrected
-        if self.options.compensate == "data" and self.gone:
-            batches = [] if context.calibration is None else context.calibration.graph_inputs()
-            if not batches:
-                raise PlanError(
-                    f"{self.where}.compensate: 'data' needs calibration data; pass calibration=, a list of batches, or "
-                    "use compensate='none'"
-                )
-            fitted = refit(Values(traced, batches), Values(result, batches), found.layout, found.means)
+        if fitted is not None:
             details |= {"fitted": list(fitted.fitted), "not_fitted": dict(fitted.left)}
         return Outcome(result, lossless=not self.gone, loss=CHANNELS_LOST, widths=self._widths(), details=details)
 
@@ -216,17 +226,28 @@ class PruneChannelsPass(Constraint):
 
 @by_tensor(PruneChannels)
 def prune_by_tensor(traced: Traced, options: PruneChannels, context: PassContext, weights: Weights) -> ByTensor:
-    """Score a group at a time, and drop slices of a parameter at a time. Raises `PlanError` where that takes data."""
-    if options.compensate != "none":
-        raise PlanError(f"{context.where}.compensate: {options.compensate!r} runs the model; write 'none'")
+    """Score a group at a time, drop slices of a parameter at a time, and re-fit a layer at a time.
+
+    Raises `PlanError` for what looks at several layers together.
+    """
+    if options.compensate == "free":
+        raise PlanError(f"{context.where}.compensate: 'free' looks at several layers together; write 'none' or 'data'")
     known = context.known or Analysed.of(traced)
+    names = list(_widths(options, known.groups, context.where))
+    evidence = _evidence(traced, known, names, options, context)
+    evidence.streams = streams(context, weights)
     scores: dict[str, FloatArray] = {}
-    names = _widths(options, known.groups, context.where)
-    for name in counted(names, "scoring", names):
-        with held(traced, known.groups[name], weights):
-            scores |= _scored(traced, known, [name], options, context)
+    groups = sorted(evidence.groups, key=evidence.order_of)
+    for group in counted(groups, "scoring", [group.name for group in groups]):
+        with held(traced, group, weights):
+            scores[group.name] = scores_of(GroupView(group, evidence), options.criterion, evidence.where)
+    scores = {name: scores[name] for name in names}
     pruning = PruneChannelsPass(options, traced, replace(context, known=known), scores=scores)
-    return ByTensor(pruning.finish(traced, context), shrunk(pruning.layout(), weights))
+    found, slim = pruning.narrowed(traced), shrunk(pruning.layout(), weights)
+    fitted = None
+    if options.compensate == "data" and pruning.gone:
+        fitted, slim = refitted(traced, found, (weights, slim), context, pruning.batches(context))
+    return ByTensor(pruning.outcome(found.traced, fitted), slim)
 
 
 def _widths(options: PruneChannels, groups: ChannelGroups, where: str) -> dict[str, int]:
@@ -239,16 +260,24 @@ def _scored(
     traced: Traced, known: Analysed, names: Sequence[str], options: PruneChannels, context: PassContext
 ) -> dict[str, FloatArray]:
     """The scores (n,) of these groups."""
+    evidence = _evidence(traced, known, names, options, context)
+    found = {
+        group.name: scores_of(GroupView(group, evidence), options.criterion, evidence.where)
+        for group in sorted(evidence.groups, key=evidence.order_of)
+    }
+    return {each: found[each] for each in names}
+
+
+def _evidence(
+    traced: Traced, known: Analysed, names: Sequence[str], options: PruneChannels, context: PassContext
+) -> Evidence:
+    """What the criterion is given of these groups. Raises `PlanError` where there is no such criterion."""
     name = options.criterion
     if name not in CRITERIA:
         raise PlanError(f"{context.where}.criterion: unknown criterion {name!r}; {closest(name, CRITERIA)}")
     mine = ChannelGroups([known.groups[each] for each in names])
     where = f"{context.where}.criterion: {name!r}"
-    evidence = Evidence(traced, known.analysis, mine, context.calibration, context.seed, where)
-    found = {
-        group.name: scores_of(GroupView(group, evidence), name, where) for group in sorted(mine, key=evidence.order_of)
-    }
-    return {each: found[each] for each in names}
+    return Evidence(traced, known.analysis, mine, context.calibration, context.seed, where)
 
 
 def scores_of(view: GroupView, criterion: str, where: str) -> FloatArray:

@@ -1,0 +1,149 @@
+"""A graph that runs while its tensors lie on the disk: each is read when an operator needs it, and dropped behind it.
+
+The graph was traced on the meta device. What operators make there they make on the CPU here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors.torch
+import torch
+from torch import fx
+
+from graphzip.graph.interpreter import Values
+from graphzip.graph.state import get_tensor
+from graphzip.graph.traced import Traced
+
+__all__ = ["Kept", "Streamed", "Workspace"]
+
+Read = Callable[[str], torch.Tensor]
+
+_SPILLED: Final = 1 << 20
+"""Bytes of a value from which on it is worth a file."""
+
+
+class Kept:
+    """Tensors that were changed, each in a file of its own until it is written to where it belongs."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        file = self._files.setdefault(name, self._folder / f"{len(self._files)}.safetensors")
+        safetensors.torch.save_file({"value": value.detach().contiguous()}, file)
+
+    def over(self, read: Read) -> Read:
+        """What gives the changed tensors, and the others as `read` does."""
+
+        def found(name: str) -> torch.Tensor:
+            return safetensors.torch.load_file(self._files[name])["value"] if name in self._files else read(name)
+
+        return found
+
+
+@dataclass
+class Workspace:
+    """What a graph needs to run without its weights in memory.
+
+    - `folder`: for tensors that were changed.
+    - `spill`: for values of operators, which stay in memory without it.
+    """
+
+    folder: Path
+    spill: Path | None = None
+    _numbers: Iterable[int] = field(default_factory=itertools.count, repr=False)
+
+    def kept(self) -> Kept:
+        """A place for tensors that are changed by one pass."""
+        return Kept(self.folder / f"kept-{next(iter(self._numbers))}")
+
+    def place(self) -> Path | None:
+        """A new file for a value."""
+        return None if self.spill is None else self.spill / f"{next(iter(self._numbers))}.values"
+
+
+class Streamed(Values):
+    """`Values` of a graph on the meta device, whose tensors `read` gives by name; those that are set go into `kept`.
+
+    A tensor is in memory from the first operator that reads it until that one is finished, and is read anew for the
+    next.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        batches: Sequence[tuple[Any, ...]],
+        read: Read,
+        workspace: Workspace,
+        kept: Kept | None = None,
+    ) -> None:
+        super().__init__(traced, batches)
+        self._workspace, self._kept = workspace, kept
+        self._read = read if kept is None else kept.over(read)
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def __getitem__(self, node: fx.Node) -> list[Any]:
+        if node.op == "get_attr" and node not in self._values:
+            self._values[node] = [self._fetched(node)] * len(self.batches)
+        return self._values[node]
+
+    def run(self, node: fx.Node) -> None:
+        if node.op != "get_attr":
+            super().run(node)
+
+    def finish(self, node: fx.Node) -> None:
+        super().finish(node)
+        for each in node.all_input_nodes:
+            if each.op == "get_attr":
+                self._values.pop(each, None)
+
+    def set_tensor(self, node: fx.Node, value: torch.Tensor) -> None:
+        assert self._kept is not None
+        name, made = str(node.target), value.to(self[node][0].dtype)
+        self._kept[name] = made.to(self._dtypes.get(name, made.dtype))
+        self._values[node] = [made] * len(self.batches)
+
+    def _fetched(self, node: fx.Node) -> torch.Tensor:
+        name, dtype = str(node.target), node.meta["val"].dtype
+        held = get_tensor(self.traced.module, name)
+        if "numbers" in node.meta:
+            return torch.from_numpy(node.meta["numbers"])
+        if not held.numel():
+            return torch.empty(held.shape, dtype=dtype)
+        found = self._read(name) if held.is_meta else held.detach()
+        self._dtypes[name] = found.dtype
+        return found.to(dtype)
+
+    def _value(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _on_cpu)
+        return self._spilled(node.target(*args, **kwargs))  # type: ignore[operator]
+
+    def _spilled(self, value: Any) -> Any:
+        """The same, mapped from a file where there is a place for these, and memory to gain."""
+        if not isinstance(value, torch.Tensor) or value.nbytes < _SPILLED:
+            return value
+        storage = value.untyped_storage()
+        if storage.filename is not None or storage.nbytes() < value.nbytes:
+            return value
+        place = self._workspace.place()
+        if place is None:
+            return value
+        mapped = torch.from_file(str(place), shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
+        mapped.copy_(value)
+        with contextlib.suppress(OSError):  # what is mapped goes with the last that reads it; not so on Windows
+            place.unlink()
+        return mapped
+
+
+def _on_cpu(argument: Any) -> Any:
+    """An argument of an operator; the CPU in place of the meta device."""
+    return torch.device("cpu") if isinstance(argument, torch.device) and argument.type == "meta" else argument
