@@ -176,16 +176,13 @@ class Rectangles:
 
     def _joined_along(self, move: Move, lines: IntArray, sources: IntArray) -> int | None:
         """The dimension along which whole lines of the sources stand behind each other, the same ones in every row."""
-        sizes = dict(zip(*np.unique(sources, return_counts=True), strict=True))
+        names, sizes = np.unique(sources, return_counts=True)
         starts = np.cumsum([source.size for source in move.sources])
         operand = np.searchsorted(starts, move.origin, side="right")
         for dim in support(move.result):
             rows = np.moveaxis(lines, dim, -1).reshape(-1, lines.shape[dim])
             kinds = np.moveaxis(operand, dim, -1).reshape(rows.shape)
-            found, counts = np.unique(rows, return_counts=True)
-            whole = all(sizes.get(line) == count for line, count in zip(found, counts, strict=True))
-            runs = sum(1 + int((np.diff(row) != 0).sum()) for row in rows)  # as many as lines: each is one run
-            if runs == found.size and whole and (kinds == kinds[0]).all():
+            if (kinds == kinds[0]).all() and all(_whole_runs(row, names, sizes) for row in rows):
                 return dim
         return None
 
@@ -194,6 +191,16 @@ class Rectangles:
         if key not in self._seen:
             self._seen.add(key)
             self.found.append((subject, classes, lines))
+
+
+def _whole_runs(row: IntArray, names: IntArray, sizes: IntArray) -> bool:
+    """Whether a row is made of lines that stand behind each other, each of them whole and there once."""
+    starts = np.flatnonzero(np.r_[True, row[1:] != row[:-1]])
+    found, lengths = row[starts], np.diff(np.r_[starts, row.size])
+    known = np.isin(found, names)
+    return bool(
+        known.all() and np.unique(found).size == found.size and (sizes[np.searchsorted(names, found)] == lengths).all()
+    )
 
 
 def _in_rows(labels: IntArray, lines: IntArray) -> IntArray | None:

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from graphzip.canonical.decompose import decompose
 from graphzip.canonical.functionalize import Writes, functionalize
+from graphzip.canonical.joined_writes import join_writes
 from graphzip.canonical.shuffles import fuse_shuffles
 from graphzip.canonical.split_packed import unpack
 from graphzip.graph.source import annotate
@@ -38,6 +39,7 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> Writes:
     _drop_constant_copies(module)
     decompose(graph)
     graph.eliminate_dead_code()
+    join_writes(graph)
     fuse_shuffles(module)
     unpack(module)
     graph.eliminate_dead_code()

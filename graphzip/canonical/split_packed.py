@@ -50,10 +50,10 @@ def _take_apart(select: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     assert isinstance(dim, int)
     assert isinstance(index, int)
-    chain, place = _trace_back(source, dim % len(source.meta["val"].shape))
-    if place is None:
+    chain, places = _trace_back(source, dim % len(source.meta["val"].shape))
+    if not chain:
         return
-    view = chain[0]
+    view, place = chain[0], places[0]
     packed = view.args[0]
     assert isinstance(packed, fx.Node)
     split = _split_of(packed.meta["val"], view.meta["val"], place)
@@ -66,29 +66,32 @@ def _take_apart(select: fx.Node) -> None:
     chosen = numbers.select(run.index(place), part).flatten()
     build = Builder.before(select)
     current = _cut(build, packed, at, chosen)
-    for node in chain:
-        current = _again(build, node, current, place if node is view else None)
+    for node, at in zip(chain, places, strict=True):
+        current = _again(build, node, current, at if node.target in _VIEWS else None)
     select.args = (current, dim, 0)
 
 
-def _trace_back(node: fx.Node, dim: int) -> tuple[list[fx.Node], int | None]:
-    """The nodes from a view to `node`, and which dimension of the view became `dim`."""
-    chain = [node]
-    while chain[0].target not in _VIEWS:
+def _trace_back(node: fx.Node, dim: int) -> tuple[list[fx.Node], list[int]]:
+    """The nodes from the view that splits to `node`, and for each which of its dimensions became `dim`; or nothing."""
+    chain, places = [node], [dim]
+    while True:
         first = chain[0]
         source = first.args[0] if first.args else None
-        moved = _before(first, dim)
+        moved = _before(first, places[0])
+        if moved is None and first.target in _VIEWS:
+            return chain, places
         if moved is None or not isinstance(source, fx.Node):
-            return [], None
-        dim = moved
+            return [], []
         chain.insert(0, source)
-    return chain, dim
+        places.insert(0, moved)
 
 
 def _before(node: fx.Node, dim: int) -> int | None:
     """The dimension of the operand that became dimension `dim`."""
     if node.target in COPIES:
         return dim
+    if node.target in _VIEWS:
+        return _left_alone(node, dim)
     rank = len(node.meta["val"].shape)
     if node.target is aten.permute.default:
         order: Any = node.args[1]
@@ -104,6 +107,16 @@ def _before(node: fx.Node, dim: int) -> int | None:
         gone = int(node.args[1]) % before  # type: ignore[arg-type]
         return dim + (dim >= gone) if rank < before else dim
     return None
+
+
+def _left_alone(view: fx.Node, dim: int) -> int | None:
+    """The dimension of the operand that a view has at `dim` as it was, while it lays out others anew."""
+    source, value = view.args[0].meta["val"], view.meta["val"]  # type: ignore[union-attr]
+    before, after = stand_ins(source.shape, value.shape)
+    if after[dim] == 1 or dim in open_dims(value):
+        return None
+    same = (at for at, size in enumerate(before) if size == after[dim])
+    return next((at for at in same if math.prod(before[:at]) == math.prod(after[:dim])), None)
 
 
 def _split_of(packed: torch.Tensor, view: torch.Tensor, place: int) -> tuple[int, list[int]] | None:

@@ -278,6 +278,28 @@ def test_a_norm_over_channels_hears_every_one_of_them() -> None:
     assert relative(model(x), result.module(x)) < 1e-9
 
 
+class ReadApart(nn.Module):
+    """A shift of channels of which one is read by nobody; the mean of the shift, which has no channels, by everybody."""
+
+    def __init__(self, *, runs: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.runs = nn.Linear(4, 6), nn.Linear(6, 3), runs
+        self.shift = nn.Parameter(torch.randn(6))
+        with torch.no_grad():
+            self.b.weight[:, 2] = 0.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.b((self.a(x) + self.shift).relu()) if self.runs else x), self.shift.mean()
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_parameters_that_are_read_apart_from_their_channels(runs: bool) -> None:
+    model, x = ReadApart(runs=runs).double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    result = minimized(model, x)
+    for got, wanted in zip(result.module(x), model(x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_one_channel_of_every_group_stays() -> None:
     model = network()
     with torch.no_grad():

@@ -65,10 +65,19 @@ def regions_of(traced: Traced, known: Analysed) -> list[Region]:
     held = holders(shrinkable, known.analysis)
     found = []
     for group in shrinkable:
+        own = {traced.local(each.param) for each in group.params if each.role != "consumer"}
+        if _read_apart(traced, own, {*held[group.name], *layers}):
+            continue
         region = _region(group, held[group.name], layers, by_weight)
         if region is not None:
             found.append(region)
     return found
+
+
+def _read_apart(traced: Traced, names: set[str], known: set[fx.Node]) -> bool:
+    """Whether anything but layers and what holds the channels reads parameters: their sum, say, has no channels."""
+    fetched = (node for node in traced.graph.find_nodes(op="get_attr") if node.target in names)
+    return any(user not in known for node in fetched for user in node.users)
 
 
 def _region(

@@ -38,7 +38,8 @@ NO_ONE_IS_PINNED = [
     "stream_instance_norm", "stream_normalize", "stream_normalize_last", "rotary_halves", "rotary_pairs",
     "multihead_attention_with_weights", "grouped_query_expand", "grouped_query_five_dims", "multi_query_broadcast",
     "multi_query_expand", "multi_query_repeat", "rotary_of_a_part", "channel_attention", "channel_attention_groups",
-    "linear_attention", "heads_innermost",
+    "linear_attention", "heads_innermost", "packed_folded_into_the_batch", "latent_keys_and_values",
+    "rotary_of_a_part_packed",
 ]  # fmt: skip
 """Networks in which only what the output or the vocabulary fixes is pinned."""
 

@@ -361,13 +361,13 @@ def attention_scores_as_output() -> Example:
 # --- positions and masks --------------------------------------------------------------------------------------------
 
 
-def _angles() -> tuple[Tensor, Tensor]:
+def angles() -> tuple[Tensor, Tensor]:
     frequencies = torch.outer(torch.arange(TOKENS).float(), 1.0 / 10 ** (torch.arange(0, WIDTH, 2) / WIDTH))
-    angles = torch.cat([frequencies, frequencies], -1)
-    return angles.cos(), angles.sin()
+    turned = torch.cat([frequencies, frequencies], -1)
+    return turned.cos(), turned.sin()
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([-b, a], -1)
 
@@ -377,7 +377,7 @@ def _rotate_pairs(x: Tensor) -> Tensor:
 
 
 def _rotary(rotate: Callable[[Tensor], Tensor]) -> Example:
-    cos, sin = _angles()
+    cos, sin = angles()
 
     def attend(m: Any, x: Tensor) -> Tensor:
         q, k, v = split(m, x)
@@ -389,7 +389,7 @@ def _rotary(rotate: Callable[[Tensor], Tensor]) -> Example:
 
 @net
 def rotary_halves() -> Example:
-    return _rotary(_rotate_half)
+    return _rotary(rotate_half)
 
 
 @net
@@ -416,11 +416,11 @@ def rotary_complex() -> Example:
 @net
 def rotary_of_a_part() -> Example:
     """Only the first channels of a head turn."""
-    cos, sin = _angles()
+    cos, sin = angles()
 
     def attend(m: Any, x: Tensor) -> Tensor:
         q, k, v = split(m, x)
-        q, k = (torch.cat([p[..., :4] * m.cos + _rotate_half(p[..., :4]) * m.sin, p[..., 4:]], -1) for p in (q, k))
+        q, k = (torch.cat([p[..., :4] * m.cos + rotate_half(p[..., :4]) * m.sin, p[..., 4:]], -1) for p in (q, k))
         return joined(F.scaled_dot_product_attention(q, k, v))
 
     return block(attend, cos=cos[:, :4], sin=sin[:, :4], **projections())

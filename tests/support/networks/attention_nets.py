@@ -10,6 +10,7 @@ from __future__ import annotations
 import attention_heads  # each of them fills the registry
 import attention_kinds
 import attention_norms
+import attention_shared
 from attention_parts import ATTENTION_NETS, HEADS, INNER, STREAM, WIDTH
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "attention_heads",
     "attention_kinds",
     "attention_norms",
+    "attention_shared",
 ]
