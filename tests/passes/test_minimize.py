@@ -279,7 +279,7 @@ def test_a_norm_over_channels_hears_every_one_of_them() -> None:
 
 
 class ReadApart(nn.Module):
-    """A shift of channels of which one is read by nobody; the mean of the shift, which has no channels, by everybody."""
+    """A shift of channels, one of which nobody reads; the mean of the shift, which has no channels, is given out."""
 
     def __init__(self, *, runs: bool) -> None:
         super().__init__()
