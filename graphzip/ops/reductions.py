@@ -30,9 +30,23 @@ def window(spatial: int) -> Callable[[Site], Result]:
     def rule(site: Site) -> Result:
         source = site.tensors()[0]
         rank = len(site.shape(source))
-        return _each(site, mixing(site, site.axes(source), range(rank - spatial, rank), "mixes positions"))
+        dims = [rank - spatial + place for place in range(spatial) if not _one_wide(site, place)]
+        return _each(site, mixing(site, site.axes(source), dims, "mixes positions"))
 
     return rule
+
+
+def _one_wide(site: Site, place: int) -> bool:
+    """Whether a window is a single position along a dimension, every one of which is given on in its turn."""
+    if "kernel_size" not in site.args or isinstance(site.node.meta["val"], tuple | list):
+        return False  # places of the largest are counted through all dimensions
+
+    def at(name: str, otherwise: int) -> Any:
+        given = site.args.get(name)
+        listed = list(given) if isinstance(given, list | tuple) else [otherwise if given is None else given]
+        return listed[place % len(listed)] if listed else otherwise
+
+    return (at("kernel_size", 0), at("stride", 1), at("padding", 0), at("dilation", 1)) == (1, 1, 0, 1)
 
 
 def _each(site: Site, axes: Axes) -> Result:

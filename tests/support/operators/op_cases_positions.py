@@ -41,6 +41,11 @@ for rank, shape in {1: (2, 3, 6), 2: (2, 3, 4, 4), 3: (2, 3, 4, 4, 4)}.items():
                    resampling(f"upsample_nearest{rank}d _upsample_nearest_exact{rank}d", three), shape, dim=1)  # fmt: skip
     CASES.each({f"avg_pool{rank}d": (two,)}, name="over channels", shape=(2, *shape[2:], 4), dim=rank + 1,
                why="mixes positions")  # fmt: skip
+for kind in ("max", "avg"):
+    CASES.each({f"{kind}_pool2d": ([2, 1], [2, 1])}, name="of places, one channel wide", shape=(2, 6, 5), dim=2)
+    for window, stride, pads in (([2, 1], [2, 2], [0, 0]), ([2, 2], [2, 1], [0, 0]), ([2, 2], [1, 1], [0, 1])):
+        CASES.each({f"{kind}_pool2d": (window, stride, pads)}, name=f"over channels, {window}, {stride}, {pads}",
+                   shape=(2, 6, 5), dim=2, why="mixes positions")  # fmt: skip
 CASES.together("linear resampling", resampling("upsample_linear1d", [3], False), (2, 3, 6), dim=1)
 CASES.together("trilinear resampling", resampling("upsample_trilinear3d", [3, 3, 3], False), (2, 3, 2, 2, 2), dim=1)
 CASES.together("bilinear and bicubic resampling", resampling(
