@@ -119,10 +119,11 @@ def _pinned(groups: Any) -> list[str]:
     return [f"{count}: {reason}" for reason, count in why.most_common() if reason][:8]
 
 
-def _exported(compiled: Any) -> bool:
-    """Whether the file was verified."""
+def _exported(compiled: Any) -> bool | str:
+    """Whether the file was verified, or what about it is not certain."""
     with tempfile.TemporaryDirectory() as folder:
-        return bool(compiled.export(Path(folder) / "model.onnx").verified)
+        report = compiled.export(Path(folder) / "model.onnx")
+    return True if report.verified else "; ".join(report.unchecked)
 
 
 def _told(error: Exception) -> str:
@@ -186,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         else:
             cuts = (f"{row[key]:.1%}" if key in row else "" for key in ("mergeable", "params", "macs"))
             worst = f"{row['worst']:.0e}" if "worst" in row else ""
-            file = {True: "verified", False: "unchecked"}.get(row.get("exported"), "")  # type: ignore[arg-type]
+            file = {True: "verified", None: ""}.get(row.get("exported"), "not certain")
             times = (f"{row['seconds'].get(stage, 0):.1f} s" for stage in ("trace", "analyse", "compile"))
             why = "; ".join(f"{stage}: {reason}" for stage, reason in row["refused"].items())
             result.add_row(name, str(row["channels"]), *cuts, worst, file, *times, why)

@@ -61,6 +61,6 @@ def test_a_wild_model_goes_all_the_way(tmp_path: Path) -> None:
     done = zoo("wild:expert_list", "--json")
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
-    assert row["exported"]
+    assert row["exported"] is True
     assert row["worst"] <= 1e-12
     assert not row["refused"]

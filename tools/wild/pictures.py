@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tools.wild.wrappers import Call, Wild
@@ -45,7 +46,11 @@ def _pytorchcv(name: str, inputs: str = IMAGE) -> Wild:
     def build() -> nn.Module:
         from pytorchcv.model_provider import get_model
 
-        return get_model(name, pretrained=False)
+        model = get_model(name, pretrained=False)
+        for key, index in model.named_buffers():
+            if key.endswith("index"):  # which channels CondenseNet learned to read: none has been chosen yet
+                index.copy_(torch.randperm(len(index)))
+        return model
 
     return Wild(build, inputs)
 
