@@ -43,10 +43,24 @@ def is_gate(node: fx.Node) -> bool:
         source = source.args[0]
     if isinstance(source, fx.Node) and source.target is aten.one_hot.default:
         return True
+    if not _depends_on_inputs(node):
+        return False  # the strengths of branches are no router: none of them is zero for some inputs
     factors = _reached(node)
     return bool(factors) and all(
         each.target is aten.mul.Tensor and _are_terms(_reached(each)) for each in factors if each is not node
     )
+
+
+def _depends_on_inputs(node: fx.Node) -> bool:
+    """Whether a value is computed from what is given, and not from parameters alone."""
+    seen, behind = {node}, [node]
+    while behind:
+        each = behind.pop()
+        if each.op == "placeholder":
+            return True
+        behind += [source for source in each.all_input_nodes if source not in seen]
+        seen.update(each.all_input_nodes)
+    return False
 
 
 def _reached(node: fx.Node) -> list[fx.Node]:
@@ -65,7 +79,7 @@ def patch_gate(patch: Patch) -> None:
     """`select` of one position: where that is gone the term is zero."""
     source = patch.args["self"]
     dim = int(patch.args["dim"]) % len(source.meta["val"].shape)
-    if not patch.shrinks(source, dim) or patch.shrinks(patch.node, dim):
+    if not patch.shrinks(source, dim):
         return
     index = int(patch.args["index"]) % patch.before(source, dim)
     place = np.flatnonzero(patch.kept(source, dim) == index)

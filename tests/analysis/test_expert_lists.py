@@ -19,6 +19,12 @@ def weighted(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
     return sum(weights[:, k, None] * expert(x) for k, expert in enumerate(model.experts))
 
 
+def weighted_by_channel(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """All experts, with a weight for each and another for each channel."""
+    weights = scores.softmax(-1)[:, :, None] * model.entry.bias
+    return sum(weights[:, k] * expert(x) for k, expert in enumerate(model.experts))
+
+
 def masked(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
     """All experts, weighted by what they were chosen for."""
     weights, chosen = scores.softmax(-1).topk(2, -1)
@@ -63,7 +69,9 @@ class Listed(nn.Module):
         return self.head(x + self.mix(self, x, self.router(x)))
 
 
-FORMS = pytest.mark.parametrize("mix", [weighted, masked, found, marked], ids=lambda mix: mix.__name__)
+FORMS = pytest.mark.parametrize(
+    "mix", [weighted, weighted_by_channel, masked, found, marked], ids=lambda mix: mix.__name__
+)
 
 
 @pytest.fixture
@@ -93,7 +101,7 @@ def test_an_expert_that_nothing_chooses_goes_without_loss(mix: Any, inputs: tupl
             assert relative(model(each), compiled.module(each)) <= 1e-12
 
 
-@pytest.mark.parametrize("mix", [weighted, found], ids=lambda mix: mix.__name__)
+@pytest.mark.parametrize("mix", [weighted, weighted_by_channel, found], ids=lambda mix: mix.__name__)
 def test_half_of_the_experts_are_exported_and_saved(mix: Any, inputs: tuple[Tensor, ...], tmp_path: Path) -> None:
     compiled = gz.compile(Listed(mix), gz.Plan([gz.PruneChannels(keep=0.5)]), inputs)
     shapes = {name: tuple(value.shape) for name, value in compiled.module.named_parameters()}
@@ -103,6 +111,26 @@ def test_half_of_the_experts_are_exported_and_saved(mix: Any, inputs: tuple[Tens
     compiled.save(tmp_path / "slim.graphzip")
     with torch.no_grad():
         assert relative(compiled.module(*inputs), gz.load(tmp_path / "slim.graphzip").module(*inputs)) == 0.0
+
+
+def test_strengths_of_branches_are_no_router(inputs: tuple[Tensor, ...]) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.entry, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+            self.strength = nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, strength = self.entry(x), torch.sigmoid(self.strength).view(4, -1)
+            for k, branch in enumerate(self.branches):
+                x = x + strength[k] * branch(x)
+            return self.head(x)
+
+    compiled = gz.compile(Branches(), gz.Plan([gz.PruneChannels(keep=0.5)]), inputs)
+    shapes = {name: tuple(value.shape) for name, value in compiled.module.named_parameters()}
+    assert shapes["strength"] == (4, 4)
+    assert sum(name.startswith("branches") for name in shapes) == 8
 
 
 def test_positions_that_are_no_factors_of_terms_stay(inputs: tuple[Tensor, ...]) -> None:
