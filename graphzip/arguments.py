@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError, TraceError
 from graphzip.graph.torch_private import pytree
 from graphzip.limits import MOST_EXAMPLE_NUMBERS, SEEDS, SIZES
+from graphzip.numeric.sharded import is_sharded
 
 __all__ = [
     "check_callable",
@@ -79,6 +80,12 @@ def check_traceable(model: Any, what: str = "") -> None:
                 f"{lead}{name!r} is {str(tensor.dtype).removeprefix('torch.')}, in which weights are stored and not "
                 "computed with; convert it to float32, float16 or bfloat16 first (with its scales, where it has some)"
             )
+        if is_sharded(tensor):
+            raise TraceError(
+                f"{lead}{name!r} is spread over processes (a DTensor), and a graph computes with whole tensors; load "
+                "them: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True))"
+            )
         if tensor.is_inference():
             raise TraceError(
                 f"{lead}{name!r} was made inside torch.inference_mode(), and cannot be traced; make or load the model "
@@ -94,6 +101,8 @@ def _wrapped(module: nn.Module) -> str:
     if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
         return "given a forward made by torch.compile; pass the model without it, and compile what graphzip gives back"
     kinds = {base.rpartition(".")[2] for base in bases if base.startswith(("torch.nn.parallel.", "torch.distributed."))}
+    if "FSDPModule" in kinds:
+        return "sharded by fully_shard; pass the model before it is, and call fully_shard on what graphzip gives back"
     found = kinds & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
     if found:
         return f"a {found.pop()}; pass the model inside it (its module), and wrap what graphzip gives back"

@@ -33,6 +33,7 @@ from graphzip.graph.tasks import joined_module
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.measuring import MeasuredState, measured
+from graphzip.numeric.sharded import check_whole
 from graphzip.progress import Progress, watched
 from graphzip.report.card import AFTER, BEFORE, Card, Scores
 from graphzip.report.report import Report
@@ -101,7 +102,8 @@ class Compiled:
         return self.given
 
     def _sync(self) -> None:
-        """Let the graph hold the very tensors of the module."""
+        """Let the graph hold the very tensors of the module. Raises `GraphZipError` where these are not whole."""
+        check_whole(self.module)
         self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False)
 
     @property
@@ -199,6 +201,7 @@ class Compiled:
 
         With `doubled` the first one comes with twice its samples, too, where the batch is free.
         """
+        check_whole(self.module)
         example = self._example()
         signature = Signature.of(self.module, example)
         module = eval_copy(eval_form(self.module))
@@ -209,6 +212,7 @@ class Compiled:
         return [(tensor_leaves(call), tensor_leaves(run_batch(module, *call))) for call in calls]
 
     def _exported(self, path: Any, options: dict[str, Any], *, per_task: bool, same_input: bool) -> ExportReport:
+        check_whole(self.module)
         example = self._example()
         if per_task:
             return export_tasks(self._task_models(), as_path(path, ExportError), **options)

@@ -53,7 +53,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graphzip.export", "graphzip.runtime"),
     ("graphzip.calibration", "graphzip.compiled", "graphzip.measuring", "graphzip.traces"),
     ("graphzip_passes",),
-    ("graphzip.training.account", "graphzip.training.prepared", "graphzip.training.tune"),
+    (
+        "graphzip.training.account",
+        "graphzip.training.prepared",
+        "graphzip.training.sharding",
+        "graphzip.training.tune",
+    ),
     ("graphzip.api", "graphzip.formats", "graphzip.study", "graphzip.training.widen"),
     ("graphzip.training",),
     ("graphzip",),

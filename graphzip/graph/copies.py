@@ -13,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from graphzip.graph.factored import FactoredConv
 from graphzip.graph.state import joined
 from graphzip.graph.torch_private import TorchDispatchMode
 
@@ -23,6 +24,7 @@ __all__ = [
     "deep_copy",
     "eval_copy",
     "flags_kept",
+    "follow_modes",
     "in_mode",
     "recomputed",
     "share_copy",
@@ -108,8 +110,8 @@ def borrow(model: Models) -> Models:
 
 def switches_by_itself(model: nn.Module) -> bool:
     """Whether a module overrides `train` or `eval`: it may do more there than to set the flag."""
-    plain = (nn.Module.train, nn.Module.eval)
-    return any((type(module).train, type(module).eval) != plain for module in model.modules())
+    plain = (nn.Module.train, FactoredConv.train), (nn.Module.eval,)
+    return any(type(module).train not in plain[0] or type(module).eval not in plain[1] for module in model.modules())
 
 
 def in_mode(model: nn.Module, training: bool, copied: Callable[[nn.Module], nn.Module] = share_copy) -> nn.Module:
@@ -166,6 +168,15 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+def follow_modes(module: nn.Module, source: nn.Module) -> None:
+    """Give every submodule the training mode of the one with the same name, or of the nearest one around it."""
+    modes = {name: inner.training for name, inner in source.named_modules(remove_duplicate=False)}
+    for name, inner in module.named_modules():
+        while name not in modes:
+            name = name.rpartition(".")[0]
+        inner.training = modes[name]
 
 
 def why_not_copied(what: str, error: Exception) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 
 from graphzip.graph.meta import Factored, meta_of, owner_name
@@ -90,12 +91,15 @@ class KeptValue:
         self._kept: tuple[Any, torch.Tensor] | None = None
 
     def of(self, tensors: Sequence[torch.Tensor], build: Callable[[], torch.Tensor], *, training: bool) -> torch.Tensor:
-        """What `build` gives for these tensors: anew in training, with gradients, and while a model is traced."""
+        """What `build` gives for these tensors: anew in training, with gradients, and while a model is traced.
+
+        Among several processes always: sharding fetches whole tensors into the same memory, and nothing of them tells.
+        """
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         special = torch.compiler.is_compiling() or any(
             tensor.is_inference() or type(tensor) not in (nn.Parameter, torch.Tensor) for tensor in tensors
         )
-        if training or learns or special:
+        if training or learns or special or (dist.is_available() and dist.is_initialized()):
             return build()
         state = [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
         if self._kept is None or self._kept[0] != state:

@@ -96,6 +96,7 @@ foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 
 ATTRIBUTES: Final = {
+    "_apply": "of a module: what .to, .cuda, .double and .to_empty do to its tensors",
     "_cdata": "of a storage: its address, which tells tensors that share memory",
     "_codegen": "of a graph: how its inputs and outputs are nested",
     "_conj": "aten::_conj, the view that is a conjugate",

@@ -25,6 +25,7 @@ from graphzip.graph.state import (
 )
 from graphzip.graph.tasks import Task
 from graphzip.graph.torch_private import FakeTensor, pytree
+from graphzip.numeric.sharded import is_sharded, whole
 
 __all__ = ["Remembered", "Traced"]
 
@@ -82,7 +83,8 @@ class Traced(Freezable):
         return replace(self, module=module)
 
     def adopt_state(self, module: nn.Module, *, copies: bool = True) -> bool:
-        """Take over copies of the current tensors of `module`, found by name, in place of the ones held.
+        """Take over copies of the current tensors of `module`, found by name, in place of the ones held; whole ones of
+        those that are spread over processes.
 
         Without `copies` it is the tensors themselves, which training then changes here, too. Where they are of another
         dtype or on another device, constants and inputs follow; whether that was so. The fake values of operators are
@@ -112,6 +114,18 @@ class Traced(Freezable):
         self._move_inputs(moves)
         return True
 
+    def forget_state(self) -> None:
+        """Hold no numbers of the tensors that operators read, only their shapes, until a state is adopted."""
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        made: dict[int, torch.Tensor] = {}
+        for name, old in list(named_state(self.module)):
+            if name in read:
+                if id(old) not in made:
+                    value = old.detach().to("meta")
+                    flag = old.requires_grad
+                    made[id(old)] = nn.Parameter(value, flag) if isinstance(old, nn.Parameter) else value
+                attach(self.module, name, made[id(old)], persistent=is_persistent(self.module, name))
+
     def _move_inputs(self, moves: dict[_Place, _Place]) -> None:
         self.example_inputs, self.example_kwargs = pytree.tree_map(
             lambda leaf: _moved(leaf, moves) if isinstance(leaf, torch.Tensor) else leaf,
@@ -129,7 +143,7 @@ class Traced(Freezable):
 
 
 def _copy_of(tensor: torch.Tensor, is_parameter: bool) -> torch.Tensor:
-    value = tensor.detach().clone()
+    value = whole(tensor.detach()) if is_sharded(tensor) else tensor.detach().clone()
     return nn.Parameter(value, tensor.requires_grad) if is_parameter else value
 
 

@@ -11,12 +11,13 @@ from torch import nn
 from graphzip.api import prepare
 from graphzip.boundary import public
 from graphzip.errors import GraphZipError, PlanError
+from graphzip.graph.copies import follow_modes
 from graphzip.graph.factored import AtomConv
 from graphzip.graph.state import joined, named_state
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import AtomFactorize
 from graphzip.plan.plan import Plan
-from graphzip.training.prepared import Prepared, follow_modes
+from graphzip.training.prepared import Prepared
 
 __all__ = ["expand"]
 

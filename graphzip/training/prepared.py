@@ -21,10 +21,11 @@ from graphzip.calibration import Calibration, Trained, place_of, placed, with_su
 from graphzip.calls import Call, Signature, call_of
 from graphzip.compiled import Compiled, task_module
 from graphzip.errors import GraphZipError, RewriteError, WeightsError
-from graphzip.graph.copies import computed, in_mode, switches_by_itself
+from graphzip.graph.copies import computed, follow_modes, in_mode, switches_by_itself
 from graphzip.graph.pickling import freeze, thaw
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
+from graphzip.numeric.sharded import is_sharded, local, reshard
 from graphzip.plan.options import PassOptions
 from graphzip.plan.plan import Plan
 from graphzip.plan.problems import show
@@ -37,11 +38,18 @@ from graphzip.rewrite.refresh import refresh
 from graphzip.rewrite.whole_tables import whole_tables
 from graphzip.training.account import Account, Evaluate, Moves
 from graphzip.training.history import History, Record
+from graphzip.training.sharding import (
+    check_decisions,
+    check_gatherable,
+    check_optimizer,
+    check_sharded_again,
+    only_makes_state,
+)
 from graphzip.training.tune import Divided, tune_
 from graphzip_passes.base import Constraint, Decision, PassContext, Stage, checked_outcome, pass_of
 from graphzip_passes.registry import BUILT_IN
 
-__all__ = ["Callbacks", "Prepared", "follow_modes"]
+__all__ = ["Callbacks", "Prepared"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +85,7 @@ class _Progress:
 
     The graph is `ahead` where its tensors are the ones that count: the model is out of date, or only borrowed for a
     pass that copies what it changes. The `turn` counts up where what is trained, or under which constraint, changes:
-    an optimizer made before is of no use.
+    an optimizer made before is of no use. What was spread over processes (`sharded`) and then rewritten is whole again.
     """
 
     traced: Traced
@@ -86,6 +94,7 @@ class _Progress:
     taken: int = 0
     ahead: bool = False
     turn: int = 0
+    sharded: bool = False
 
 
 class Prepared(nn.Module):
@@ -167,6 +176,13 @@ class Prepared(nn.Module):
         """
         return task_module(self.model, self.tasks, name)
 
+    def _apply(self, *args: Any, **given: Any) -> Any:
+        """As every module; `to_empty` leaves what was decided as it was."""
+        self._synced()
+        super()._apply(*args, **given)  # type: ignore[no-untyped-call]
+        self._keep_state()
+        return self
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over a checkpoint of a model that was prepared with the same plan, or the weights of the original one.
 
@@ -204,6 +220,7 @@ class Prepared(nn.Module):
             with torch.inference_mode(False):
                 self._adopt()
             constraint.collapse_(self._inner())
+            _spare(self)
 
     @public
     def pull_(self, fraction: float) -> None:
@@ -253,34 +270,17 @@ class Prepared(nn.Module):
         if steps is not None:
             whole(steps, "steps", least=1)
         constraint = self._synced()
+        check_sharded_again(self, self.model, before=self._progress.sharded)
+        check_decisions(self.clusters, self.model)
+        _spare(self)
         optimizer = _made(cls, self.parameters() if params is None else params, options)
+        bare = optimizer.step
         if self._progress.active is None:
             return optimizer
         if constraint is not None:
             constraint.bind(optimizer, self._inner(), steps=steps)
-        self._count_steps(optimizer)
+        _count_steps(self, optimizer, bare)
         return optimizer
-
-    def _count_steps(self, optimizer: Optimizer) -> None:
-        """Let every step be noted in `history`, and be refused where its stage has ended."""
-        bound, turn = optimizer.step, self._progress.turn
-
-        def step(_: Optimizer, *args: Any, **given: Any) -> Any:
-            if self._progress.turn != turn:
-                raise GraphZipError(
-                    "this optimizer was made for a stage that has ended, and would train nothing or break what the "
-                    "plan ties; make a new one with prepared.optimizer(...) in every stage"
-                )
-            if self._progress.taken == 0:
-                self._synced()  # DistributedDataParallel has told every process the clusters of the first one by now
-                self.record()
-            result = bound(*args, **given)
-            self._progress.taken += 1
-            if self._history.is_due(self._progress.taken):
-                self.record()
-            return result
-
-        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
 
     @property
     def history(self) -> History:
@@ -303,11 +303,11 @@ class Prepared(nn.Module):
     def regularizer(self) -> torch.Tensor:
         """A term to add to the loss, a scalar; zero where the current pass has none."""
         constraint = self._synced()
-        term = None if constraint is None else constraint.regularizer(self._inner())
+        term = None if constraint is None else constraint.regularizer(self._inner(between_passes=True))
         if term is not None:
             return term
         parameter = next(self.model.parameters(), None)
-        return torch.zeros(()) if parameter is None else parameter.new_zeros(())
+        return torch.zeros(()) if parameter is None else local(parameter).new_zeros(())
 
     @public
     @_shown
@@ -355,7 +355,10 @@ class Prepared(nn.Module):
         state = torch.zeros(0, dtype=torch.int64) if constraint is None else constraint.state()
         self.clusters = state.to(self.clusters.device)
 
-    def _inner(self) -> nn.Module:
+    def _inner(self, *, between_passes: bool = False) -> nn.Module:
+        """What is trained; `between_passes`, forward and backward, parameters are left as the model needs them."""
+        if not between_passes:
+            reshard(self.model)
         scope = self._progress.traced.scope
         return self.model.get_submodule(scope) if scope else self.model
 
@@ -420,10 +423,12 @@ class Prepared(nn.Module):
         progress = self._progress
         if stage.rewrite is not None:
             with torch.inference_mode(False):
-                progress.traced = stage.rewrite(self._adopt(), self._context())
+                progress.traced = stage.rewrite(_gathered(self), self._context())
                 progress.ahead = True
         if stage.adjust is not None:
             with torch.inference_mode(False):
+                if is_sharded(self.model):
+                    progress.traced = _gathered(self)
                 if progress.ahead:
                     self._rebuild()
                 self._synced()
@@ -458,7 +463,7 @@ class Prepared(nn.Module):
             self.record()
         with torch.inference_mode(False):
             step(f"carrying out {self._options.kind}")
-            traced, context = self._adopt(), self._context()
+            traced, context = _gathered(self), self._context()
             own = self._options.kind not in BUILT_IN
             outcome = checked_outcome(active.finish(traced, context), context.where, own=own)
             progress.traced = whole_tables(outcome.traced, last=progress.position + 1 == len(self.plan.passes))
@@ -507,6 +512,50 @@ def _made(cls: type[Optimizer], params: Iterable[Any], options: Mapping[str, Any
         raise GraphZipError(f"{cls.__name__} refuses its parameters or options: {error}") from error
 
 
+def _gathered(prepared: Prepared) -> Traced:
+    """The graph as `_adopt` gives it, to be changed; a model that is spread over processes is built of it then."""
+    if not is_sharded(prepared.model):
+        return prepared._adopt()
+    prepared._synced()
+    check_gatherable(prepared.model, prepared._progress.traced.scope, switches=switches_by_itself(prepared.model))
+    traced = prepared._adopt()
+    prepared._progress.ahead = prepared._progress.sharded = True
+    return traced
+
+
+def _spare(prepared: Prepared) -> None:
+    """Hold the weights once: where processes have parts of them, whole ones in the graph are not kept."""
+    if not prepared._progress.ahead and is_sharded(prepared.model):
+        prepared._progress.traced.forget_state()
+
+
+def _count_steps(prepared: Prepared, optimizer: Optimizer, bare: Callable[..., Any]) -> None:
+    """Let every step be noted in `history`, and be refused where its stage has ended."""
+    progress, bound = prepared._progress, optimizer.step
+    turn = progress.turn
+
+    def step(_: Optimizer, *args: Any, **given: Any) -> Any:
+        if progress.turn != turn:
+            raise GraphZipError(
+                "this optimizer was made for a stage that has ended, and would train nothing or break what the "
+                "plan ties; make a new one with prepared.optimizer(...) in every stage"
+            )
+        if only_makes_state(optimizer):
+            return bare(*args, **given)
+        reshard(prepared.model)
+        if progress.taken == 0:
+            check_optimizer(optimizer, prepared.model)
+            prepared._synced()  # DistributedDataParallel has told every process the clusters of the first one by now
+            prepared.record()
+        result = bound(*args, **given)
+        progress.taken += 1
+        if prepared._history.is_due(progress.taken):
+            prepared.record()
+        return result
+
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
 def _told(value: Any, name: str) -> float:
     """A number for the history; one that is not finite is a number too."""
     try:
@@ -549,12 +598,3 @@ def _examples(given: Any, original: nn.Module, module: nn.Module) -> Any:
         return {task: _examples(each, original, module) for task, each in given.items()}
     own = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, given)
     return placed(own, place_of(original), place_of(module))
-
-
-def follow_modes(module: nn.Module, source: nn.Module) -> None:
-    """Give every submodule the training mode of the one with the same name, or of the nearest one around it."""
-    modes = {name: inner.training for name, inner in source.named_modules(remove_duplicate=False)}
-    for name, inner in module.named_modules():
-        while name not in modes:
-            name = name.rpartition(".")[0]
-        inner.training = modes[name]

@@ -16,11 +16,11 @@ from graphzip.boundary import public
 from graphzip.calibration import drift, with_submodule
 from graphzip.calls import Signature
 from graphzip.errors import PlanError, RewriteError
+from graphzip.graph.copies import follow_modes
 from graphzip.graph.restore_modules import to_module
 from graphzip.report.tables import closest
 from graphzip.rewrite.widen import grow_channels
 from graphzip.tracing.trace import trace
-from graphzip.training.prepared import follow_modes
 from graphzip_passes.parts.widths import matches
 
 __all__ = ["widen"]

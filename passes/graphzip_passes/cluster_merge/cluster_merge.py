@@ -29,6 +29,7 @@ from graphzip.errors import PlanError, WeightsError
 from graphzip.graph.interpreter import Values
 from graphzip.graph.state import named_state, own_tensors
 from graphzip.graph.traced import Traced
+from graphzip.numeric.sharded import agreed, put
 from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge
 from graphzip.progress import counted
 from graphzip.report.outcome import CHANNELS_DIFFER, CHANNELS_LOST, Outcome
@@ -211,12 +212,15 @@ class ClusterMergePass(Tying):
         held = dict(named_state(model))
         for name, value in found.items():
             if name in held:
-                held[name].copy_(value)
+                put(held[name], value)
 
     def _is_collapsed(self, model: nn.Module) -> bool:
         """Whether the channels of every cluster are equal, so that nothing is to make up for; `meta` ones are not."""
         found = ((rows, rows.gather(rows.tensors())) for _, rows in rows_of((at, 0) for at in self._places(model)))
-        return all(not values.is_meta and torch.equal(values, rows.first(values)) for rows, values in found)
+        return all(
+            not values.is_meta and agreed(torch.equal(values, rows.first(values)), [rows.places[0].tensor])
+            for rows, values in found
+        )
 
     def _fitted(self, traced: Traced) -> Narrowed:
         """The slimmer model, compensated with data; `traced` stays as it is."""
@@ -284,10 +288,9 @@ class ClusterMergePass(Tying):
     def residual(self, model: nn.Module) -> float:
         total = 0.0
         for _, rows in rows_of((place, 0) for place in self._places(model) if place.is_kernel):
-            slices = [place.slices for place in rows.places]
-            gone = np.concatenate([(each.owner >= 0) & (each.cluster != np.arange(each.owner.size)) for each in slices])
-            chosen = torch.from_numpy(np.flatnonzero(gone)).to(rows.order.device)
-            total += float(rows.gather(rows.tensors())[chosen].double().square().sum())
+            gone = rows.of_each(lambda each: (each.owner >= 0) & (each.cluster != np.arange(each.owner.size)))
+            squares = rows.gather(rows.tensors()).double().square().sum(1)
+            total += float(rows.by_owner(squares, gone.astype(np.int64) - 1, 1)[0])
         return total
 
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphzip.numeric.sharded import whole
 from graphzip_passes.cross_domain.similarity import growl_weights
 
 __all__ = ["attach_proximal", "growl_proximal"]
@@ -67,4 +68,4 @@ def _ratio(optimizer: torch.optim.Optimizer, rows: Sequence[Tensor]) -> float:
     """Norm of the gradient of the loss by that of GrOWL, which is that of its weights where no row is zero."""
     gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
     own = sum(float(growl_weights(len(each), each.double()).square().sum()) for each in rows) ** 0.5
-    return float(torch.nn.utils.get_total_norm(gradients)) / own if gradients and own else 0.0
+    return float(whole(torch.nn.utils.get_total_norm(gradients))) / own if gradients and own else 0.0

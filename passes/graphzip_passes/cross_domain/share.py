@@ -34,6 +34,7 @@ from graphzip.graph.copies import deep_copy
 from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
+from graphzip.numeric.sharded import is_sharded, put, whole
 from graphzip.plan.passes import CrossDomainShare
 from graphzip.plan.problems import plan_error
 from graphzip.report.outcome import Bars, Outcome, Table
@@ -158,6 +159,8 @@ class CrossDomainSharePass(Tying):
         found: list[tuple[_Clusters, FloatArray]] = []
         if not self.clusters:
             if data is not None and self.options.regularizer != "growl":
+                self._trimmed.leave()  # the model may be another one now than that which was trained
+                self.watch(model)
                 with self._trimmed.collecting():
                     data.run()
             found = self._agreed([self._clustered(layer, model) for layer in self.layers])
@@ -181,6 +184,11 @@ class CrossDomainSharePass(Tying):
         if kind == "growl":
             terms = [growl(_channels(layer, model)) for layer in self.layers]
         else:
+            if self.options.scaling == "relative" and is_sharded(model):
+                raise GraphZipError(
+                    f"{self.where}.scaling: 'relative' compares gradients of whole parameters, of which every process "
+                    "has a part here; write scaling='absolute', or train with DistributedDataParallel"
+                )
             terms = [self._graph_term(layer, self._trimmed.take(layer.name)) for layer in self.layers]
         term = torch.stack([each.to(terms[0]) for each in terms]).sum()
         if self.options.scaling == "absolute" or not term.requires_grad:
@@ -400,10 +408,10 @@ def _write(layers: Sequence[SharedLayer], model: nn.Module, rows: Sequence[Tenso
     """The way back of `_channels`, for several layers."""
     for layer, own in zip(layers, rows, strict=True):
         for name, part in zip(layer.weights, torch.split(own, list(layer.sizes)), strict=True):
-            get_tensor(model, name).copy_(part.reshape(-1, layer.outs, *layer.kernel).transpose(0, 1))
+            put(get_tensor(model, name), part.reshape(-1, layer.outs, *layer.kernel).transpose(0, 1))
 
 
 def _channels(layer: SharedLayer, model: nn.Module) -> Tensor:
     """The weights of both tasks as rows: (channels, weights of a channel)."""
-    weights: Sequence[Tensor] = [get_tensor(model, name) for name in layer.weights]
+    weights: Sequence[Tensor] = [whole(get_tensor(model, name)) for name in layer.weights]
     return torch.cat([weight.transpose(0, 1).flatten(1) for weight in weights])

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from graphzip.errors import GraphZipError, PlanError
 from graphzip.graph.torch_private import foreach_add_, foreach_copy_
+from graphzip.numeric.sharded import local
 from graphzip_passes.parts.tied_slices import Place, Rows, rows_of
 
 __all__ = ["AUTO_LEFT", "AUTO_SHARE", "TIED", "attach", "auto_contraction"]
@@ -123,7 +124,7 @@ class _Centripetal:
         _average_gradients(matrix.rows, tensors)
         for place, part in zip(matrix.rows.places, matrix.rows.parts(pull, tensors), strict=True):
             if place.tensor.grad is not None:
-                place.tensor.grad.add_(part)
+                local(place.tensor.grad).add_(part)
 
     def _left(self, matrix: _Matrix, skipped: Tensor | None) -> Number:
         """What the step leaves of a deviation; all of it where a gradient scaler makes a fused optimizer skip it."""
@@ -167,7 +168,7 @@ def _without_rounding(deviation: Tensor, centres: Tensor, left: Number) -> Tenso
 
 
 def _average_gradients(rows: Rows, tensors: Sequence[Tensor]) -> None:
-    gradients = [place.tensor.grad for place in rows.places]
+    gradients = [None if place.tensor.grad is None else local(place.tensor.grad) for place in rows.places]
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return
@@ -182,7 +183,8 @@ def _average_gradients(rows: Rows, tensors: Sequence[Tensor]) -> None:
     _copy(present, [part for part, gradient in zip(parts, gradients, strict=True) if gradient is not None])
     for place, part, gradient in zip(rows.places, parts, gradients, strict=True):
         if gradient is None and place.slices.pool:
-            place.tensor.grad = part.clone(memory_format=torch.contiguous_format)  # it moves with those it is tied to
+            place.tensor.grad = torch.zeros_like(place.tensor)  # it moves with those it is tied to
+            local(place.tensor.grad).copy_(part)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

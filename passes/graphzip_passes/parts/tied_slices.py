@@ -5,13 +5,16 @@ Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pruning on 
 product is a segment mean: rows in the order of their clusters, one mean per cluster, spread over the members again. No
 matrix of channels by channels is made, and tensors with slices of the same length share one matrix, so that a step
 takes a few large operations whatever the number of layers.
+
+Of parameters that are cut into parts (`fully_shard`) every process has some of the rows, or some of the columns. Where
+clusters reach over the cut, what crosses it is one sum per cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.torch_private import foreach_copy_
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
+from graphzip.numeric.sharded import Part, layout_of, local, part_of
+from graphzip.ops.spec import FloatArray
 from graphzip_passes.base import Constraint
 from graphzip_passes.parts.pacesetter import pacesetter_of
 
@@ -42,6 +47,9 @@ __all__ = [
 
 Partition = tuple[tuple[int, ...], ...]
 """Clusters of a group's channels: each sorted, ordered by their smallest channel."""
+
+_MOST: Final = 1 << 24
+"""Numbers in a matrix of tensors that are cut: their centres are in memory whole, as a gathered layer would be."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,39 @@ class Place:
         assert value is not None
         return value
 
+    @property
+    def part(self) -> Part | None:
+        """What this process holds of the tensor; nothing where that is all."""
+        return part_of(self.tensor, self.slices.name)
+
+    @property
+    def mine(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which slices this process holds, (slices,)."""
+        part, found = self.part, np.ones(self.slices.cluster.size, dtype=np.bool_)
+        if part is not None and part.dim == self.slices.dim:
+            found[: part.start] = found[part.stop :] = False
+        return found
+
+
+@dataclass(frozen=True)
+class _Others:
+    """What rows know of those in other processes.
+
+    `counts` are the members of every cluster there is, (clusters, 1), and `firsts` of those whose first row is here
+    the cluster and that row; both only where the cut goes between rows.
+    """
+
+    part: Part
+    counts: torch.Tensor | None = None
+    firsts: tuple[torch.Tensor, torch.Tensor] | None = None
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Slices of several tensors of one device, dtype and slice length L as one matrix (rows, L)."""
+    """Slices of several tensors of one device, dtype and slice length L as one matrix (rows, L).
+
+    Of tensors that are cut into parts it has the part of this process, and knows of the `others`.
+    """
 
     places: tuple[Place, ...]
     cluster: torch.Tensor
@@ -122,23 +159,42 @@ class Rows:
     starts: torch.Tensor
     heights: list[int]
     vectors: bool
+    layout: Any = None
+    others: _Others | None = None
 
     @classmethod
     def of(cls, places: Sequence[Place], device: torch.device) -> Rows:
         """The matrix of these places; what it computes with lives on `device`."""
-        heights = [place.slices.cluster.size for place in places]
-        first = _numbers([place.slices for place in places])
-        order = np.argsort(first, kind="stable")
-        _, starts, cluster = np.unique(first[order], return_index=True, return_inverse=True)
-        number = np.empty_like(first)
-        number[order] = cluster.reshape(-1)
-        indices = [torch.from_numpy(each.astype(np.int64)).to(device) for each in (number, order, starts)]
+        parts = [place.part for place in places]
+        between = [part is not None and part.dim == at.slices.dim for part, at in zip(parts, places, strict=True)]
+        mine = [at.mine for at in places]
+        here = np.concatenate(mine)
+        _, first, number, counts = np.unique(
+            _numbers([place.slices for place in places]), return_index=True, return_inverse=True, return_counts=True
+        )
+        number = number.reshape(-1)
+        order = np.argsort(number[here], kind="stable")
+        starts = np.searchsorted(number[here][order], np.arange(first.size))
+        indices = [torch.from_numpy(each.astype(np.int64)).to(device) for each in (number[here], order, starts)]
+        others = _Others(parts[0]) if parts[0] is not None else None
+        if others is not None and between[0]:
+            position = np.cumsum(here) - 1
+            held = np.flatnonzero(here[first])
+            firsts = [torch.from_numpy(each).to(device) for each in (held, position[first[held]])]
+            others = _Others(others.part, torch.from_numpy(counts).to(device)[:, None], (firsts[0], firsts[1]))
+        heights = [int(each.sum()) for each in mine]
         vectors = all(place.tensor.dim() == 1 for place in places)
-        return cls(tuple(places), indices[0], indices[1], indices[2], heights, vectors)
+        return cls(
+            tuple(places), indices[0], indices[1], indices[2], heights, vectors, layout_of(places[0].tensor), others
+        )
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors, as they are now."""
-        return [place.tensor.detach() for place in self.places]
+        """The tensors, as they are now; of those that are cut, the parts of this process."""
+        return [local(place.tensor.detach()) for place in self.places]
+
+    def of_each(self, function: Callable[[Slices], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        """For every row what `function` gives for the slices of its tensor, (rows,)."""
+        return np.concatenate([function(place.slices)[place.mine] for place in self.places])
 
     def gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """A matrix (rows, L) with the slices of `tensors`, which are shaped as those of the places."""
@@ -162,16 +218,48 @@ class Rows:
 
     def means(self, rows: torch.Tensor) -> torch.Tensor:
         """For every row the mean over its cluster: the product with `Gamma`, shape (rows, L)."""
-        centres = F.embedding_bag(self.order, rows, self.starts, mode="mean")
+        if self.others is not None and self.others.counts is not None:
+            wide = rows.float() if rows.dtype.itemsize < 4 else rows  # what is added up over processes is not rounded
+            sums = wide.new_zeros(len(self.starts), rows.shape[1])
+            if rows.numel():
+                sums = F.embedding_bag(self.order, wide, self.starts, mode="sum")
+            centres = (self.others.part.added_up(sums) / self.others.counts).to(rows.dtype)
+        elif not rows.numel():
+            return rows.clone()
+        else:
+            centres = F.embedding_bag(self.order, rows, self.starts, mode="mean")
         return centres.index_select(0, self.cluster)
 
     def first(self, rows: torch.Tensor) -> torch.Tensor:
         """For every row the first one of its cluster, shape (rows, L)."""
-        return rows.index_select(0, self.order[self.starts][self.cluster])
+        if self.others is None or self.others.firsts is None:
+            return rows.index_select(0, self.order[self.starts][self.cluster])
+        cluster, row = self.others.firsts
+        found = rows.new_zeros(len(self.starts), rows.shape[1])
+        found[cluster] = rows[row]
+        return self.others.part.added_up(found).index_select(0, self.cluster)
+
+    def whole_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the columns that this process has of its rows, added up over all columns."""
+        return values if self.others is None or self.others.counts is not None else self.others.part.added_up(values)
+
+    def all_rows(self, value: torch.Tensor) -> torch.Tensor:
+        """A sum over the rows that this process has, with whole columns, added up over all rows."""
+        return value if self.others is None or self.others.counts is None else self.others.part.added_up(value)
+
+    def by_owner(self, values: torch.Tensor, owner: IntArray, count: int) -> FloatArray:
+        """Sums (count,) of the values (rows,) of each owner, over all processes; float64. -1 is none."""
+        squares = values.double().cpu().numpy()
+        sums = np.bincount(owner[owner >= 0], weights=squares[owner >= 0], minlength=count).astype(np.float64)
+        if self.others is None:
+            return sums
+        found: FloatArray = self.others.part.added_up(torch.from_numpy(sums).to(values.device)).cpu().numpy()
+        return found
 
     def fits(self) -> bool:
         """Whether the model still lives where the matrix was made for."""
-        return self.places[0].tensor.device == self.order.device
+        tensor = self.places[0].tensor
+        return tensor.device == self.order.device and layout_of(tensor) == self.layout
 
 
 def _numbers(slices: Sequence[Slices]) -> IntArray:
@@ -195,7 +283,7 @@ def rows_of(places: Iterable[tuple[Place, int]]) -> list[tuple[int, Rows]]:
     A tensor that is clustered along two dimensions is in two matrices, and the later one sees what the earlier did.
     Raises `GraphZipError` where tensors with clusters in common cannot be in one matrix.
     """
-    found: dict[tuple[int, int, torch.device, torch.dtype, int, bool], list[Place]] = {}
+    found: dict[Any, list[Place]] = {}
     seen: dict[tuple[int, str], int] = {}
     for place, number in places:
         tensor = place.tensor
@@ -203,10 +291,35 @@ def rows_of(places: Iterable[tuple[Place, int]]) -> list[tuple[int, Rows]]:
             continue
         level = seen[id(place.holder), place.leaf] = seen.get((id(place.holder), place.leaf), -1) + 1
         length = tensor.numel() // tensor.shape[place.slices.dim]
-        key = level, number, tensor.device, tensor.dtype, length, tensor.dim() == 1
+        key = level, number, tensor.device, tensor.dtype, length, tensor.dim() == 1, _spread(place)
         found.setdefault(key, []).append(place)
     _check_pools(found.values())
-    return [(key[1], Rows.of(found[key], key[2])) for key in sorted(found, key=lambda key: key[0])]
+    listed = sorted(found, key=lambda key: key[0])
+    return [(key[1], Rows.of(each, key[2])) for key in listed for each in _bounded(found[key])]
+
+
+def _spread(place: Place) -> Any:
+    """Equal for tensors whose parts may be rows of one matrix, in every process."""
+    layout, part = layout_of(place.tensor), place.part
+    if part is None:
+        return layout
+    return layout, part.dim == place.slices.dim or (part.dim, place.slices.dim, place.tensor.shape)
+
+
+def _bounded(places: list[Place]) -> list[list[Place]]:
+    """The places of one matrix, or of several where the tensors are cut and many; those of one pool stay together."""
+    if layout_of(places[0].tensor) is None:
+        return [places]
+    found: list[list[Place]] = []
+    total = 0
+    for place in places:
+        tied = bool(found) and place.slices.pool and place.slices.pool == found[-1][-1].slices.pool
+        if not found or (total + place.tensor.numel() > _MOST and not tied):
+            found.append([])
+            total = 0
+        found[-1].append(place)
+        total += place.tensor.numel()
+    return found
 
 
 @torch.no_grad()
@@ -230,9 +343,8 @@ def squared_deviations(places: Iterable[Place], names: Sequence[str]) -> dict[st
     for _, rows in rows_of((place, 0) for place in places if place.is_kernel):
         apart = rows.gather(rows.tensors()).double()
         apart = apart - rows.first(apart)  # slices that are equal are exactly no distance apart
-        squares = (apart - rows.means(apart)).square().sum(1).cpu().numpy()
-        owner = np.concatenate([place.slices.owner for place in rows.places])
-        total += np.bincount(owner[owner >= 0], weights=squares[owner >= 0], minlength=total.size)
+        squares = (apart - rows.means(apart)).square().sum(1)
+        total += rows.by_owner(squares, rows.of_each(lambda each: each.owner), len(names))
     return dict(zip(names, total.tolist(), strict=True))
 
 

@@ -24,6 +24,7 @@ from graphzip.graph.interpreter import Values
 from graphzip.graph.torch_private import foreach_copy_
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
+from graphzip.numeric.sharded import local
 from graphzip.plan.criteria import CRITERIA
 from graphzip.plan.passes import PruneChannels
 from graphzip.plan.problems import show
@@ -42,7 +43,7 @@ from graphzip_passes.parts.widths import WidthOptions, resolve
 from graphzip_passes.prune import criteria  # noqa: F401 (registers those that graphzip brings)
 from graphzip_passes.prune.free import compensate_free
 from graphzip_passes.prune.ranking import Contest, FloatArray, competing, dropped, normalised, structure
-from graphzip_passes.prune.regularizers import attach_growing, scales_of
+from graphzip_passes.prune.regularizers import attach_growing, scales_of, size_of_scales
 
 __all__ = ["PruneChannelsPass", "prune_channels"]
 
@@ -172,8 +173,8 @@ class PruneChannelsPass(Constraint):
     def deviations(self, model: nn.Module) -> dict[str, float]:
         total = np.zeros(len(self.gone))
         for rows, chosen, owner in self._rows(model, kernels=True):
-            squares = rows.gather(rows.tensors())[chosen].double().square().sum(1).cpu().numpy()
-            total += np.bincount(owner, weights=squares, minlength=total.size)
+            squares = rows.gather(rows.tensors())[chosen].double().square().sum(1)
+            total += rows.by_owner(squares, owner, total.size)
         return dict(zip(self.gone, total.tolist(), strict=True))
 
     def residual(self, model: nn.Module) -> float:
@@ -183,12 +184,11 @@ class PruneChannelsPass(Constraint):
         if not self.options.strength or self.options.regularizer == "growing":
             return None
         if self.options.regularizer == "bn_scale":
-            scales = [model.get_parameter(name)[entries].abs().sum() for name, entries in self._scales]
-            return self.options.strength * torch.stack(scales).sum()
-        terms = [
-            (rows.gather([place.tensor for place in rows.places])[chosen].square().sum(1) + _TINY).sqrt().sum()
-            for rows, chosen, _ in self._rows(model, kernels=True)
-        ]
+            return self.options.strength * size_of_scales(self._scales, model)
+        terms = []
+        for rows, chosen, _ in self._rows(model, kernels=True):
+            own = rows.gather([local(place.tensor) for place in rows.places])[chosen]
+            terms.append(rows.all_rows((rows.whole_rows(own.square().sum(1)) + _TINY).sqrt().sum()))
         return self.options.strength * torch.stack(terms).sum() if terms else None
 
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int | None) -> None:
@@ -218,7 +218,7 @@ class PruneChannelsPass(Constraint):
         """Matrices of slices, the rows of channels that go, and the number of the group of each of those rows."""
         found = []
         for _, rows in rows_of((place, 0) for place in self._places(model) if place.is_kernel or not kernels):
-            owner = np.concatenate([place.slices.owner for place in rows.places])
+            owner = rows.of_each(lambda each: each.owner)
             chosen = np.flatnonzero(owner >= 0)
             found.append((rows, torch.from_numpy(chosen).to(rows.order.device), owner[chosen]))
         return found

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from graphzip.analysis.groups import ChannelGroup
 from graphzip.errors import PlanError
 from graphzip.graph.traced import Traced
+from graphzip.numeric.sharded import local, part_of
 from graphzip_passes.parts.evidence import norm_scales_of
 from graphzip_passes.parts.tied_slices import Place
 
-__all__ = ["GROWN", "Scales", "attach_growing", "scales_of"]
+__all__ = ["GROWN", "Scales", "attach_growing", "scales_of", "size_of_scales"]
 
 GROWN: Final = "grown"
 """Under this name parameter groups hold how many steps were taken, which checkpoints of the optimizer keep."""
@@ -43,6 +44,20 @@ def scales_of(groups: Iterable[ChannelGroup], traced: Traced) -> Scales:
         for param in group.params
         if param.role == "pointwise" and param.param in names
     ]
+
+
+def size_of_scales(scales: Scales, model: nn.Module) -> Tensor:
+    """`sum |gamma|`, a scalar with a gradient."""
+    found = []
+    for name, entries in scales:
+        scale = model.get_parameter(name)
+        part = part_of(scale, name)
+        if part is None:
+            found.append(local(scale)[entries].abs().sum())
+        else:
+            mine = entries[(entries >= part.start) & (entries < part.stop)] - part.start
+            found.append(part.added_up(local(scale)[mine].abs().sum()))
+    return torch.stack(found).sum()
 
 
 def attach_growing(
@@ -83,6 +98,7 @@ def _decay_(places: Iterable[Place], left: float) -> None:
     for place in places:
         tensor = place.tensor
         if isinstance(tensor, nn.Parameter):
-            goes = torch.from_numpy(place.slices.owner >= 0).to(tensor.device)
+            goes = torch.from_numpy((place.slices.owner >= 0)[place.mine]).to(tensor.device)
             factor = torch.where(goes, left, 1.0).to(tensor.dtype)
-            tensor.mul_(factor.reshape([-1 if dim == place.slices.dim else 1 for dim in range(tensor.dim())]))
+            shape = [-1 if dim == place.slices.dim else 1 for dim in range(tensor.dim())]
+            local(tensor.detach()).mul_(factor.reshape(shape))
