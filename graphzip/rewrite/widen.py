@@ -39,9 +39,10 @@ def grow_channels(
     """Make `copies[channel]` of each named channel (of the fine level); every other one stays single.
 
     Whatever sums over channels without a parameter (the products of an attention, a softmax, a norm) counts each copy
-    by its share, unless nothing needs to be preserved. Norms whose channels have unequal shares stay as they are,
-    which does not preserve them. Returns a new graph; the given one and its tensors stay as they are. Raises
-    `RewriteError` where the copies find no place: where the blocks of a group would grow differently.
+    by its share, unless nothing needs to be preserved. Norms stay as they are, whatever the shares of their channels.
+    Returns a new graph; the given one and its tensors stay as they are. Raises `RewriteError` where the copies find no
+    place, because the blocks of a group would grow differently, and where a norm would not be preserved, because its
+    channels have unequal shares.
     """
     counts = np.ones(analysis.fine.solution.count, dtype=np.int64)
     counts[list(copies)] = list(copies.values())
@@ -55,7 +56,14 @@ def grow_channels(
             old = get_tensor(traced.module, axis.param)
             made[axis.param] = _grow(layout, axis, made.get(axis.param, old.detach()), generator)
     changed = {name: like(value.contiguous(), get_tensor(traced.module, name)) for name, value in made.items()}
-    return rewritten(traced, layout, changed)
+    grown = rewritten(traced, layout, changed)
+    if preserves and layout.left_plain:
+        raise RewriteError(
+            f"{layout.left_plain[0]} is a norm over channels of which some would have more copies than others, so that "
+            "it would compute something else; use a whole factor, exclude the groups that pass it, or start anew with "
+            "init='fresh'"
+        )
+    return grown
 
 
 @dataclass

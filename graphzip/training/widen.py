@@ -85,8 +85,8 @@ def widen(
         apart = drift(model, wide, [example_inputs], Signature.of(model, example_inputs))
     if apart is None or not apart <= _SAME:
         raise RewriteError(
-            f"the outputs of the widened model differ by {apart:.1e} of the largest; use a whole factor, exclude the "
-            "groups that pass a norm over channels, or start anew with init='fresh'"
+            f"the outputs of the widened model differ by {apart:.1e} of the largest; use a whole factor, exclude some "
+            "groups, or start anew with init='fresh'"
         )
     return wide
 

@@ -136,10 +136,18 @@ def test_a_norm_over_channels() -> None:
     """Statistics stay what they are where every channel is copied as often; else the model can only start anew."""
     model, inputs = layers()
     assert relative(model(*inputs), gz.widen(model, inputs, 2)(*inputs)) < 1e-12
-    with pytest.raises(gz.RewriteError, match=r"outputs of the widened model differ by .*init='fresh'"):
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)  # so little depends on it that the outputs would look the same
+    with pytest.raises(gz.RewriteError, match=r"layer_norm.* is a norm over channels of which some .*init='fresh'"):
         gz.widen(model, inputs, 1.5)
     assert gz.widen(model, inputs, 1.5, init="fresh").get_parameter("1.weight").shape == (6,)
     assert gz.widen(model, inputs, 1.5, exclude=["0"]).get_parameter("2.weight").shape == (9, 4)
+
+
+def test_outputs_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphzip.training.widen.drift", lambda *_: 0.5)
+    with pytest.raises(gz.RewriteError, match=r"outputs of the widened model differ by 5.0e-01 .*init='fresh'"):
+        gz.widen(*layers(), 2)
 
 
 def heads(x: Tensor, number: int = 2) -> Tensor:
