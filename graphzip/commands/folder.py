@@ -29,7 +29,7 @@ def compile_folder(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="config.json and safetensors, as transformers writes")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="new folder to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="new folder to write, or a file.graphzip")],
     run: RunOptions,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="plan file (YAML), or give --prune")] = None,
     prune: Annotated[

@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from graphzip.graph.torch_private import FakeTensorMode, ShapeEnv, pytree
 from graphzip.graph.traced import Traced
 from graphzip.graph.unmarked_kernels import mark_unmarked
 from graphzip.limits import MOST_EXAMPLE_NUMBERS
+from graphzip.progress import counted
 from graphzip.version import __version__
 
 __all__ = ["FORMAT", "VERSION", "Archive", "load_archive", "save_archive", "sealed"]
@@ -57,6 +58,22 @@ VERSION = 2
 
 _EXAMPLE = "example.."
 """Prefix of the example inputs among the tensors; no parameter has a name with two dots in a row."""
+
+_STORED = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""The names of dtypes in a safetensors file."""
+
+Read = Callable[[str], torch.Tensor]
 
 _MOST_VALUES = 2_000_000
 """Values in a document, each of which takes memory that the file itself hardly has."""
@@ -82,8 +99,12 @@ class Archive:
         traced.example_inputs, traced.example_kwargs = pytree.tree_unflatten(leaves, spec)
 
 
-def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[str, Any]) -> None:
+def save_archive(
+    traced: Traced, path: str | os.PathLike[str], *, report: dict[str, Any], read: Read | None = None
+) -> None:
     """Write `traced` and a JSON-ready `report` into one file, whole or not at all.
+
+    Of a model on the meta device `read` gives the tensors, one at a time and each of them twice.
 
     Raises `ArchiveError` where the place cannot be written to, or where the model holds something that a file cannot
     name: an operator that is not a function of tensors of PyTorch's own, a result type that is not registered.
@@ -94,7 +115,7 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
         document: dict[str, Any] = {
             "graph": graph_to_json(traced.graph),
             "numbers": [node.name for node in traced.graph.nodes if "numbers" in meta_of(node)],
-            "state": _state_to_json(traced.module, tensors),
+            "state": _state_to_json(traced.module, tensors, read),
             "class_name": type(traced.module).__name__,
             "inputs": [[spec.name, spec.shape, _dtype_name(spec.dtype)] for spec in traced.inputs],
             "example": _example_to_json(traced, tensors),
@@ -125,9 +146,31 @@ def save_archive(traced: Traced, path: str | os.PathLike[str], *, report: dict[s
     }
     with staged(target, ArchiveError) as temporary:
         try:
-            safetensors.torch.save_file(tensors, temporary, metadata=sealed(metadata))
+            if read is None:
+                safetensors.torch.save_file(tensors, temporary, metadata=sealed(metadata))
+            else:
+                _write(temporary, tensors, sealed(metadata), read)
         except safetensors.SafetensorError as error:
             raise ArchiveError(f"cannot write {target}: {error}; free some space or choose another place") from error
+
+
+def _write(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], read: Read) -> None:
+    """A safetensors file (its length, a header in JSON, and the bytes of all tensors), a tensor at a time.
+
+    The widest numbers come first, so that all of them are aligned.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    header, end = dict[str, Any]({"__metadata__": metadata}), 0
+    for name in ordered:
+        value = tensors[name]
+        place = [end, end := end + value.nbytes]
+        header[name] = {"dtype": _STORED[value.dtype], "shape": list(value.shape), "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in counted(ordered, "writing", ordered):
+            opened.write(_raw(read(name) if tensors[name].is_meta else tensors[name]))
 
 
 def load_archive(path: str | os.PathLike[str]) -> Archive:
@@ -235,12 +278,19 @@ def sealed(metadata: Mapping[str, str]) -> dict[str, str]:
 def _sum_of(tensor: torch.Tensor) -> str:
     """The checksum of a contiguous tensor: of its dtype, its shape and its bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    found.update(_raw(tensor))
     return found.hexdigest()
 
 
-def _state_to_json(module: nn.Module, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Every name of every parameter and buffer, in the order of `state_dict`; `tensors` gets each tensor once."""
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _state_to_json(module: nn.Module, tensors: dict[str, torch.Tensor], read: Read | None) -> list[dict[str, Any]]:
+    """Every name of every parameter and buffer, in the order of `state_dict`; `tensors` gets each tensor once, without
+    memory where `read` gives it.
+    """
     entries: list[dict[str, Any]] = []
     first: dict[int, str] = {}
     for name, tensor, persistent in _state(module):
@@ -255,8 +305,12 @@ def _state_to_json(module: nn.Module, tensors: dict[str, torch.Tensor]) -> list[
             entry["requires_grad"] = tensor.requires_grad
             if not tensor.is_contiguous() and _is_dense(tensor.shape, tensor.stride()):
                 entry["strides"] = list(tensor.stride())
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
-            entry["sha256"] = _sum_of(tensors[name])
+            if read is None:
+                tensors[name] = tensor.detach().cpu().contiguous().clone()
+                entry["sha256"] = _sum_of(tensors[name])
+            else:
+                value = read(name).contiguous()
+                tensors[name], entry["sha256"] = value.to("meta"), _sum_of(value)
         entries.append(entry)
     return entries
 

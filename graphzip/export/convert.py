@@ -22,7 +22,10 @@ from graphzip.export.optional_packages import require
 from graphzip.files import companion
 from graphzip.numeric.grouped_mm import grouped_mm
 
-__all__ = ["FileVersion", "checked_ir", "convert", "external_files", "save", "weight_bytes"]
+__all__ = ["FileVersion", "checked_ir", "convert", "external_files", "needs_two_files", "save", "weight_bytes"]
+
+SINGLE_FILE_LIMIT = 2**31 - 2**26
+"""Bytes of weights up to which one file is written: protobuf ends at 2 GiB, and the graph itself needs some room."""
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +246,11 @@ def _values(model: Any) -> Iterator[Any]:
 def weight_bytes(model: Any) -> int:
     """Bytes of all stored tensors: initializers, and constants that are attributes of nodes."""
     return sum(value.const_value.nbytes for value in _values(model) if value.const_value is not None)
+
+
+def needs_two_files(model: Any) -> bool:
+    """Whether the weights are too large for the file of the graph."""
+    return weight_bytes(model) > SINGLE_FILE_LIMIT
 
 
 def external_files(model: Any, folder: Path) -> set[Path]:

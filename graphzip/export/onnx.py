@@ -18,7 +18,7 @@ from torch import nn
 
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured, capture
-from graphzip.export.convert import FileVersion, convert, external_files, save, weight_bytes
+from graphzip.export.convert import FileVersion, convert, external_files, needs_two_files, save
 from graphzip.export.example import Example, Free, tensor_leaves
 from graphzip.export.optional_packages import require
 from graphzip.export.refusals import refuse
@@ -30,9 +30,6 @@ from graphzip.graph.copies import share_copy
 from graphzip.progress import step
 
 __all__ = ["Built", "ExportReport", "build", "check_onnx", "export_mode", "export_onnx"]
-
-SINGLE_FILE_LIMIT = 2**31 - 2**26
-"""Bytes of weights up to which one file is written: protobuf ends at 2 GiB, and the graph itself needs some room."""
 
 _LOUD = ("torch.onnx", "torch.export", "torch.fx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 _NOTHING = "nothing was written. Please report it; verify=False writes the file all the same, for inspection"
@@ -69,7 +66,7 @@ def export_onnx(
     with export_mode(verify=verify):
         example = Example.of(example_inputs, example_kwargs or {}, free=free, dynamic_batch=dynamic_batch)
         built = build(module, example, version=version, by_task=by_task, same_input=same_input)
-        external = weight_bytes(built.model) > SINGLE_FILE_LIMIT
+        external = needs_two_files(built.model)
         found: Verification | None = None
         with staged(target, ExportError) as temporary:
             save(built.model, temporary, external=external)

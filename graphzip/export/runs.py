@@ -191,7 +191,12 @@ def _in_float64(module: nn.Module) -> nn.Module | None:
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in another floating dtype, also where a traced graph spells out the one that it had."""
-    twin = copy.deepcopy(module).to(dtype)
+    memo: dict[int, Any] = {}  # so that nothing is copied before it is converted
+    for each in (*module.parameters(), *module.buffers()):
+        if each.is_floating_point():
+            made = each.detach().to(dtype, copy=True)
+            memo[id(each)] = nn.Parameter(made, each.requires_grad) if isinstance(each, nn.Parameter) else made
+    twin = copy.deepcopy(module, memo).to(dtype)
 
     def changed(value: Any) -> Any:
         return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value

@@ -8,6 +8,7 @@ sizes, are they the module's, and could they have shown that they are not (`outp
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured
+from graphzip.export.convert import needs_two_files, save
 from graphzip.export.derandomize import described_draws, is_deterministic, still_model, still_program
 from graphzip.export.onnx_equality import difference, interface
 from graphzip.export.optional_packages import require
@@ -76,6 +78,9 @@ def read_model(path: Path) -> Any:
     return model
 
 
+Open: TypeAlias = "Callable[[], Any]"
+"""Gives a session of onnxruntime."""
+
 Convert: TypeAlias = "Callable[[nn.Module], tuple[Captured, Any]]"
 """Captures and converts a twin of a module as the module was."""
 
@@ -122,7 +127,9 @@ def verify_file(
             raise VerificationError(f"{path.name}: {reason}") from error
         found.unchecked.append(f"the outputs were not compared: {reason}")
         return found
-    _compare_outputs(session, there, module, captured, found, convert if differs is None else None)
+    opened = _opener(session, path, there)
+    del session
+    _compare_outputs(opened, there, module, captured, found, convert if differs is None else None)
     return found
 
 
@@ -145,7 +152,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _compare_outputs(
-    session: Any, there: Any, module: nn.Module, captured: Captured, found: Verification, convert: Convert | None
+    opened: Open, there: Any, module: nn.Module, captured: Captured, found: Verification, convert: Convert | None
 ) -> None:
     draws = described_draws(captured.program)
     reference = module
@@ -155,7 +162,8 @@ def _compare_outputs(
         if still is None or not still_model(there):
             found.unchecked.append(f"the outputs were not compared: they are random ({', '.join(draws)})")
             return
-        reference, session = still, session_of(_bytes_of(there))
+        session = _session_of(there)
+        reference, opened = still, lambda: session
         found.unchecked.append(
             f"random operators were held still, so what they draw was not compared: {', '.join(draws)}"
         )
@@ -163,13 +171,13 @@ def _compare_outputs(
             found.notes.append(f"the file draws no random numbers where the module does: {', '.join(draws)}")
     step("comparing outputs in onnxruntime")
     runs = run_all(reference, captured)
-    judged = _judged(session, reference, captured, runs)
+    judged = _judged(opened, reference, captured, runs)
     if convert is not None and not draws and any(each.unchecked for each in judged):
         _look_again(judged, there, module, captured, runs, convert, found)
     _take(judged, found)
     _take_calls(runs.made, captured, found)
     for refusal in runs.refused:
-        _take_refusal(refusal, captured, found, refused=_refuses(session, refusal))
+        _take_refusal(refusal, captured, found, refused=_refuses(opened(), refusal))
 
 
 def _compare_in_float32(there: Any, module: nn.Module, captured: Captured, found: Verification) -> None:
@@ -179,19 +187,28 @@ def _compare_in_float32(there: Any, module: nn.Module, captured: Captured, found
         return
     with_float32_model(there)
     try:
-        session = session_of(_bytes_of(there))
+        session = _session_of(there)
     except Exception as error:
         found.unchecked.append(f"the outputs were not compared: onnxruntime cannot load the model: {short(error)}")
         return
-    _compare_outputs(session, there, in_dtype(module, torch.float32), with_float32_example(captured), found, None)
+    _compare_outputs(
+        lambda: session, there, in_dtype(module, torch.float32), with_float32_example(captured), found, None
+    )
     found.notes.append(
         "onnxruntime has no bfloat16 on the CPU: graph and weights were compared as they are, and outputs with all of "
         "bfloat16 read as float32"
     )
 
 
-def _judged(session: Any, module: nn.Module, captured: Captured, runs: Runs) -> list[Judged]:
-    wanted = references(module, captured, runs.made)
+def _opener(session: Any, path: Path, model: Any) -> Open:
+    """What gives a session; of a large model a new one, for its weights are not held while references are computed."""
+    if needs_two_files(model):
+        return lambda: session_of(path)
+    return lambda: session
+
+
+def _judged(opened: Open, module: nn.Module, captured: Captured, runs: Runs) -> list[Judged]:
+    wanted, session = references(module, captured, runs.made), opened()
     results = [run_session(session, run, call) for run, call in zip(runs.made, wanted[0].calls, strict=True)]
     if any(len(outputs) != len(wanted) for outputs in results):
         raise VerificationError(f"the file has {len(results[0])} outputs, where the module has {len(wanted)}")
@@ -219,12 +236,12 @@ def _look_again(
         of_twin, model = convert(twin)
         if difference(model, there, weights=False) is not None:
             return
-        session, calls = session_of(_bytes_of(model)), run_all(twin, of_twin)
+        session, calls = _session_of(model), run_all(twin, of_twin)
     except Exception:
         logger.debug("outputs could not be compared in a twin", exc_info=True)
         return
     try:
-        second = _judged(session, twin, of_twin, calls)
+        second = _judged(lambda: session, twin, of_twin, calls)
     except VerificationError as error:
         raise VerificationError(f"with batch norms that fit the example, {error}") from error
     settled_ones = [old for old, new in zip(judged, second, strict=True) if old.unchecked and _settles(old, new)]
@@ -248,9 +265,14 @@ def _settles(old: Judged, new: Judged) -> bool:
     return 2 * sum(looked_at) >= len(looked_at)
 
 
-def _bytes_of(model: Any) -> bytes:
+def _session_of(model: Any) -> Any:
+    """A session of a model that is in no file of its own; onnxruntime's error where it cannot load it."""
+    if needs_two_files(model):
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, Path(folder) / "model.onnx", external=True)
+            return session_of(Path(folder) / "model.onnx")
     ir = require("onnx_ir")
-    return bytes(ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString())
+    return session_of(bytes(ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString()))
 
 
 def _take(judged: Sequence[Judged], found: Verification) -> None:

@@ -25,6 +25,7 @@ from graphzip.boundary import public
 from graphzip.calibration import Calibration, Trained
 from graphzip.calls import Signature
 from graphzip.errors import ArchiveError, ExampleInputError, PlanError
+from graphzip.export.archive import save_archive
 from graphzip.files import check_target, scratch, unwritable
 from graphzip.formats.huggingface import (
     ADVICE,
@@ -52,7 +53,7 @@ from graphzip.tracing.results import Outputs
 from graphzip.tracing.trace import trace
 from graphzip.training.account import Account, Moves
 from graphzip_passes.base import PassContext, Weights, checked_outcome, pass_of
-from graphzip_passes.parts.streamed import Workspace
+from graphzip_passes.parts.streamed import Workspace, on_cpu, tensors_of
 
 __all__ = ["compile_folder"]
 
@@ -60,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS: Final = (2, 8)  # of the example that a model of text is traced with
 _GENERATION: Final = "generation_config.json"
+_FILE: Final = ".graphzip"
 
 
 @public
@@ -80,11 +82,13 @@ def compile_folder(
     that are never all in memory: what a channel group has, and what is written into one file (512 MiB), are.
 
     Both are folders of `transformers`, with a config.json and safetensors (one file, or sharded), as `from_pretrained`
-    reads and `save_pretrained` writes them; `task` is that of `from_pretrained`. The passes of the plan are those that
-    look at a group or a layer at a time: `PruneChannels` with a criterion of weights or activations, `ClusterMerge`
-    with a clustering of weights. Of `example_inputs` the shapes count, and tensors on the meta device will do; models
-    of text need none. `outputs`, `seed` and `progress` are those of `compile`. Widths are computed from the same
-    numbers as by `compile`, tensors keep their dtypes.
+    reads and `save_pretrained` writes them; `task` is that of `from_pretrained`. A `target` that ends in ".graphzip" is
+    one file, as `Compiled.save` writes it: `graphzip.load` reads it, layers may have any widths and ranks, and without
+    `example_inputs` it takes text of any length. The passes of the plan are those that look at a group or a layer at a
+    time: `PruneChannels` with a criterion of weights or activations, `ClusterMerge` with a clustering of weights, and
+    `LowRank`. Of `example_inputs` the shapes count, and tensors on the meta device will do; models of text need none.
+    `outputs`, `seed` and `progress` are those of `compile`. Widths are computed from the same numbers as by `compile`,
+    tensors keep their dtypes.
 
     `calibration` are batches as for `compile`. They go through the model an operator at a time, on the CPU, with the
     weights that it reads: layers behind what shrank are fitted (`compensate="data"`), written beside `target`, and
@@ -92,12 +96,14 @@ def compile_folder(
     read. Sequences have the length of the example, by default of the first batch.
 
     Raises `ArchiveError` for a folder that holds no such model, or whose files name tensors otherwise than the class
-    does, and where the config cannot say the widths; `PlanError` for other passes, and for options that look at several
-    layers together. Nothing is left of `target` then. Other errors are those of `compile`.
+    does, and where the config cannot say the widths; `PlanError` for other passes, for options that look at several
+    layers together, and for layers that no class has in a folder. Nothing is left of `target` then. Other errors are
+    those of `compile`.
     """
     source = Path(folder)
-    _check(plan, seed)
-    place, data = new_folder(target), None if calibration is None else re_iterable(calibration, "calibration")
+    _check(plan, seed, str(target))
+    place = check_target(target, ArchiveError) if str(target).endswith(_FILE) else new_folder(target)
+    data = None if calibration is None else re_iterable(calibration, "calibration")
     with watched(progress), _workspace(place, spill) as workspace, torch.inference_mode(False):
         how = _How(task, outputs, seed, data, workspace)
         return _compiled(source, plan, place, example_inputs, how)
@@ -132,8 +138,9 @@ def _compiled(source: Path, plan: Plan, place: Path, example_inputs: Any, how: _
     step(f"tracing {source} without its weights")
     model = without_weights(source, how.task)
     inputs = _examples(model, how.data) if example_inputs is None else pytree.tree_map(_on_meta, example_inputs)
-    traced = trace(model, inputs, outputs=how.outputs)
-    constants = {} if how.data is None else computed_buffers(source, how.task) | _choices(traced)
+    open_ = "length" if example_inputs is None and place.suffix == _FILE else None
+    traced = trace(model, inputs, outputs=how.outputs, dynamic_shapes=open_)
+    constants = computed_buffers(source, how.task) | _choices(traced)
     weights = _weights_of(model, Shards(source), source, constants)
     signature = {"": Signature.of(model, inputs)}
     known = Analysed.of(traced)
@@ -150,22 +157,31 @@ def _compiled(source: Path, plan: Plan, place: Path, example_inputs: Any, how: _
         outcome = checked_outcome(found.outcome, where)
         account.add(options.kind, outcome)
         traced, weights = outcome.traced, found.weights
-    slim = _class_of(model, traced, inputs, how.outputs)
+    slim = None if place.suffix == _FILE else _class_of(model, traced, inputs, how.outputs)
     report = account.report(traced, Moves({"": 0.0}, has_data=False, eps=0.0), Origin.of(plan, how.seed, ()))
-    _write(slim, weights, source, place)
+    if slim is None:
+        save_archive(on_cpu(traced), place, report=report.to_dict(), read=tensors_of(traced, weights))
+    else:
+        _write(slim, weights, source, place)
     logger.info("%s", report)
     return report
 
 
-def _check(plan: Any, seed: Any) -> None:
+def _check(plan: Any, seed: Any, target: str) -> None:
     check_plan(plan)
     check_seed(seed)
     for number, options in enumerate(plan.passes):
         where = f"passes[{number}].{options.kind}"
-        if pass_of(options, where).by_tensor is None:
+        known = pass_of(options, where)
+        if known.by_tensor is None:
             raise PlanError(
                 f"{where}: it sees all weights together, and cannot be carried out a tensor at a time; load the model "
                 "with from_pretrained, and compile that"
+            )
+        if known.other_layers and not target.endswith(_FILE):
+            raise PlanError(
+                f"{where}: it makes layers that no config describes; give a target that ends in {_FILE!r}, which "
+                "graphzip.load reads"
             )
 
 

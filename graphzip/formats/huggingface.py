@@ -302,7 +302,10 @@ def _filled(compiled: Compiled, model: Any, config: Any) -> nn.Module:
     return slim
 
 
-ADVICE: Final = "save it with compiled.save, or compile a plan with the same share for all layers"
+ADVICE: Final = (
+    "save it as one file (compiled.save, or a target that ends in '.graphzip'), or compile a plan with "
+    "the same share for all layers"
+)
 
 
 def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:

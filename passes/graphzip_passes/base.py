@@ -184,7 +184,7 @@ class Pass:
     """A registered pass: the class of its options and its function, and how that is called.
 
     `by_tensor` carries it out on a graph that is on the meta device, with its weights read one at a time; `None` where
-    the pass has to see them together.
+    the pass has to see them together. `other_layers`: what it makes has other layers than the class of the model.
     """
 
     options: type[PassOptions]
@@ -192,6 +192,7 @@ class Pass:
     decides: bool
     only_reads: bool
     by_tensor: Callable[[Traced, Any, PassContext, Weights], ByTensor] | None = None
+    other_layers: bool = False
 
     def decide(self, traced: Traced, options: PassOptions, context: PassContext) -> Decision:
         """What it decides on a model. Raises `GraphZipError` where the function gives something else."""
@@ -258,11 +259,11 @@ def register_pass(
     return function
 
 
-def by_tensor(options: type[PassOptions]) -> Callable[[_Function], _Function]:
+def by_tensor(options: type[PassOptions], *, other_layers: bool = False) -> Callable[[_Function], _Function]:
     """A decorator for the function that carries out a registered pass with its weights read one at a time."""
 
     def add(function: _Function) -> _Function:
-        PASSES[options] = replace(PASSES[options], by_tensor=function)
+        PASSES[options] = replace(PASSES[options], by_tensor=function, other_layers=other_layers)
         return function
 
     return add

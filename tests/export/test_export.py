@@ -20,6 +20,7 @@ from torch import nn
 
 import graphzip as gz
 from graphzip.errors import ExportError, MissingDependencyError, PlanError, VerificationError
+from graphzip.export import convert
 from graphzip.export import onnx as exporter
 from graphzip.export.convert import FileVersion
 from graphzip.export.onnx import ExportReport, check_onnx, export_onnx
@@ -252,7 +253,7 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 1000)
+    monkeypatch.setattr(convert, "SINGLE_FILE_LIMIT", 1000)
 
 
 @pytest.mark.usefixtures("two_files")

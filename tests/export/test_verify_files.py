@@ -16,7 +16,7 @@ from references import reference
 from torch import nn
 
 import graphzip as gz
-from graphzip.export import onnx as exporter
+from graphzip.export import convert
 from graphzip.export.outputs import judge
 
 EMPTY = gz.Plan([])
@@ -103,7 +103,7 @@ def test_a_file_per_task(tmp_path: Path) -> None:
 
 
 def test_weights_in_a_second_file(single: gz.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 100)
+    monkeypatch.setattr(convert, "SINGLE_FILE_LIMIT", 100)
     path = tmp_path / "big.onnx"
     report = single.export(path)
     assert report.verified

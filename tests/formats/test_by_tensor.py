@@ -123,9 +123,9 @@ def test_a_classifier_of_pictures_takes_shapes(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "no plan": ("half", gz.PlanError, r"expected a graphzip.Plan, got str; write Plan\(\[...\]\) or Plan.load\(path\)"),
     "another pass": (
-        gz.Plan([gz.LowRank()]),
+        gz.Plan([gz.Minimize()]),
         gz.PlanError,
-        r"passes\[0\].low_rank_factors: it sees all weights together.* from_pretrained",
+        r"passes\[0\].minimize: it sees all weights together.* from_pretrained",
     ),
     "a criterion of data": (
         gz.Plan([gz.PruneChannels(criterion="wanda")]),
@@ -254,5 +254,9 @@ def test_what_streams_is_what_the_passes_say() -> None:
 
     for options in (gz.PruneChannels(), gz.ClusterMerge(), gz.LowRank()):
         pass_of(options, "here")
-    assert {kind for kind, known in PASSES.items() if known.by_tensor} >= {gz.PruneChannels, gz.ClusterMerge}
+    assert {kind for kind, known in PASSES.items() if known.by_tensor} >= {
+        gz.PruneChannels,
+        gz.ClusterMerge,
+        gz.LowRank,
+    }
     assert by_tensor.compile_folder is gz.compile_folder

@@ -7,8 +7,8 @@ of the thin layers is re-fitted to what the original gave (`graphzip_passes.part
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -27,15 +27,16 @@ from graphzip.numeric.im2col import per_dimension
 from graphzip.numeric.solvers import check_finite, checked
 from graphzip.plan.passes import LowRank
 from graphzip.plan.problems import plan_error
-from graphzip.progress import counted
+from graphzip.progress import counted, told
 from graphzip.report.outcome import Outcome, Table
 from graphzip.report.tables import closest
 from graphzip.rewrite.edit import Edit, before
 from graphzip.rewrite.layout import Layout
-from graphzip_passes.base import PassContext, register_pass
+from graphzip_passes.base import ByTensor, PassContext, Weights, by_tensor, register_pass
 from graphzip_passes.low_rank.factors import Factors, Spectrum, factorised_by, rank_of, spectrum_by
 from graphzip_passes.low_rank.times import Part, times_of
-from graphzip_passes.parts.compensation import refit, sampled_rows
+from graphzip_passes.parts.by_tensor import refitted, streams
+from graphzip_passes.parts.compensation import Narrowed, refit, sampled_rows
 
 __all__ = ["Cuttable", "cuttable", "factorised", "low_rank"]
 
@@ -61,21 +62,63 @@ class _Cut:
 @register_pass(LowRank, only_reads=True)
 def low_rank(traced: Traced, options: LowRank, context: PassContext) -> Outcome:
     """Carry `LowRank` out."""
+    batches = _batches(options, context)
+    cuts, left = _cuts(traced, options, context.where, batches)
+    if not cuts:
+        return Outcome(traced, changed=False, proven=True, details={"ranks": {}, "left": left})
+    result, _ = _rewritten(traced, cuts)
+    if batches and options.compensate != "none":
+        nothing = Layout.of((context.known or Analysed.of(traced)).analysis, [])
+        refit(Values(traced, batches), Values(result, batches), nothing, nothing)
+    times = [_milliseconds(traced, cut) for cut in cuts] if options.timed else []
+    return _outcome(traced, result, cuts, left, times)
+
+
+@by_tensor(LowRank, other_layers=True)
+def low_rank_by_tensor(traced: Traced, options: LowRank, context: PassContext, weights: Weights) -> ByTensor:
+    """Cut a layer at a time, and re-fit a layer at a time."""
+    assert context.workspace is not None
+    batches, kept = _batches(options, context), context.workspace.kept()
+    layers, left = _selected(traced, options, context.where)
+    found: Iterable[tuple[Layer, Tensor | None]] = ((layer, None) for layer in layers)
+    if options.method == "data-svd":
+        found = _products(traced, layers, streams(context, weights)(traced, batches))
+    cuts = []
+    for number, (layer, outputs) in enumerate(found):
+        told(number, len(layers), f"finding factors: {_name(traced, layer)}")
+        weight = weights(layer.name)
+        cut = _cut(traced, layer, weight, options, outputs)
+        if not _is_cheaper(traced, cut, left):
+            continue
+        for place, part in enumerate(cut.factors.weights):
+            kept[f"{layer.name}/{place}"] = part.to(weight.dtype)
+        bare = tuple(part.to("meta") for part in cut.factors.weights)
+        cuts.append(replace(cut, factors=replace(cut.factors, weights=bare)))
+    if not cuts:
+        return ByTensor(Outcome(traced, changed=False, proven=True, details={"ranks": {}, "left": left}), weights)
+    result, came_from = _rewritten(traced, cuts)
+    source = kept.over(weights)
+
+    def thin(name: str) -> Tensor:
+        return source(came_from.get(name, name))
+
+    slim: Weights = thin
+    if batches and options.compensate != "none":
+        nothing = Layout.of((context.known or Analysed.of(traced)).analysis, [])
+        _, slim = refitted(traced, Narrowed(result, nothing, nothing), (weights, slim), context, batches)
+    times = [_milliseconds(traced, cut) for cut in cuts] if options.timed else []
+    return ByTensor(_outcome(traced, result, cuts, left, times), slim)
+
+
+def _batches(options: LowRank, context: PassContext) -> list[tuple[Any, ...]]:
+    """The calibration data. Raises `PlanError` where there is none and the options ask for it."""
     batches = [] if context.calibration is None else context.calibration.graph_inputs()
     if not batches and (options.method == "data-svd" or options.compensate == "data"):
         asks = "method: 'data-svd'" if options.method == "data-svd" else "compensate: 'data'"
         raise PlanError(
             f"{context.where}.{asks} needs calibration data; pass calibration=, a list of batches, or use method='svd'"
         )
-    cuts, left = _cuts(traced, options, context.where, batches)
-    if not cuts:
-        return Outcome(traced, changed=False, proven=True, details={"ranks": {}, "left": left})
-    result = _rewritten(traced, cuts)
-    if batches and options.compensate != "none":
-        nothing = Layout.of((context.known or Analysed.of(traced)).analysis, [])
-        refit(Values(traced, batches), Values(result, batches), nothing, nothing)
-    times = [_milliseconds(traced, cut) for cut in cuts] if options.timed else []
-    return _outcome(traced, result, cuts, left, times)
+    return batches
 
 
 def _milliseconds(traced: Traced, cut: _Cut) -> tuple[float, float]:
@@ -88,7 +131,7 @@ def _milliseconds(traced: Traced, cut: _Cut) -> tuple[float, float]:
 def factorised(traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]) -> Traced:
     """The graph with thin layers, before anything is re-fitted; `traced` stays as it is, and may be what is given."""
     cuts, _ = _cuts(traced, options, where, batches)
-    return _rewritten(traced, cuts) if cuts else traced
+    return _rewritten(traced, cuts)[0] if cuts else traced
 
 
 @dataclass(frozen=True)
@@ -131,7 +174,7 @@ class Cuttable:
 def cuttable(traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]) -> list[Cuttable]:
     """The layers that `options` mean, in the order in which they run, but for those that no rank makes cheaper."""
     layers, _ = _selected(traced, options, where)
-    outputs = _products(traced, layers, batches) if options.method == "data-svd" else {}
+    outputs = _outputs(traced, layers, options, batches)
     found = []
     for layer in layers:
         weight, what = _held(traced, layer.weight).cpu(), f"layer {_name(traced, layer)!r}"
@@ -158,16 +201,21 @@ def _cuts(
 ) -> tuple[list[_Cut], dict[str, str]]:
     """The layers that are cut, and why the others that are meant are not."""
     layers, left = _selected(traced, options, where)
-    outputs = _products(traced, layers, batches) if options.method == "data-svd" else {}
+    outputs = _outputs(traced, layers, options, batches)
     cuts: list[_Cut] = []
     for layer in counted(layers, "finding factors", [_name(traced, layer) for layer in layers]):
-        cut = _cut(traced, layer, options, outputs.get(layer.node))
-        if cut.after < cut.before:
-            cuts.append(cut)
-        else:
-            ranks = " and ".join(map(str, cut.factors.ranks))
-            left[_name(traced, layer)] = f"at rank {ranks} it costs {cut.after:,} and whole {cut.before:,}"
+        cut = _cut(traced, layer, _held(traced, layer.weight), options, outputs.get(layer.node))
+        cuts += [cut] if _is_cheaper(traced, cut, left) else []
     return cuts, left
+
+
+def _is_cheaper(traced: Traced, cut: _Cut, left: dict[str, str]) -> bool:
+    """Whether it is; else `left` has the reason why the layer stays."""
+    if cut.after < cut.before:
+        return True
+    ranks = " and ".join(map(str, cut.factors.ranks))
+    left[_name(traced, cut.layer)] = f"at rank {ranks} it costs {cut.after:,} and whole {cut.before:,}"
+    return False
 
 
 def _outcome(
@@ -266,11 +314,18 @@ def _wanted(options: LowRank, name: str) -> float | str | None:
 # ------------------------------------------------------------------------------------------------- factors
 
 
-def _products(traced: Traced, layers: Sequence[Layer], batches: Sequence[tuple[Any, ...]]) -> dict[fx.Node, Tensor]:
-    """Mean products (O, O) of what layers give, without their bias."""
+def _outputs(
+    traced: Traced, layers: Sequence[Layer], options: LowRank, batches: Sequence[tuple[Any, ...]]
+) -> dict[fx.Node, Tensor]:
+    """What the method has to know of what layers give."""
+    if options.method != "data-svd":
+        return {}
+    return {layer.node: products for layer, products in _products(traced, layers, Values(traced, batches))}
+
+
+def _products(traced: Traced, layers: Sequence[Layer], values: Values) -> Iterator[tuple[Layer, Tensor]]:
+    """Mean products (O, O) of what layers give, without their bias, in the order in which they run."""
     wanted = {layer.node: layer for layer in layers}
-    values = Values(traced, batches)
-    found = {}
     with torch.no_grad():
         for node in values.steps(max((values.place[node] for node in wanted), default=-1)):
             if node not in wanted:
@@ -279,14 +334,12 @@ def _products(traced: Traced, layers: Sequence[Layer], batches: Sequence[tuple[A
             check_finite(layer.name, *outputs)
             rows = sampled_rows(layer, outputs, _ROWS)
             given = torch.cat([layer.picked(value, chosen) for value, chosen in zip(outputs, rows, strict=True)])
-            given = given.double() if layer.bias is None else given.double() - _held(traced, layer.bias).double()
-            found[node] = (given.T @ given / len(given)).cpu()
-    return found
+            given = given.double() if layer.bias is None else given.double() - values[layer.bias][0].double()
+            yield layer, (given.T @ given / len(given)).cpu()
 
 
-def _cut(traced: Traced, layer: Layer, options: LowRank, outputs: Tensor | None) -> _Cut:
+def _cut(traced: Traced, layer: Layer, weight: Tensor, options: LowRank, outputs: Tensor | None) -> _Cut:
     name = _name(traced, layer)
-    weight = _held(traced, layer.weight)
     checked(weight, f"layer {name!r}")
     wanted: Any = _wanted(options, name)
     factors = factorised_by(
@@ -319,23 +372,28 @@ def _held(traced: Traced, node: fx.Node) -> Tensor:
 # ------------------------------------------------------------------------------------------------- the graph
 
 
-def _rewritten(traced: Traced, cuts: Sequence[_Cut]) -> Traced:
-    """The graph with several layers in place of each one; the last of them is the node that was there."""
+def _rewritten(traced: Traced, cuts: Sequence[_Cut]) -> tuple[Traced, dict[str, str]]:
+    """The graph with several layers in place of each one; the last of them is the node that was there. By the names of
+    new tensors where they came from: the weight and the number of the factor, or the bias.
+    """
     edit = Edit(traced)
     twins = edit.twins
+    came_from: dict[str, str] = {}
     for cut in cuts:
-        _rewrite(edit, cut, twins[cut.layer.node])
-    return edit.done(unread=True)
+        came_from |= _rewrite(edit, cut, twins[cut.layer.node])
+    return edit.done(unread=True), came_from
 
 
-def _rewrite(edit: Edit, cut: _Cut, node: fx.Node) -> None:
+def _rewrite(edit: Edit, cut: _Cut, node: fx.Node) -> dict[str, str]:
     layer, types, module = cut.layer, edit.traced.module_types, edit.module
     base, kind = _base(layer, module), types.pop(layer.module, "")
     build, given = before(node), arguments_of(node)
     flowing, last = given["input"], len(cut.factors.weights) - 1
+    came_from = {}
     for number, (part, own) in enumerate(zip(cut.factors.weights, cut.factors.own, strict=True)):
         name = joined(base, str(number))
         attach(module, joined(name, "weight"), like(part, get_tensor(module, layer.name)))
+        came_from[joined(name, "weight")] = f"{layer.name}/{number}"
         if kind:
             types[name] = kind
         call = _call(build.fetch(joined(name, "weight")), given, own)
@@ -345,9 +403,11 @@ def _rewrite(edit: Edit, cut: _Cut, node: fx.Node) -> None:
         if layer.bias is not None:
             bias = get_tensor(module, str(layer.bias.target))
             attach(module, joined(name, "bias"), like(bias.detach().clone(), bias))
+            came_from[joined(name, "bias")] = str(layer.bias.target)
             call["bias"] = build.fetch(joined(name, "bias"))
         for key, value in ({"input": flowing} | call).items():
             set_argument(node, key, value)
+    return came_from
 
 
 def _base(layer: Layer, module: nn.Module) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,9 +18,10 @@ from torch import fx
 
 from graphzip.graph.interpreter import Values
 from graphzip.graph.state import get_tensor
+from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 
-__all__ = ["Kept", "Streamed", "Workspace"]
+__all__ = ["Kept", "Streamed", "Workspace", "on_cpu", "tensors_of"]
 
 Read = Callable[[str], torch.Tensor]
 
@@ -87,7 +88,7 @@ class Streamed(Values):
     ) -> None:
         super().__init__(traced, batches)
         self._workspace, self._kept = workspace, kept
-        self._read = read if kept is None else kept.over(read)
+        self._read = tensors_of(traced, read if kept is None else kept.over(read))
         self._dtypes: dict[str, torch.dtype] = {}
 
     def __getitem__(self, node: fx.Node) -> list[Any]:
@@ -112,15 +113,9 @@ class Streamed(Values):
         self._values[node] = [made] * len(self.batches)
 
     def _fetched(self, node: fx.Node) -> torch.Tensor:
-        name, dtype = str(node.target), node.meta["val"].dtype
-        held = get_tensor(self.traced.module, name)
-        if "numbers" in node.meta:
-            return torch.from_numpy(node.meta["numbers"])
-        if not held.numel():
-            return torch.empty(held.shape, dtype=dtype)
-        found = self._read(name) if held.is_meta else held.detach()
-        self._dtypes[name] = found.dtype
-        return found.to(dtype)
+        found = self._read(str(node.target))
+        self._dtypes[str(node.target)] = found.dtype
+        return found.to(node.meta["val"].dtype)
 
     def _value(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
@@ -142,6 +137,34 @@ class Streamed(Values):
         with contextlib.suppress(OSError):  # what is mapped goes with the last that reads it; not so on Windows
             place.unlink()
         return mapped
+
+
+def tensors_of(traced: Traced, read: Read) -> Read:
+    """What gives all tensors of a graph on the meta device: those of the model as `read` does, and its constants."""
+    numbers = {str(node.target): node.meta["numbers"] for node in traced.graph.nodes if "numbers" in node.meta}
+
+    def found(name: str) -> torch.Tensor:
+        held = get_tensor(traced.module, name).detach()
+        if name in numbers:
+            return torch.from_numpy(numbers[name])
+        if not held.numel():
+            return torch.empty(held.shape, dtype=held.dtype)
+        return read(name) if held.is_meta else held
+
+    return found
+
+
+def on_cpu(traced: Traced) -> Traced:
+    """The graph as it is traced on the CPU: what operators make on the meta device they make there."""
+    made = traced.copy()
+    for node in made.graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _on_cpu)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _example, (traced.example_inputs, traced.example_kwargs))
+    return replace(made, example_inputs=args, example_kwargs=kwargs)
+
+
+def _example(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf
 
 
 def _on_cpu(argument: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import nn
 
 import graphzip as gz
 from graphzip import folders
-from graphzip.export import joint
+from graphzip.export import convert, joint
 from graphzip.export import onnx as exporter
 
 
@@ -117,7 +117,7 @@ def write(single: gz.Compiled, both: gz.Compiled, versions: list[list[Any]], fol
 
 def main(folder: Path, moments: int, exchange: bool) -> None:
     torch.set_num_threads(1)
-    exporter.SINGLE_FILE_LIMIT = 1000
+    convert.SINGLE_FILE_LIMIT = 1000
     if not exchange:
         folders._exchanges = lambda _: False  # type: ignore[assignment]
     single, both = compiled()
