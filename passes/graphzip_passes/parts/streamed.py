@@ -21,7 +21,7 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 
-__all__ = ["Kept", "Streamed", "Workspace", "on_cpu", "tensors_of"]
+__all__ = ["ChangedTensors", "Streamed", "Workspace", "on_cpu", "tensors_of"]
 
 Read = Callable[[str], torch.Tensor]
 
@@ -29,7 +29,7 @@ _SPILLED: Final = 1 << 20
 """Bytes of a value from which on it is worth a file."""
 
 
-class Kept:
+class ChangedTensors:
     """Tensors that were changed, each in a file of its own until it is written to where it belongs."""
 
     def __init__(self, folder: Path) -> None:
@@ -62,9 +62,9 @@ class Workspace:
     spill: Path | None = None
     _numbers: Iterable[int] = field(default_factory=itertools.count, repr=False)
 
-    def kept(self) -> Kept:
+    def kept(self) -> ChangedTensors:
         """A place for tensors that are changed by one pass."""
-        return Kept(self.folder / f"kept-{next(iter(self._numbers))}")
+        return ChangedTensors(self.folder / f"kept-{next(iter(self._numbers))}")
 
     def place(self) -> Path | None:
         """A new file for a value."""
@@ -84,7 +84,7 @@ class Streamed(Values):
         batches: Sequence[tuple[Any, ...]],
         read: Read,
         workspace: Workspace,
-        kept: Kept | None = None,
+        kept: ChangedTensors | None = None,
     ) -> None:
         super().__init__(traced, batches)
         self._workspace, self._kept = workspace, kept
