@@ -428,3 +428,19 @@ def test_a_layer_that_reads_a_constant_is_not_fitted_to_its_rounding(dtype: torc
     assert float(slim.get_parameter("head.weight").abs().max()) < 10.0
     with torch.no_grad():
         torch.testing.assert_close(slim(x), model(x).mean(0).expand(64, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.float64, 1e-12)])
+def test_a_layer_is_not_fitted_to_rounding_that_a_norm_magnifies(dtype: torch.dtype, eps: float) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.head(m.norm(m.conv(x)))
+        return y
+
+    model = Net(run, conv=nn.Linear(6, 4), norm=nn.GroupNorm(2, 4, eps=eps), head=nn.Linear(4, 3)).to(dtype)
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([0.9, 1.1, 1.3, 0.7]))
+        model.norm.bias.copy_(torch.tensor([0.3, -0.2, 0.1, 0.4]))
+    x = torch.randn(64, 6, dtype=dtype)
+    plan = gz.Plan([gz.ClusterMerge(keep={"conv": 0.5}, clustering="even", compensate="data")])
+    slim = gz.compile(model.eval(), plan, (x[:2],), calibration=[x]).module
+    assert float(slim.get_parameter("head.weight").abs().max()) < 10.0

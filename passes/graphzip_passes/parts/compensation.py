@@ -353,11 +353,15 @@ def _solved(
 
 
 def _is_rounding(fit: Fit, weight: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether a large change was fitted to rows that move the outputs by no more than the rounding of these."""
+    """Whether a large change was fitted to rows that move the outputs by no more than the rounding of these, or makes
+    the rounding of the rows' mean, which a norm in front may have magnified, a part of them.
+    """
     if float(fit.weights.abs().max()) <= _LARGE * float(weight.abs().max()):
         return False
+    eps, size = torch.finfo(fit.x.dtype).eps, wanted.square().mean()
     moved = (fit.x @ weight.to(fit.x.dtype)).square().mean()
-    return bool(moved <= (_ROUNDING * torch.finfo(fit.x.dtype).eps) ** 2 * wanted.square().mean())
+    carried = (fit.mean.abs() @ fit.weights.abs()).max()
+    return bool(moved <= (_ROUNDING * eps) ** 2 * size or eps * carried.square() > size)
 
 
 def _as_good(wanted: torch.Tensor, now: torch.Tensor, low: float, high: float) -> torch.Tensor:
