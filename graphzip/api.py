@@ -15,6 +15,7 @@ from graphzip.boundary import call_user, public
 from graphzip.calibration import check_calibration, with_submodule
 from graphzip.calls import Call, Signature, call_of
 from graphzip.compiled import Compiled, load
+from graphzip.devices import device_in, device_of, fitting, moved
 from graphzip.errors import ExampleInputError, GraphZipError, PlanError
 from graphzip.graph.copies import borrow, deep_copy, why_not_copied
 from graphzip.graph.source import first_line
@@ -294,6 +295,7 @@ def compile(
     outputs: Any | None = None,
     mode: str = "eval",
     tune: bool | int | Tune | None = None,
+    device: str | torch.device | None = None,
     progress: Progress = None,
 ) -> Compiled:
     """Carry out `plan`: `prepare`, then `train(prepared, stage)` for every stage (where given), then `convert`.
@@ -301,17 +303,31 @@ def compile(
     Arguments and errors are those of `prepare`. The model itself stays as it is. A plan that changes nothing returns
     normally and says so in the report. Without training, weights are not copied before they change where the first
     pass allows it: those that are mapped from files are read where they lie.
+
+    With a `device` a copy of the model works there: passes, `train`, `evaluate` and tuning see it and the calibration
+    data on that device, and the result is where the model is. Where the memory is not enough for the batches of
+    `calibration`, the work begins anew, as if batches of half the size had been given, unless it has a `train` or a
+    `loss`.
     """
     check_callable(train, "train", "train(prepared, stage)")
-    trained = train is not None
+    place = device_of(device)
     views = (scope, dynamic_shapes, outputs, mode)
     fitted, callbacks = Tune.of(tune), Callbacks(loss, evaluate, progress)
-    with watched(progress):
-        prepared = _prepare(model, plan, example_inputs, calibration, callbacks, seed, *views, fitted, trained=trained)
-    if train is not None:
-        for stage in prepared.steps():
-            call_user(train, prepared, stage)
-    return prepared.convert()
+    source, inputs = moved(model, example_inputs, place)
+
+    def carried_out(data: Batches | None) -> Compiled:
+        with watched(progress):
+            trained = train is not None
+            prepared = _prepare(source, plan, inputs, data, callbacks, seed, *views, fitted, trained=trained)
+        if train is not None:
+            for stage in prepared.steps():
+                call_user(train, prepared, stage)
+        return prepared.convert()
+
+    compiled = fitting(carried_out, calibration, place, splits=loss is None, again=train is None)
+    if source is not model:
+        compiled.move(device_in(model))
+    return compiled
 
 
 def _keeps_off(plan: Plan) -> bool:

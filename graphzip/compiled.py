@@ -39,6 +39,7 @@ from graphzip.report.card import AFTER, BEFORE, Card, Scores
 from graphzip.report.report import Report
 from graphzip.report.tables import change, closest, quantity
 from graphzip.rewrite.join_models import inputs_of, module_of
+from graphzip.rewrite.refresh import refresh
 from graphzip.runtime.quantize import export_reworked, rework_of
 
 __all__ = ["Compiled", "load", "task_module"]
@@ -105,6 +106,12 @@ class Compiled:
         """Let the graph hold the very tensors of the module. Raises `GraphZipError` where these are not whole."""
         check_whole(self.module)
         self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False)
+
+    def move(self, device: torch.device) -> None:
+        """Let module, graph and example inputs be on a device."""
+        self.module.to(device)
+        if self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False):
+            refresh(self.traced)
 
     @property
     def tasks(self) -> tuple[str, ...]:

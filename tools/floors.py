@@ -51,7 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("graphzip.rewrite",),
     ("graphzip.export", "graphzip.runtime"),
-    ("graphzip.calibration", "graphzip.compiled", "graphzip.measuring", "graphzip.traces"),
+    ("graphzip.calibration", "graphzip.compiled", "graphzip.devices", "graphzip.measuring", "graphzip.traces"),
     ("graphzip_passes",),
     (
         "graphzip.training.account",

@@ -75,7 +75,7 @@ def run_batch(
     """
     try:
         return model(*args, **(kwargs or {}))
-    except GraphZipError:
+    except (GraphZipError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         values = (*args, *(kwargs or {}).values())

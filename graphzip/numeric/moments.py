@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from graphzip.numeric.solvers import relative_damping
+from graphzip.numeric.solvers import products, relative_damping
 
 __all__ = ["ChannelMoments", "CrossMoments", "Moments", "Spread", "gathered"]
 
@@ -42,8 +42,14 @@ class Moments:
         self.gram: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
-        """Count rows of shape `(samples, inputs)`."""
-        rows = rows.detach().to("cpu", torch.float64)
+        """Count rows of shape `(samples, inputs)`; many that lie on a device are multiplied there."""
+        rows = rows.detach()
+        if self.gram is not None and rows.device.type != "cpu":
+            self.count += len(rows)
+            self.total += rows.sum(0, dtype=torch.float64).cpu()
+            self.gram += products(rows[None], rows[None])[0].cpu()
+            return
+        rows = rows.to("cpu", torch.float64)
         self.count += len(rows)
         self.total += rows.sum(0)
         if self.rows is not None and self.count <= self.inputs:

@@ -18,6 +18,7 @@ from graphzip.arguments import check_callable, check_name, check_seed, check_tra
 from graphzip.boundary import call_user, public
 from graphzip.calibration import Calibration, Trained, check_calibration, with_submodule
 from graphzip.calls import Signature, call_of, example_of
+from graphzip.devices import device_of, fitting, moved, on_device
 from graphzip.errors import PlanError
 from graphzip.files import check_target
 from graphzip.graph.batches import leading
@@ -80,6 +81,7 @@ def plan_for(
     min_width: int | None = None,
     target: str | None = None,
     uniform: bool = False,
+    device: str | torch.device | None = None,
     progress: Progress = None,
 ) -> Plan:
     """A plan that brings the model within a budget and moves its outputs as little as possible.
@@ -87,35 +89,28 @@ def plan_for(
     `macs`, `params` and `bytes` (of parameters and buffers) may be given together, and all are met; or `latency` (of
     one sample in onnxruntime here) alone. A float of at most 1 is a share, anything else absolute (a latency in
     milliseconds). The other arguments are those of `WidthStudy`, and `progress` is that of `compile`. Compile the plan
-    with the same data.
+    with the same data. Where the memory is not enough for the batches of `calibration`, the measurements begin anew, as
+    if batches of half the size had been given.
 
     Raises `PlanError` where no budget is given, or one is out of reach: before anything is measured, with what can be
     reached. Other errors are those of `compile`.
     """
     budgets = given(macs=macs, params=params, bytes=bytes, latency=latency)
-    with watched(progress):
-        study = WidthStudy(
-            model,
-            example_inputs,
-            calibration=calibration,
-            evaluate=evaluate,
-            evaluate_name=evaluate_name,
-            passes=passes,
-            cache=cache,
-            seed=seed,
-            scope=scope,
-            dynamic_shapes=dynamic_shapes,
-            outputs=outputs,
-            mode=mode,
-            effort=effort,
-            round_to=round_to,
-            min_width=min_width,
-            target=target,
-            uniform=uniform,
-        )
+    place = device_of(device)
+    source, inputs = moved(model, example_inputs, place)
+    judged: dict[str, Any] = {"evaluate": evaluate, "evaluate_name": evaluate_name, "cache": cache, "seed": seed}
+    view: dict[str, Any] = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs, "mode": mode}
+    rules: dict[str, Any] = {"round_to": round_to, "min_width": min_width, "target": target, "uniform": uniform}
+    asked = {"passes": passes, "effort": effort, **judged, **view, **rules}
+
+    def measured(data: Iterable[Any] | None) -> Plan:
+        study = WidthStudy(source, inputs, calibration=data, **asked)
         study.check(**budgets)
         study.measure()
         return study.plan(**budgets)
+
+    with watched(progress):
+        return fitting(measured, calibration, place)
 
 
 class WidthStudy:
@@ -143,7 +138,12 @@ class WidthStudy:
     shrinks keeps less than `min_width`; groups that have no such width stay whole, which is said in the log. With
     `uniform` groups of the same kind keep the same number, for formats that have one number for all layers: groups of
     one size whose tensors have names that differ in numbers alone (`layers.3.mlp.fc1.weight`).
+
+    With a `device` a copy of the model is measured there, on batches that are moved there, and `evaluate` is given it.
     """
+
+    sensitivities: tuple[Sensitivity, ...] = ()
+    """What `measure` found."""
 
     chosen: tuple[str, float, float] | None = None
     """What `plan` chose: what the budget was of, the cost, a share of the original's, and the loss that is expected."""
@@ -169,7 +169,10 @@ class WidthStudy:
         min_width: int | None = None,
         target: str | None = None,
         uniform: bool = False,
+        device: str | torch.device | None = None,
     ) -> None:
+        model, example_inputs = moved(model, example_inputs, place := device_of(device))
+        calibration = on_device(calibration, place)
         view: dict[str, Any] = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs}
         given = of_trace(model, example_inputs=example_inputs, mode=mode, **view)
         source: Any = model if given is None else given.model
@@ -186,11 +189,9 @@ class WidthStudy:
             check_target(cache, PlanError)
         check_calibration(calibration, source, signature)
         self.model, self.example_inputs, self.seed = source, example_of(source, call), seed
-        self.evaluate, self.effort = evaluate, effort
-        self.has_data = calibration is not None
+        self.evaluate, self.effort, self.has_data = evaluate, effort, calibration is not None
         self.passes, self.options, self.low_rank = planned_passes(passes, has_data=self.has_data)
-        rules = {"round_to": round_to, "min_width": min_width, "target": target, "uniform": uniform}
-        self.rules = WidthRules.of(self.options, **rules)
+        self.rules = WidthRules.of(self.options, round_to=round_to, min_width=min_width, target=target, uniform=uniform)
         with torch.inference_mode(False):
             whole = share_copy(source)
             if given is not None:
@@ -207,7 +208,6 @@ class WidthStudy:
         self.choices, self.prices, self.kinds = self.units.choices, self.units.prices, self.units.kinds
         key = None if cache is None else self._key(evaluate_name)
         self.cache = None if cache is None or key is None else Measurements(cache, key)
-        self.sensitivities: tuple[Sensitivity, ...] = ()
 
     def _feed(self, data: Iterable[Any], signature: Signature, whole: nn.Module, known: Analysed) -> None:
         """Read what layers are fitted and outputs judged on; passes are told of it where it is the user's data."""
