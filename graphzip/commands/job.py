@@ -19,7 +19,7 @@ import typer
 from graphzip.commands.config import long_name, read_options
 from graphzip.commands.options import command
 from graphzip.commands.terminal import UsageError, at_work, show
-from graphzip.file_locks import held, hold
+from graphzip.file_locks import holder, take
 from graphzip.files import check_target, write_text
 from graphzip.report.tables import closest
 from graphzip.version import __version__
@@ -169,9 +169,13 @@ def _carry_out(stage: _Stage, home: Path, log: IO[str]) -> int:
 def _state(folder: Path, key: str, job: Path) -> Iterator[tuple[list[str], IO[str]]]:
     """The stages that were done in a folder for the same job, and the log, while nobody else works there."""
     folder.mkdir(exist_ok=True)
-    if held(folder / _LOCK) and (folder / _LOCK).exists():
-        raise UsageError(f"{job}: {folder} is being worked on by another process; wait for it, or stop it")
-    with contextlib.closing(hold(folder / _LOCK)), (folder / _LOG).open("a", encoding="utf-8") as log:
+    lock = take(folder / _LOCK)
+    if lock is None:
+        raise UsageError(
+            f"{job}: {folder} is being worked on by {holder(folder / _LOCK)}; wait for it, or stop it; where it is "
+            f"gone for good, remove {folder / _LOCK}"
+        )
+    with lock, (folder / _LOG).open("a", encoding="utf-8") as log:
         done: list[str] = []
         if (folder / _STATE).is_file():
             known = json.loads((folder / _STATE).read_text(encoding="utf-8"))

@@ -161,7 +161,7 @@ def test_two_processes_do_not_work_in_one_folder(home: Path, carried: list[list[
         (home / "out" / "job.json").write_text("{}")
         done = run(job)
     assert done.exit_code == 2
-    assert "is being worked on by another process" in done.stderr.replace("\n", " ")
+    assert f"is being worked on by process {os.getpid()} on " in done.stderr.replace("\n", " ")
 
 
 @pytest.mark.slow
