@@ -36,11 +36,15 @@ _BLOCK: Final = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """A command, and the files of the job's folder that there are when it is done."""
+    """A command, and the files of the job's folder that there are when it is done.
+
+    `whole`: they are there then alone, also where the job was killed before that was noted.
+    """
 
     name: str
     arguments: list[str]
     makes: tuple[str, ...]
+    whole: bool = False
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +54,7 @@ def register(app: typer.Typer) -> None:
 
 def run(
     context: typer.Context,
-    job: Annotated[Path, typer.Argument(metavar="JOB", help="YAML file: model, output, and options of compile")],
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="YAML file: model or folder, output, and options")],
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, help="logs on stderr, and where an error came from; -vv: more")
     ] = 0,
@@ -66,11 +70,14 @@ def run(
         options = dict(read_options(job, UsageError))
         home, folder = job.resolve().parent, _folder(options, job)
         said = ["-" + "v" * verbose] if verbose else []
-        stages = _stages(options, known.commands["compile"], job, folder, said)
+        if "folder" in options:
+            stages = _folder_stages(options, known.commands["compile-folder"], job, folder, said)
+        else:
+            stages = _stages(options, known.commands["compile"], job, folder, said)
         key = _key(options, home)
         with _state(folder, key, job) as (done, log):
             for stage in stages:
-                if stage.name in done and all((folder / name).exists() for name in stage.makes):
+                if (stage.name in done or stage.whole) and all((folder / name).exists() for name in stage.makes):
                     tell(f"{stage.name}: done before")
                     continue
                 tell(stage.name)
@@ -86,7 +93,10 @@ def run(
 
 
 def _folder(options: Mapping[Any, Any], job: Path) -> Path:
-    for name, what in (("model", "what a model is for graphzip compile"), ("output", "the folder for what it makes")):
+    source = ("model", "what a model is for graphzip compile, or 'folder' and one of transformers")
+    if "folder" in options:
+        source = ("folder", "a folder of transformers")
+    for name, what in (source, ("output", "the folder for what it makes")):
         if not isinstance(options.get(name), str):
             raise UsageError(f"{job}: {name!r} is missing; write {what}")
     folder: Path = job.resolve().parent / options["output"]
@@ -98,11 +108,7 @@ def _folder(options: Mapping[Any, Any], job: Path) -> Path:
 
 def _stages(options: Mapping[Any, Any], command: Any, job: Path, folder: Path, said: list[str]) -> list[_Stage]:
     """The commands, with the options of the job; `said` says how much they tell."""
-    params = {long_name(each): each for each in command.params}
-    free = params.keys() - _DECIDED
-    for key in options:
-        if key not in free:
-            raise UsageError(f"{job}: {key!r} is no option of a job; {closest(str(key), sorted(free))}")
+    params = _params(options, command, job)
     given = {key: value for key, value in options.items() if key not in ("model", "output")}
     budget = next((each for each in ("macs", "params", "bytes", "latency") if each in given), None)
     if budget is not None:
@@ -120,6 +126,24 @@ def _stages(options: Mapping[Any, Any], command: Any, job: Path, folder: Path, s
         ),
         _Stage("report", ["report", slim, "-o", page, *said], ("report.html",)),
     ]
+
+
+def _folder_stages(options: Mapping[Any, Any], command: Any, job: Path, folder: Path, said: list[str]) -> list[_Stage]:
+    """The command for a folder of transformers, which is read and written a tensor at a time."""
+    params = _params(options, command, job)
+    given = {key: value for key, value in options.items() if key not in ("folder", "output")}
+    flags = [*_flags(given, params), "-o", str(folder / "slim"), *said]
+    return [_Stage("compile-folder", ["compile-folder", options["folder"], *flags], ("slim",), whole=True)]
+
+
+def _params(options: Mapping[Any, Any], command: Any, job: Path) -> dict[str, Any]:
+    """The options of a command by name, once those of the job are among them."""
+    params = {long_name(each): each for each in command.params}
+    free = params.keys() - _DECIDED
+    for key in options:
+        if key not in free:
+            raise UsageError(f"{job}: {key!r} is no option of a job; {closest(str(key), sorted(free))}")
+    return params
 
 
 def _flags(options: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
@@ -201,6 +225,8 @@ def _key(options: Mapping[Any, Any], home: Path) -> str:
         for name in (value, value.rpartition(":")[0]):
             if name and (home / name).is_file():
                 _add(found.update, home / name)
+    if isinstance(options.get("folder"), str):
+        _add_folder(found.update, home / options["folder"])
     return found.hexdigest()
 
 
@@ -208,6 +234,14 @@ def _add(update: Callable[[bytes], None], path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             update(block)
+
+
+def _add_folder(update: Callable[[bytes], None], folder: Path) -> None:
+    """The names of its files, how large they are and when they were written: reading them may take long."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file():
+            known = file.stat()
+            update(f"{file.name} {known.st_size} {known.st_mtime_ns}".encode())
 
 
 def _texts(value: Any) -> Iterator[str]:

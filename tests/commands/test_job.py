@@ -97,6 +97,28 @@ def test_a_job_without_a_budget_measures_nothing(home: Path, carried: list[list[
     assert "--cache" not in carried[0]
 
 
+def test_a_folder_of_transformers(home: Path, carried: list[list[str]]) -> None:
+    (home / "llama").mkdir()
+    (home / "llama" / "config.json").write_text("{}")
+    options = {"folder": "llama", "prune": ["*mlp*=0.5"], "calibration": "data.npz", "output": "out"}
+    (home / "job.yaml").write_text(yaml.safe_dump(options))
+    assert run(home / "job.yaml").exit_code == 0
+    slim = str((home / "out").resolve() / "slim")
+    expected = ["compile-folder", "llama", "--calibration", "data.npz", "--prune", "*mlp*=0.5", "-o", slim]
+    assert carried == [expected]
+    assert run(home / "job.yaml").exit_code == 0
+    state = home / "out" / "job.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"done": []}))
+    assert run(home / "job.yaml").exit_code == 0, "killed before it was noted that the folder is there"
+    assert carried == [expected]
+    (home / "llama" / "config.json").write_text("{} ")
+    assert "is of another job" in run(home / "job.yaml").stderr
+    (home / "job.yaml").write_text(yaml.safe_dump(options | {"macs": 0.5}))
+    assert "'macs' is no option of a job" in run(home / "job.yaml").stderr
+    (home / "job.yaml").write_text(yaml.safe_dump(options | {"folder": 3}))
+    assert "'folder' is missing; write a folder of transformers" in run(home / "job.yaml").stderr
+
+
 def test_what_is_done_is_not_done_again(home: Path, carried: list[list[str]]) -> None:
     job = written(home)
     assert run(job).exit_code == 0
