@@ -146,7 +146,7 @@ _VISION = {
     "sam": hugging_face(
         "SamVisionModel", "2x3x32x32", names="pixel_values", field="last_hidden_state", hidden_size=32, output_channels=16,
         num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, mlp_dim=64, window_size=2,
-        global_attn_indexes=[1],
+        global_attn_indexes=[1], initializer_range=0.02,
     ),
     "siglip": _sees(
         "SiglipForImageClassification",
