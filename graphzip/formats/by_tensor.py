@@ -100,6 +100,11 @@ def compile_folder(
     layers together, and for layers that no class has in a folder. Nothing is left of `target` then. Other errors are
     those of `compile`.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise ArchiveError(
+            f"{type(folder).__name__} is no folder; give one, and zip several models in memory: graphzip.compile with "
+            "a mapping of what from_pretrained gives"
+        )
     source = Path(folder)
     _check(plan, seed, str(target))
     place = check_target(target, ArchiveError) if str(target).endswith(_FILE) else new_folder(target)

@@ -1,6 +1,10 @@
 """Halve the MLPs of a Llama-shaped folder of random bfloat16 weights without holding it in memory.
 
     python tools/bench/cost/large_folder.py --billions 1 --folder /tmp/llama
+    python tools/bench/cost/large_folder.py --billions 0.2 --folder /tmp/llama --way fitted
+
+`--way` is what is done: `dropped` by magnitude, the same and `fitted` on 8 sequences of 64 random tokens, or layers as
+`thin` ones at a quarter of their rank, in one file.
 
 Writes the folder (once), compiles it in a child process with `graphzip.compile_folder`, and prints the seconds of each,
 the peak of the child's resident memory, and whether `transformers` builds the result from its config, with a tensor of
@@ -22,18 +26,19 @@ import torch
 
 PLAN = {"keep": {"*mlp*": 0.5}, "criterion": "l1"}
 SHAPES = {
+    0.2: {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16},
     1: {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
     7: {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
 
 
-def config_of(billions: int) -> Any:
+def config_of(billions: float) -> Any:
     import transformers
 
     return transformers.LlamaConfig(vocab_size=32000, dtype="bfloat16", **SHAPES[billions])
 
 
-def write(folder: Path, billions: int) -> None:
+def write(folder: Path, billions: float) -> None:
     """A folder with weights that are drawn tensor by tensor."""
     import transformers
 
@@ -54,12 +59,19 @@ def write(folder: Path, billions: int) -> None:
     write_shards(folder, shapes, drawn)
 
 
-def compiled(folder: Path, target: Path) -> dict[str, float]:
+def compiled(folder: Path, target: Path, way: str) -> dict[str, float]:
     """Seconds, and the peak of resident memory in GiB, of this process."""
     import graphzip as gz
 
     started = time.perf_counter()
-    report = gz.compile_folder(folder, gz.Plan([gz.PruneChannels(**PLAN)]), target)  # type: ignore[arg-type]
+    options: Any = gz.PruneChannels(**PLAN)  # type: ignore[arg-type]
+    data = None
+    if way == "fitted":
+        options = options.model_copy(update={"compensate": "data"})
+        data = [torch.randint(0, 32000, (8, 64), generator=torch.Generator().manual_seed(0))]
+    elif way == "thin":
+        options = gz.LowRank(rank=0.25, exclude=["lm_head"])
+    report = gz.compile_folder(folder, gz.Plan([options]), target, calibration=data)
     return {
         "seconds": time.perf_counter() - started,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -93,26 +105,30 @@ def checked(folder: Path, target: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--billions", type=int, choices=sorted(SHAPES), default=1)
+    parser.add_argument("--billions", type=float, choices=sorted(SHAPES), default=1)
     parser.add_argument("--folder", type=Path, required=True, help="where the folders are written")
+    parser.add_argument("--way", choices=("dropped", "fitted", "thin"), default="dropped")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    source, target = args.folder / f"llama-{args.billions}b", args.folder / f"llama-{args.billions}b-half"
+    source = args.folder / f"llama-{args.billions:g}b"
+    target = args.folder / (f"{source.name}-{args.way}" + (".graphzip" if args.way == "thin" else ""))
     if args.child:
-        print(json.dumps(compiled(source, target)))
+        print(json.dumps(compiled(source, target, args.way)))
         return
     if not source.exists():
         started = time.perf_counter()
         write(source, args.billions)
         print(f"written in {time.perf_counter() - started:.0f} s")
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    command = [sys.executable, __file__, "--billions", str(args.billions), "--folder", str(args.folder), "--child"]
+    command = [sys.executable, __file__, "--billions", f"{args.billions:g}", "--folder", str(args.folder), "--child"]
+    command += ["--way", args.way]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(
         f"{size / 2**30:.1f} GiB, {found['before'] / 1e9:.2f} -> {found['after'] / 1e9:.2f} billion parameters in "
         f"{found['seconds']:.0f} s, peak of resident memory {found['peak_gib']:.2f} GiB"
     )
-    print(f"{checked(source, target)} layers hold what was to stay")
+    if args.way == "dropped":
+        print(f"{checked(source, target)} layers hold what was to stay")
 
 
 if __name__ == "__main__":
