@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         MissingDependencyError,
         NotFoundError,
         PlanError,
+        ProcessesError,
         RewriteError,
         TraceError,
         VerificationError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         Zip,
     )
     from graphzip.plan.plan import Plan
+    from graphzip.process_groups import processes
     from graphzip.report.card import Card, Figures, Latency, Scores
     from graphzip.report.outcome import Bars, Outcome, Table
     from graphzip.report.picture import draw_groups, draw_sharing, draw_study
@@ -115,6 +117,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Prepared",
+    "ProcessesError",
     "PruneChannels",
     "Report",
     "RewriteError",
@@ -147,6 +150,7 @@ __all__ = [
     "load",
     "plan_for",
     "prepare",
+    "processes",
     "register_clustering",
     "register_criterion",
     "register_pass",
@@ -195,6 +199,7 @@ _HOMES: Final = {
         "Zip",
     ),
     "graphzip.plan.plan": ("Plan",),
+    "graphzip.process_groups": ("processes",),
     "graphzip.training.tune": ("Tune",),
     "graphzip.training.widen": ("widen",),
     "graphzip_passes.base": ("Constraint", "Decision", "PassContext", "Stage", "register_pass"),

@@ -22,6 +22,7 @@ from graphzip.graph.source import first_line
 from graphzip.graph.tasks import check_task_names, joined_module
 from graphzip.graph.traced import Traced
 from graphzip.plan.plan import Plan, check_plan
+from graphzip.process_groups import Processes, sharing
 from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.tables import closest
 from graphzip.rewrite.join_models import join, module_of
@@ -142,9 +143,9 @@ def prepare(
     Raises `PlanError` for a plan that does not fit the model, `TraceError`, `ExampleInputError`, `NotFoundError`.
     """
     views = (scope, dynamic_shapes, outputs, mode)
-    callbacks = Callbacks(loss, evaluate, progress)
+    callbacks, fitted = Callbacks(loss, evaluate, progress), Tune.of(tune)
     with watched(progress):
-        return _prepare(model, plan, example_inputs, calibration, callbacks, seed, *views, Tune.of(tune), trained=True)
+        return _prepare(model, plan, example_inputs, calibration, callbacks, seed, *views, fitted, trained=True)
 
 
 def _prepare(
@@ -154,6 +155,27 @@ def _prepare(
     calibration: Batches | None,
     callbacks: Callbacks,
     seed: int,
+    *views: Any,
+    trained: bool,
+) -> Prepared:
+    """`prepare`, in all processes that have a share of the calibration data."""
+    processes = sharing(calibration)
+    with processes.together("prepare"):
+        if processes.size > 1 and views[-1] is not None:
+            raise PlanError(
+                "tune: it trains in one process, and several have shares of calibration; leave it out, and train what "
+                "prepare gives with DistributedDataParallel"
+            )
+        data = calibration, callbacks, processes
+        return _prepared(model, plan, example_inputs, data, seed, *views, trained=trained)
+
+
+def _prepared(
+    model: Models,
+    plan: Plan,
+    example_inputs: Inputs | None,
+    data: tuple[Batches | None, Callbacks, Processes],
+    seed: int,
     scope: str | None,
     dynamic_shapes: Any | None,
     outputs: Any | None,
@@ -162,7 +184,8 @@ def _prepare(
     *,
     trained: bool,
 ) -> Prepared:
-    """`prepare`; where nothing is `trained`, weights need no copy for passes that leave the model alone."""
+    """Where nothing is `trained`, weights need no copy for passes that leave the model alone."""
+    calibration, callbacks, processes = data
     view = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs}
     given = of_trace(model, example_inputs=example_inputs, mode=mode, **view)
     traces = of_traces(model, example_inputs=example_inputs, **view) if isinstance(model, Mapping) else {}
@@ -176,7 +199,6 @@ def _prepare(
             _check_views_of_several(scope, mode)
             views = _by_tasks(source, dynamic_shapes=dynamic_shapes, outputs=outputs)
             calls: Any = {name: each.call for name, each in traces.items()} or example_inputs
-            data = (calibration, callbacks)
             return _prepare_several(source, traces, plan, calls, data, seed, views, tune, borrowed=borrowed)
         inputs = example_inputs if example_inputs is not None or given is not None else _inputs_of(plan, source)
         call = given.call if given is not None else call_of(source, inputs)
@@ -192,7 +214,7 @@ def _prepare(
             check_own(source, traced)
         if traced.scope and (outputs if given is None else given.view["outputs"]) is not None:
             _check_around(trainable, traced, call)
-        check_calibration(calibration, source, Signature.of(source, call))
+        check_calibration(calibration, source, Signature.of(source, call), processes)
         return Prepared(
             trainable,
             traced,
@@ -237,7 +259,7 @@ def _prepare_several(
     traces: Mapping[str, Trace],
     plan: Plan,
     example_inputs: Inputs | None,
-    data: tuple[Batches | None, Callbacks],
+    data: tuple[Batches | None, Callbacks, Processes],
     seed: int,
     views: Mapping[str, dict[str, Any]],
     tune: Tune | None,
@@ -247,7 +269,7 @@ def _prepare_several(
     """Prepare a joint model: a copy of `models`, or what is `borrowed` from them for a pass that keeps off it."""
     if example_inputs is None:
         raise ExampleInputError("no example inputs: pass a mapping, example_inputs={'a': (xa,), 'b': (xb,)}")
-    calibration, callbacks = data
+    calibration, callbacks, processes = data
     given = _by_task(example_inputs, models, "example_inputs")
     inputs = {name: _positional(name, models[name], each) for name, each in given.items()}
     batches = None if calibration is None else _by_task(calibration, models, "calibration")
@@ -260,7 +282,7 @@ def _prepare_several(
             else:
                 traced[name] = trace(model, inputs[name], compare=True, **views[name])
             signature = Signature.of(models[name], inputs[name])
-            check_calibration(None if batches is None else batches[name], models[name], signature)
+            check_calibration(None if batches is None else batches[name], models[name], signature, processes)
         except GraphZipError as error:
             raise type(error)(f"task {name!r}: {error}") from error
     arity = {name: len(each) for name, each in inputs.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -14,10 +16,12 @@ from torch import nn
 from graphzip.arguments import re_iterable
 from graphzip.calls import Call, Signature, folded
 from graphzip.errors import ExampleInputError
-from graphzip.graph.batches import check_batches, each_batch, run_batch
+from graphzip.graph.batches import Batches, check_batches, each_batch, run_batch
 from graphzip.graph.copies import deep_copy, eval_copy, flags_kept, switches_by_itself
+from graphzip.graph.state import named_state
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
+from graphzip.process_groups import ALONE, Processes
 from graphzip.rewrite.join_models import module_of
 from graphzip.tracing.results import tensors_by_way
 
@@ -26,6 +30,7 @@ __all__ = [
     "Feeds",
     "Trained",
     "as_inputs",
+    "check_alike",
     "check_calibration",
     "drift",
     "place_of",
@@ -66,13 +71,15 @@ class Calibration:
     """Calibration data of the user, and the model that it is fed to. Each view begins with the first batch anew.
 
     `data` has the batches of every task, those of a single model under an empty name, and `signatures` what the task is
-    called with. `loss(outputs, *labels)` is of what a batch holds besides.
+    called with. `loss(outputs, *labels)` is of what a batch holds besides. Of several `processes` each has a share of
+    the batches here: what comes of them is added up over all.
     """
 
     data: Mapping[str, Iterable[Any]]
     signatures: Mapping[str, Signature]
     trained: Trained
     loss: Callable[..., Any] | None = None
+    processes: Processes = ALONE
 
     @property
     def feeds(self) -> Feeds:
@@ -83,13 +90,16 @@ class Calibration:
         return (call.args for call in self._calls(name))
 
     def _calls(self, name: str) -> Iterator[Call]:
-        return (self.signatures[name].call(batch) for batch in each_batch(self.data[name]))
+        return (self.signatures[name].call(batch) for batch in self._each(name))
+
+    def _each(self, name: str) -> Iterator[Any]:
+        return each_batch(self.data[name], may_be_empty=self.processes.size > 1)
 
     def labels(self) -> list[tuple[Any, ...]]:
         """What every batch holds besides the inputs. Raises `ExampleInputError` where one holds nothing."""
         found = []
-        for name, batches in self.data.items():
-            for number, batch in enumerate(each_batch(batches)):
+        for name in self.data:
+            for number, batch in enumerate(self._each(name)):
                 rest = self.signatures[name].rest(batch)
                 if not rest:
                     raise ExampleInputError(
@@ -99,8 +109,12 @@ class Calibration:
         return found
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Run the model in eval mode on all batches: for hooks that watch what its layers read and give."""
+    def run(self, begun: Callable[[int], None] | None = None, *, enough: Callable[[str], bool] | None = None) -> None:
+        """Run the model in eval mode on all batches that are here: for hooks that watch what its layers read and give.
+
+        `begun` is told the number of each among those of all processes. With `enough` all processes run all batches,
+        until it says of a task that no more of its are needed.
+        """
         model = self.trained.whole
         root, modes = model.training, {module: module.training for module in model.modules()}
         with flags_kept(model):
@@ -108,21 +122,48 @@ class Calibration:
         try:
             for name in self.data:
                 module = model.get_submodule(name)
-                for call in self._calls(name):
+                calls = self._numbered(name) if enough is None else self._from_all(name)
+                for number, call in calls:
+                    if begun is not None:
+                        begun(number)
                     run_batch(module, *call)
+                    if enough is not None and enough(name):
+                        break
         finally:
             if switches_by_itself(model):
                 model.train(root)
             for module, mode in modes.items():
                 module.training = mode
 
-    def graph_inputs(self) -> list[tuple[Any, ...]]:
+    def _numbered(self, name: str) -> Iterator[tuple[int, Call]]:
+        """The batches that are here."""
+        for place, call in enumerate(self._calls(name)):
+            yield self.processes.rank + place * self.processes.size, call
+
+    def _from_all(self, name: str) -> Iterator[tuple[int, Call]]:
+        """The batches of all processes, which stop at the same one."""
+        own, open_, size = self._calls(name), set(range(self.processes.size)), self.processes.size
+        for number in itertools.count():
+            source = number % size
+            if source in open_:
+                call = self.processes.agreed(next(own, None) if source == self.processes.rank else None, source)
+                if call is not None:
+                    yield number, call
+                else:
+                    open_.discard(source)
+            if not open_:
+                return
+
+    def graph_inputs(self) -> Batches:
         """What the graph takes on every batch. Raises `ExampleInputError` where it does not take it."""
+        found = self._inputs()
+        check_batches(self.trained.traced.inputs, found)
+        return Batches(found, self.processes)
+
+    def _inputs(self) -> list[tuple[Any, ...]]:
         found: list[tuple[Any, ...]] = []
         if not self.trained.traced.scope and not self.trained.traced.tasks:
-            found = [as_inputs(pytree.tree_leaves(call), self.trained.traced) for call in self._calls("")]
-            check_batches(self.trained.traced.inputs, found)
-            return found
+            return [as_inputs(pytree.tree_leaves(call), self.trained.traced) for call in self._calls("")]
 
         def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(tuple(pytree.tree_leaves(folded(module, Call(args, kwargs)))))
@@ -132,7 +173,6 @@ class Calibration:
             self.run()
         finally:
             hook.remove()
-        check_batches(self.trained.traced.inputs, found)
         return found
 
 
@@ -166,38 +206,82 @@ def with_submodule(model: nn.Module, scope: str, value: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def drift(before: nn.Module, after: nn.Module, calibration: Iterable[Any], signature: Signature) -> float:
+def drift(
+    before: nn.Module,
+    after: nn.Module,
+    calibration: Iterable[Any],
+    signature: Signature,
+    processes: Processes = ALONE,
+) -> float:
     """Largest difference of outputs relative to the largest output, both in eval mode; of those that `after` gives.
 
     NaN where an output is not finite; infinity where one has another shape, which only outputs do whose values decide
-    how many there are.
+    how many there are. Of several `processes` each has a share of the data.
     """
+    found = processes.gathered(_apart(before, after, calibration, signature, may_be_empty=processes.size > 1))
+    worst = max((apart for apart, _ in found), key=lambda apart: math.inf if math.isnan(apart) else apart)
+    scale = max(size for _, size in found)
+    return worst / scale if scale and math.isfinite(worst) else worst
+
+
+def _apart(
+    before: nn.Module, after: nn.Module, calibration: Iterable[Any], signature: Signature, *, may_be_empty: bool
+) -> tuple[float, float]:
+    """The largest difference, NaN or infinity, and the largest output."""
     old, new = eval_copy(before), eval_copy(after)
     worst = scale = 0.0
-    for batch in each_batch(calibration):
+    for batch in each_batch(calibration, may_be_empty=may_be_empty):
         call = signature.call(batch)
         expected = tensors_by_way(run_batch(old, *call))
         for way, value in tensors_by_way(run_batch(new, *placed(call, place_of(old), place_of(new)))).items():
             left, right = expected[way].double(), value.double()
             if left.shape != right.shape:
-                return math.inf
+                return math.inf, scale
             if left.numel():
                 apart, size = float((left - right.to(left.device)).abs().max()), float(left.abs().max())
                 if not math.isfinite(apart):
-                    return math.nan
+                    return math.nan, scale
                 worst, scale = max(worst, apart), max(scale, size)
-    return worst / scale if scale else worst
+    return worst, scale
 
 
-def check_calibration(calibration: Iterable[Any] | None, model: nn.Module, signature: Signature) -> None:
-    """Raises `ExampleInputError` unless `calibration` can be gone through again and `model` takes its first batch."""
+def check_calibration(
+    calibration: Iterable[Any] | None, model: nn.Module, signature: Signature, processes: Processes = ALONE
+) -> None:
+    """Raises `ExampleInputError` unless `calibration` can be gone through again and `model` takes its first batch; of
+    several `processes` one at least has such a batch.
+    """
     if calibration is None:
         return
-    for first in each_batch(re_iterable(calibration, "calibration")):
+    data = re_iterable(calibration, "calibration")
+    empty = True
+    for first in each_batch(data, may_be_empty=processes.size > 1):
         with torch.no_grad():
             run_batch(eval_copy(model), *signature.call(first))
-        return
+        empty = False
+        break
+    if processes.every(empty):
+        raise ExampleInputError("calibration yields no batch in any rank; give one of them some at least")
 
+
+def check_alike(processes: Processes, traced: Traced, *others: Any) -> None:
+    """Raises `ProcessesError` unless several processes have the same graph and weights, and the same of anything else.
+
+    Weights are told apart by some of their numbers.
+    """
+    if processes.size == 1:
+        return
+    told: list[Any] = [(node.op, node.name, str(node.target), str(node.args)) for node in traced.graph.nodes]
+    for name, value in named_state(traced.module):
+        flat = value.detach().reshape(-1) if not value.is_meta else value.new_zeros(0)
+        some = flat[:: max(flat.numel() // _TOLD, 1)]
+        numbers = zlib.crc32(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        told.append((name, value.dtype, tuple(value.shape), numbers))
+    processes.check_same("the model", told)
+    processes.check_same("the plan, or an option,", others)
+
+
+_TOLD: Final = 4096  # numbers of a tensor that it is told from another by
 
 Place = tuple[torch.dtype, torch.device]
 

@@ -15,6 +15,7 @@ __all__ = [
     "MissingDependencyError",
     "NotFoundError",
     "PlanError",
+    "ProcessesError",
     "RewriteError",
     "TraceError",
     "VerificationError",
@@ -63,6 +64,10 @@ class VerificationError(ExportError):
 
 class ArchiveError(GraphZipError):
     """A saved model that cannot be written or read."""
+
+
+class ProcessesError(GraphZipError, RuntimeError):
+    """Processes that work on one model and do not come together: one is gone, failed, or does something else."""
 
 
 class WeightsError(GraphZipError):

@@ -125,7 +125,7 @@ class Layer:
 
     def parted(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (R, G * O) by the groups of the layer, (G, R, O)."""
-        return rows.reshape(len(rows), self.groups, -1).transpose(0, 1)
+        return rows.reshape(len(rows), self.groups, rows.shape[1] // self.groups).transpose(0, 1)
 
     def read(self, inputs: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """What stands under the weight for those rows of the outputs, one batch after the other: (G, R, I * K).
@@ -137,7 +137,7 @@ class Layer:
         found = inputs[0].new_empty(self.groups, unknowns, sum(sizes))
         for x, chosen, part in zip(inputs, rows, torch.split(found, sizes, 2), strict=True):
             under = x.reshape(-1, x.shape[-1])[chosen].T if self.is_linear else self.window.gathered(x, chosen)
-            part.copy_(under.reshape(self.groups, unknowns, -1))
+            part.copy_(under.reshape(self.groups, unknowns, len(chosen)))
         return found.transpose(1, 2)
 
 

@@ -24,6 +24,7 @@ from graphzip.commands.usage import (
     find,
     of_inputs,
     option,
+    own_share,
     shapes_of,
 )
 
@@ -110,7 +111,7 @@ def zip_(
     ] = None,
 ) -> None:
     """Pack several models into one file and let them share neurons (MTZ), or with --share 0 nothing at all."""
-    with at_work(run.verbose) as tell:
+    with at_work(run.verbose, "join") as tell:
         import graphzip as gz
 
         with option("--share"):
@@ -130,7 +131,7 @@ def share_(
     ] = 0.5,
 ) -> None:
     """Let two models of one architecture read clusters of channels by the same weights, and pack them into one file."""
-    with at_work(run.verbose) as tell:
+    with at_work(run.verbose, "join") as tell:
         import graphzip as gz
 
         with option("--clusters"):
@@ -177,9 +178,10 @@ def _joined(
         examples[name] = example_inputs(found, modules[name], shapes_of(shapes.get(name)), run.seed)
     batches = {name: calibration_of(path) for name, path in data.items()} or None
     judge = Judge.of_several(labels, _by_name(given.evaluate, "--evaluate", specs), batches)
+    batches = None if batches is None else {name: own_share(each, f" {name}") for name, each in batches.items()}
     tell(f"joining {', '.join(specs)}")
     with of_inputs("--input" if given.inputs else None):
-        compiled = gz.compile(modules, plan, examples, calibration=batches, evaluate=judge.evaluate, seed=run.seed)
+        compiled = gz.compile(modules, plan, examples, calibration=batches, evaluate=judge.here, seed=run.seed)
     subject = BuiltModel(", ".join(specs), modules, examples, None)
     return finish(
         compiled,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphzip.commands.ranks import leads
 from graphzip.commands.terminal import UsageError
 from graphzip.errors import GraphZipError
 
@@ -53,6 +54,13 @@ class Judge:
         found = {name: _accuracy_of(path, (batches or {}).get(name))[0] for name, path in labels.items()}
         return cls(found or None, "accuracy", True)
 
+    @property
+    def here(self) -> Any:
+        """What the library is given: of several processes the score of the first counts, and the others find none."""
+        if leads() or self.evaluate is None:
+            return self.evaluate
+        return dict.fromkeys(self.evaluate, _nothing) if isinstance(self.evaluate, Mapping) else _nothing
+
     def score(self, module: nn.Module) -> float | Mapping[str, float] | None:
         """Of a module in eval mode, or of each of its tasks; nothing where nothing judges."""
         if isinstance(self.evaluate, Mapping):
@@ -64,6 +72,10 @@ class Judge:
         report = compiled.report
         if report.scores is not None:
             compiled.report = replace(report, scores=replace(report.scores, title=self.title, share=self.share))
+
+
+def _nothing(module: nn.Module) -> float:
+    return 0.0
 
 
 def _accuracy_of(path: Path, batches: Sequence[Any] | None) -> tuple[Callable[[nn.Module], float], int]:

@@ -23,6 +23,7 @@ from graphzip.commands.options import (
     WidthRuleOptions,
     command,
 )
+from graphzip.commands.ranks import leads, ranks
 from graphzip.commands.subject import BuiltModel, as_json_text, built, checked, data_of, finish, view
 from graphzip.commands.terminal import Tell, UsageError, at_work, show
 from graphzip.commands.usage import amounts_of, budget_of, check_files, check_writable, find, option, tuning_of
@@ -98,7 +99,7 @@ def plan(
 
     The card of what the plan makes of the model follows as comments.
     """
-    with at_work(run.verbose) as tell:
+    with at_work(run.verbose, "plan") as tell:
         import graphzip as gz
 
         amounts = budget_of(**budget.amounts)
@@ -111,18 +112,21 @@ def plan(
         study = _measured(subject, batches, amounts, (budget, widths, shown), run.seed, tell)
         tell("splitting the budget")
         found = study.plan(**amounts)
-        found.save(output)
-        if plot is not None:
-            gz.draw_study(study, plot)
-        text = as_json_text(found.to_dict()) if run.as_json else output.read_text(encoding="utf-8").rstrip()
+        text = ""
+        if leads():
+            found.save(output)
+            if plot is not None:
+                gz.draw_study(study, plot)
+            text = as_json_text(found.to_dict()) if run.as_json else output.read_text(encoding="utf-8").rstrip()
         if data.card and not run.as_json:
             tell("carrying the plan out for its card")
             compiled = gz.compile(
-                subject.module, found, subject.example, calibration=batches, evaluate=judge.evaluate, seed=run.seed,
+                subject.module, found, subject.example, calibration=batches, evaluate=judge.here, seed=run.seed,
                 **view(shown),
             )  # fmt: skip
             judge.entitle(compiled)
-            compiled.measure(subject.module)
+            if leads():
+                compiled.measure(subject.module)
             text = "\n".join([text, *(f"# {line}".rstrip() for line in str(compiled.report).splitlines())])
     show(text, str(output))
 
@@ -144,7 +148,7 @@ def compile_(
     imports: ImportOption = None,
 ) -> None:
     """Carry out a plan, or the best one for a budget, and export the slim model as verified ONNX."""
-    with at_work(run.verbose) as tell:
+    with at_work(run.verbose, "compile") as tell:
         import graphzip as gz
 
         amounts = _one_of(plan_file, keep, budget, widths)
@@ -165,7 +169,7 @@ def compile_(
         tell(f"compiling {model}")
         with subject.inputs_told():
             compiled = gz.compile(
-                traced, found, example, calibration=batches, evaluate=judge.evaluate, seed=run.seed, tune=tuning, **sees
+                traced, found, example, calibration=batches, evaluate=judge.here, seed=run.seed, tune=tuning, **sees
             )
         if study is not None:
             compiled.report = replace(compiled.report, study=study.summary())
@@ -217,7 +221,7 @@ def factorize(
     tune: TuneOption = False,
 ) -> None:
     """Store the weights as products of smaller ones, low rank or atoms times coefficients, and export verified ONNX."""
-    with at_work(run.verbose) as tell:
+    with at_work(run.verbose, "factorize") as tell:
         import graphzip as gz
 
         if (rank is None) == (atoms is None):
@@ -233,7 +237,7 @@ def factorize(
         tell(f"fitting factors to {model}")
         with subject.inputs_told():
             compiled = gz.compile(
-                subject.module, gz.Plan([factors]), subject.example, calibration=batches, evaluate=judge.evaluate,
+                subject.module, gz.Plan([factors]), subject.example, calibration=batches, evaluate=judge.here,
                 seed=run.seed, tune=tuning_of(data.calibration) if tune else None, **view(shown),
             )  # fmt: skip
         done = finish(compiled, subject, output, saved, tell, judge=judge, card=data.card, as_json=run.as_json)
@@ -374,6 +378,8 @@ def _distilled(
 
     if batches is None:
         raise UsageError("--distill needs calibration data: give --calibration, or leave --distill out")
+    if ranks()[1] > 1:
+        raise UsageError("--distill trains in one process, and torchrun has started several; leave one of them out")
     tell(f"distilling for {epochs} epochs")
     gz.distill(compiled.module, subject.module, batches, epochs=epochs, scope=scope)
     report = compiled.report

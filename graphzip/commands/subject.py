@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from graphzip.commands.judging import Judge
+from graphzip.commands.ranks import leads
 from graphzip.commands.terminal import ExitCode, Tell, say, show
 from graphzip.commands.usage import (
     Weights,
@@ -24,6 +25,7 @@ from graphzip.commands.usage import (
     example_inputs,
     find,
     of_inputs,
+    own_share,
     shapes_of,
     view_of,
 )
@@ -101,9 +103,9 @@ def checked(
 
 
 def data_of(data: DataOptions, source: SourceOptions) -> tuple[Any, Judge]:
-    """The batches of the calibration data, and what judges a model."""
+    """The batches of the calibration data that this process reads, and what judges a model, on all of them."""
     batches = calibration_of(data.calibration, shapes_of(source.inputs))
-    return batches, Judge.of(data.labels, data.evaluate, batches)
+    return own_share(batches), Judge.of(data.labels, data.evaluate, batches)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Finished:
         """Print it. A plan that changed nothing ends the command with `ExitCode.UNCHANGED`."""
         show(self.text, str(self.output) if self.written else "")
         if not self.written:
-            say(f"the plan changes nothing in {self.model}; nothing was written")
+            if leads():
+                say(f"the plan changes nothing in {self.model}; nothing was written")
             raise typer.Exit(ExitCode.UNCHANGED)
 
 
@@ -140,6 +143,8 @@ def finish(
     from graphzip.commands.text import compile_dict, compile_text
 
     (judge or Judge()).entitle(compiled)
+    if not leads():
+        return Finished("", subject.name, output, compiled.report.changed or packed)
     written = compiled.report.changed or packed
     exported = None
     if written:

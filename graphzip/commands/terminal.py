@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from graphzip.boundary import users_own
-from graphzip.errors import ExampleInputError, GraphZipError, PlanError, VerificationError
+from graphzip.commands.ranks import joined, leads, ranks
+from graphzip.errors import ExampleInputError, GraphZipError, PlanError, ProcessesError, VerificationError
 from graphzip.progress import Bar, step, watched
 
 __all__ = ["ExitCode", "Tell", "UsageError", "at_work", "in_flags", "own_process", "say", "show"]
@@ -143,8 +144,10 @@ def show(text: str, written: str = "") -> None:
     """The result of a command on stdout, in plain characters where the others cannot be written.
 
     Where stdout is full or closed, that is said, with what was `written` all the same, and the command fails; a reader
-    that has gone, such as `head`, is not worth a word.
+    that has gone, such as `head`, is not worth a word. Of several processes the first shows it.
     """
+    if not leads():
+        return
     try:
         stream = sys.stdout
         if stream is None:
@@ -185,26 +188,30 @@ def _mute(stream: TextIO | None) -> None:
 
 
 @contextlib.contextmanager
-def at_work(verbose: int) -> Iterator[Tell]:
+def at_work(verbose: int, several: str = "") -> Iterator[Tell]:
     """Gives what says the next step; that, logs and whatever the work prints go to stderr.
 
-    An error becomes one line there and an exit code.
+    An error becomes one line there and an exit code. `several` names a command that several processes can do together.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not leads())
     try:
         with (
             contextlib.redirect_stdout(sys.stderr),
             _logging(console, verbose),
-            Bar(console) as bar,
+            Bar(console) if leads() else contextlib.nullcontext() as bar,
             watched(bar),
         ):
-            yield step
+            if not several and ranks()[1] > 1:
+                raise UsageError("this command is for one process, and torchrun has started several; start it without")
+            with joined(several):
+                yield step
     except (KeyboardInterrupt, SystemExit, Exception) as error:
         reason = KeyboardInterrupt() if _interrupts else error
         if verbose:
             with contextlib.suppress(OSError, ValueError):
                 console.print_exception()
-        say(_message(reason))
+        if leads() or isinstance(reason, ProcessesError):
+            say(_message(reason))
         _interrupts.clear()
         raise typer.Exit(_exit_code(reason)) from None
 

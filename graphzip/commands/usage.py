@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from graphzip.commands.ranks import leads, ranks, share
 from graphzip.commands.terminal import UsageError, in_flags, say
 from graphzip.errors import ExampleInputError, GraphZipError, MissingDependencyError, NotFoundError
 from graphzip.files import check_picture, check_target
@@ -136,6 +137,19 @@ def calibration_of(path: Path | None, shapes: tuple[InputShape, ...] = ()) -> An
 
     with option("--calibration"):
         return load_calibration(path, by_name=any(shape.name for shape in shapes))
+
+
+def own_share(batches: Any, name: str = "") -> Any:
+    """Of all batches those that this process reads; the first process says who reads how many samples."""
+    _, count = ranks()
+    if batches is None or count == 1:
+        return batches
+    samples = [len(next(iter(each.values() if isinstance(each, Mapping) else each))) for each in batches]
+    read = [sum(samples[rank::count]) for rank in range(count)]
+    if leads():
+        each = ", ".join(f"rank {rank} {some}" for rank, some in enumerate(read))
+        say(f"samples of --calibration{name} read: {each}; {sum(read)} in all")
+    return share(batches)
 
 
 def tuning_of(calibration: Path | None) -> Tune:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphzip.graph.batches import Given, shared
 from graphzip.graph.state import attach, get_tensor, is_persistent, like
 from graphzip.graph.traced import Traced
 
@@ -53,12 +54,14 @@ class Values:
     """The values of a graph's nodes on batches of inputs: `values[node]` is a list with one value per batch.
 
     Nodes run in order, when `run` or `up_to` is told to. A value is dropped once every reader has run, unless it is
-    held. `batches` have one entry per placeholder of the graph.
+    held. `batches` have one entry per placeholder of the graph. Where they are divided among processes, values are
+    those of this one: `shared` tells which count, and adds up.
     """
 
-    def __init__(self, traced: Traced, batches: Sequence[tuple[Any, ...]]) -> None:
+    def __init__(self, traced: Traced, batches: Given) -> None:
         self.traced = traced
-        self.batches = batches
+        self.shared = shared(batches)
+        self.batches = self.shared.run
         self.nodes: list[fx.Node] = list(traced.graph.nodes)
         self.place = {node: place for place, node in enumerate(self.nodes)}
         self._inputs = [node for node in self.nodes if node.op == "placeholder"]
@@ -97,7 +100,7 @@ class Values:
         All that has run here must compute the same there; nodes correspond by name, and what has none to correspond to
         has not run.
         """
-        other = Values(traced, self.batches)
+        other = Values(traced, self.shared)
         done = {node.name for node in self.nodes[: self._done]}
         other._done = next(
             place for place, node in enumerate(other.nodes) if node.name not in done and node.op != "get_attr"

@@ -5,27 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from graphzip.numeric.solvers import products, relative_damping
+from graphzip.process_groups import Processes
 
-__all__ = ["ChannelMoments", "CrossMoments", "Moments", "Spread", "gathered"]
+__all__ = ["ChannelMoments", "CrossMoments", "Moments", "Spread"]
 
 IntArray = NDArray[np.int64]
-
-
-def gathered(value: Any) -> list[Any]:
-    """What every process of `torch.distributed` has, in order of rank; `value` alone where there is one process."""
-    if not dist.is_available() or not dist.is_initialized():
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 class Moments:
@@ -60,19 +50,18 @@ class Moments:
             assert self.gram is not None
             self.gram.addmm_(rows.T, rows)
 
-    def add_up(self) -> None:
-        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
-        parts = gathered((self.count, self.total, self.rows, self.gram))
-        if len(parts) == 1:
+    def add_up(self, processes: Processes) -> None:
+        """Count what all processes counted, each on its share of the data."""
+        if processes.size == 1:
             return
-        self.count = sum(part[0] for part in parts)
-        self.total = sum((part[1] for part in parts), torch.zeros(()))
-        kept = [part[2] for part in parts if part[2] is not None]
-        if len(kept) == len(parts) and self.count <= self.inputs:
-            self.rows = torch.cat(kept)
+        self.count = sum(processes.gathered(self.count))
+        (self.total,) = processes.summed(self.total)
+        if self.count <= self.inputs:  # then all of them have kept their rows
+            self.rows = torch.cat([rows for rows in processes.gathered(self.rows) if rows is not None])
             return
-        grams = (part[3] if part[2] is None else part[2].T @ part[2] for part in parts)
-        self.rows, self.gram = None, sum(grams, torch.zeros(()))
+        gram = self.gram if self.rows is None else self.rows.T @ self.rows
+        assert gram is not None
+        self.rows, (self.gram,) = None, processes.summed(gram)
 
     def dense(self) -> torch.Tensor:
         """`E[x x^T]`, `(inputs, inputs)`."""
@@ -154,18 +143,18 @@ class CrossMoments:
         else:
             self.samples, self.product = None, y.T @ x
 
-    def add_up(self) -> None:
-        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
-        parts = gathered((self.count, self.samples, self.product))
-        if len(parts) == 1:
+    def add_up(self, processes: Processes) -> None:
+        """Count what all processes counted, each on its share of the data."""
+        if processes.size == 1:
             return
-        self.count = sum(part[0] for part in parts)
-        kept = [part[1] for part in parts if part[1] is not None]
-        if len(kept) == len(parts):
+        self.count = sum(processes.gathered(self.count))
+        if self.count * sum(self.shape) <= math.prod(self.shape):  # then all of them have kept their samples
+            kept = [samples for samples in processes.gathered(self.samples) if samples is not None]
             self._keep(*(torch.cat(each) for each in zip(*kept, strict=True)))
             return
-        products = (part[2] if part[1] is None else part[1][0].T @ part[1][1] for part in parts)
-        self.samples, self.product = None, sum(products, torch.zeros(()))
+        product = self.product if self.samples is None else self.samples[0].T @ self.samples[1]
+        assert product is not None
+        self.samples, (self.product,) = None, processes.summed(product)
 
     def among(self, outputs: IntArray, inputs: IntArray) -> torch.Tensor:
         """The same for some outputs and inputs."""
@@ -208,11 +197,10 @@ class ChannelMoments:
         self.total += rows.sum(0)
         self.gram += torch.einsum("ncp,ncq->cpq", rows, rows)
 
-    def add_up(self) -> None:
-        """Count what all processes of `torch.distributed` counted, each on its part of the data."""
-        parts = gathered((self.count, self.total, self.gram))
-        self.count = sum(part[0] for part in parts)
-        self.total, self.gram = (sum((part[place] for part in parts), torch.zeros(())) for place in (1, 2))
+    def add_up(self, processes: Processes) -> None:
+        """Count what all processes counted, each on its share of the data."""
+        self.count = sum(processes.gathered(self.count))
+        self.total, self.gram = processes.summed(self.total, self.gram)
 
     def spread(self, weight: torch.Tensor) -> Spread:
         """Mean and variance of each output of kernels `(channels, positions)`."""

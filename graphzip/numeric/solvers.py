@@ -10,7 +10,7 @@ added up in float64. What is not finite is refused, with the name of the layer i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from graphzip.errors import WeightsError
+from graphzip.process_groups import ALONE, Processes
 
 __all__ = [
     "Factor",
     "Fit",
+    "RowParts",
     "SecondMoments",
     "all_finite",
     "centred",
@@ -183,19 +185,50 @@ def damping_share(rows: int, unknowns: int) -> float:
     return _FEW if rows <= _MANY * unknowns else _DAMPING
 
 
+@dataclass(frozen=True)
+class RowParts:
+    """How rows lie: those of every batch one after the other, so many of each, in each of some processes.
+
+    Sums over rows are taken batch by batch, and then over all: it makes no difference which process has which batch.
+    """
+
+    sizes: Sequence[int]
+    processes: Processes = ALONE
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Of rows (G, R, F) those of every batch."""
+        return torch.split(rows, list(self.sizes), 1)
+
+    def sum(self, value: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """What `value` gives for the rows of a batch, in float64, added up over all batches."""
+        total: Tensor | None = None
+        for each in zip(*map(self.parts, rows), strict=True):
+            found = value(*each)
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        return self.processes.summed(total)[0]
+
+    def count(self) -> int:
+        """All of them."""
+        return int(self.processes.summed(torch.tensor(float(sum(self.sizes)), dtype=torch.float64))[0])
+
+
 class Fit:
     """Damped least squares of `Y = X W + 1 b^T` for rows `X` (G, R, F), which are centred in place for the intercept.
 
-    `weights` (G, F, O) and `offset` (G, 1, O), what is given where `X` is zero, begin with zero.
+    `rows` says how they lie; else they are of one batch. `weights` (G, F, O) and `offset` (G, 1, O), what is given
+    where `X` is zero, begin with zero.
     """
 
-    def __init__(self, x: Tensor, outputs: int, *, intercept: bool, what: str) -> None:
+    def __init__(self, x: Tensor, outputs: int, *, intercept: bool, what: str, rows: RowParts | None = None) -> None:
         self.x, self.intercept = x, intercept
-        mean = centred(x) if intercept else x.new_zeros(len(x), 1, x.shape[2], dtype=torch.float64)
-        moments = squared(x)
+        self.rows = rows or RowParts([x.shape[1]])
+        self.count = self.rows.count()
+        mean = centred(x, self.rows) if intercept else x.new_zeros(len(x), 1, x.shape[2], dtype=torch.float64)
+        moments = self.rows.sum(squared, x)
         spread = moments.diagonal(dim1=1, dim2=2)
-        square = spread + x.shape[1] * mean[:, 0].square()
-        damping = ridge(square, spread, x.shape[1], precision=torch.finfo(x.dtype).eps)
+        square = spread + self.count * mean[:, 0].square()
+        damping = ridge(square, spread, self.count, precision=torch.finfo(x.dtype).eps)
         self.factor = factorised(moments, damping, what=what)
         self.mean = mean
         self.weights = moments.new_zeros(len(x), x.shape[2], outputs)
@@ -207,10 +240,10 @@ class Fit:
 
     def improve(self, error: Tensor) -> None:
         """Take in what is missing of `Y` still, (G, R, O): one step of Newton's method, which is the whole way."""
-        pull = products(self.x, error) - self.factor.damping[:, :, None] * self.weights
+        pull = self.rows.sum(products, self.x, error) - self.factor.damping[:, :, None] * self.weights
         self.weights = self.weights + self.factor.solve(pull)
         if self.intercept:
-            self.level = self.level + error.mean(1, keepdim=True).double()
+            self.level = self.level + self.rows.sum(_total, error) / max(self.count, 1)
 
     @property
     def offset(self) -> Tensor:
@@ -218,18 +251,28 @@ class Fit:
         return self.level - self.mean @ self.weights
 
 
-def centred(x: Tensor) -> Tensor:
+def centred(x: Tensor, rows: RowParts | None = None) -> Tensor:
     """The mean (G, 1, F) in float64 of rows (G, R, F), which is taken off them in place.
 
     It is taken twice, in the precision of the rows: the second time of what the first one left.
     """
-    first = _mean(x)
+    rows = rows or RowParts([x.shape[1]])
+    count = max(rows.count(), 1)
+    first = (rows.sum(_total, x) / count).to(x.dtype)
     x.sub_(first)
     if x.dtype == torch.float64:
         return first
-    second = _mean(x)
+    second = (rows.sum(_total, x) / count).to(x.dtype)
     x.sub_(second)
     return first.double() + second.double()
+
+
+def _total(x: Tensor) -> Tensor:
+    """The sum (G, 1, F) of rows (G, R, F), in float64."""
+    found = x.new_zeros(len(x), 1, x.shape[2], dtype=torch.float64)
+    for part in torch.split(x, _AT_ONCE, 1):
+        found += part.sum(1, keepdim=True, dtype=torch.float64)
+    return found
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -238,27 +281,32 @@ def _mean(x: Tensor) -> Tensor:
 
 
 class SecondMoments:
-    """Moments of rows (G, R, F) that come in parts. They are taken about the mean of the first part."""
+    """Moments of rows (G, R, F) that come in parts. They are taken about the mean of the first part: of several
+    processes, of that of `source`; each of them has one, which may be empty.
+    """
 
-    def __init__(self) -> None:
-        self.start = self.total = self.product = torch.zeros((), dtype=torch.float64)
-        self.count = 0
+    def __init__(self, processes: Processes = ALONE, source: int = 0) -> None:
+        self.start: Tensor | None = None
+        self.total = self.product = torch.zeros((), dtype=torch.float64)
+        self.count, self.processes, self.source = 0, processes, source
 
     def add(self, rows: Tensor) -> None:
         """Count rows, which are changed."""
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if not self.count:
-            self.start = _mean(rows) if rows.shape[1] else rows.new_zeros(())
+        if self.start is None:
+            mean = _mean(rows) if rows.shape[1] else rows.new_zeros(())
+            self.start = self.processes.agreed(mean, self.source)
         rows.sub_(self.start)
         self.total = self.total + rows.sum(1, keepdim=True).double()
         self.product = self.product + squared(rows)
         self.count += rows.shape[1]
 
     def covariance(self) -> Tensor:
-        """(G, F, F) in float64."""
-        count = max(self.count, 1)
-        mean = self.total / count
-        return self.product / count - mean.mT * mean
+        """(G, F, F) in float64, of what all processes counted."""
+        own = torch.tensor(float(self.count), dtype=torch.float64)
+        count, total, product = self.processes.summed(own, self.total, self.product)
+        mean = total / count.clamp(min=1.0)
+        return product / count.clamp(min=1.0) - mean.mT * mean
 
 
 def squared(rows: Tensor) -> Tensor:

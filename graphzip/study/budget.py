@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from graphzip.analysis.groups import Analysed
 from graphzip.arguments import check_callable, check_name, check_seed, check_traceable, whole
 from graphzip.boundary import call_user, public
-from graphzip.calibration import Calibration, Trained, check_calibration, with_submodule
+from graphzip.calibration import Calibration, Trained, check_alike, check_calibration, with_submodule
 from graphzip.calls import Signature, call_of, example_of
 from graphzip.devices import device_of, fitting, moved, on_device
 from graphzip.errors import PlanError
@@ -27,6 +28,7 @@ from graphzip.plan.criteria import CRITERIA
 from graphzip.plan.options import PassOptions
 from graphzip.plan.passes import ClusterMerge
 from graphzip.plan.plan import Plan
+from graphzip.process_groups import sharing
 from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.origin import Study
 from graphzip.report.page import study_fragment
@@ -53,6 +55,8 @@ from graphzip_passes.parts.clustering import BUILT_IN, clustering_of
 __all__ = ["Sensitivity", "WidthStudy", "plan_for"]
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _TRIES: Final = 8  # bisections of a latency
 
@@ -104,13 +108,25 @@ def plan_for(
     asked = {"passes": passes, "effort": effort, **judged, **view, **rules}
 
     def measured(data: Iterable[Any] | None) -> Plan:
-        study = WidthStudy(source, inputs, calibration=data, **asked)
-        study.check(**budgets)
-        study.measure()
-        return study.plan(**budgets)
+        with sharing(data).together("plan_for"):
+            study = WidthStudy(source, inputs, calibration=data, **asked)
+            study.check(**budgets)
+            study.measure()
+            return study.plan(**budgets)
 
     with watched(progress):
         return fitting(measured, calibration, place)
+
+
+def _together(method: Callable[..., R]) -> Callable[..., R]:
+    """Decorator of what is done in all processes that have a share of the data."""
+
+    @functools.wraps(method)
+    def done(self: WidthStudy, *args: Any, **options: Any) -> R:
+        with self.processes.together(method.__name__):
+            return method(self, *args, **options)
+
+    return done
 
 
 class WidthStudy:
@@ -185,14 +201,16 @@ class WidthStudy:
             raise PlanError(f"effort={effort!r} is none of {', '.join(map(repr, EFFORTS))}")
         if evaluate_name is not None:
             check_name(evaluate_name, "evaluate_name")
-        if cache is not None:
+        self.processes = sharing(calibration)
+        if cache is not None and self.processes.rank == 0:
             check_target(cache, PlanError)
-        check_calibration(calibration, source, signature)
         self.model, self.example_inputs, self.seed = source, example_of(source, call), seed
         self.evaluate, self.effort, self.has_data = evaluate, effort, calibration is not None
         self.passes, self.options, self.low_rank = planned_passes(passes, has_data=self.has_data)
-        self.rules = WidthRules.of(self.options, round_to=round_to, min_width=min_width, target=target, uniform=uniform)
-        with torch.inference_mode(False):
+        rules = {"round_to": round_to, "min_width": min_width, "target": target, "uniform": uniform}
+        self.rules = WidthRules.of(self.options, **rules)
+        with torch.inference_mode(False), self.processes.together("WidthStudy"):
+            check_calibration(calibration, source, signature, self.processes)
             whole = share_copy(source)
             if given is not None:
                 self.traced, known = given.for_copy(whole, borrowed=True)
@@ -201,18 +219,25 @@ class WidthStudy:
                 self.traced = trace_in(mode, whole, call, **view)
                 known = Analysed.of(self.traced)
             self.analysis, self.groups = known.analysis, known.groups
+            told = [each.to_dict() for each in self.passes], seed, effort, rules
+            check_alike(self.processes, self.traced, *told)
             self._feed([self.example_inputs] if calibration is None else calibration, signature, whole, known)
+            self._look(known, cache, evaluate_name)
+        self.sensitivities: tuple[Sensitivity, ...] = ()
+
+    def _look(self, known: Analysed, cache: str | os.PathLike[str] | None, evaluate_name: str | None) -> None:
+        """See what may shrink, and what was measured of it before."""
         batches = leading(self.batches, MEASURED_ON[self.effort])
         layers = ranked_layers(self.traced, self.low_rank, self.rules, batches, self._where(self.low_rank))
         self.units = Units(self.traced, known, self.options, layers, self.rules)
         self.choices, self.prices, self.kinds = self.units.choices, self.units.prices, self.units.kinds
         key = None if cache is None else self._key(evaluate_name)
-        self.cache = None if cache is None or key is None else Measurements(cache, key)
+        self.cache = None if cache is None or key is None else Measurements(cache, key, self.processes)
 
     def _feed(self, data: Iterable[Any], signature: Signature, whole: nn.Module, known: Analysed) -> None:
         """Read what layers are fitted and outputs judged on; passes are told of it where it is the user's data."""
         trained = Trained(whole, self.traced)
-        fed = Calibration({"": data}, {"": signature}, trained)
+        fed = Calibration({"": data}, {"": signature}, trained, processes=self.processes)
         self.batches = fed.graph_inputs()
         where = self._where(self.options or self.low_rank)
         self.context = PassContext(where, self.seed, trained, fed if self.has_data else None, known)
@@ -222,6 +247,7 @@ class WidthStudy:
         return "" if options is None else f"passes[{self.passes.index(options)}].{options.kind}"
 
     @public
+    @_together
     def check(self, **budget: float) -> None:
         """Raises `PlanError` unless budgets are given and each of them can be met."""
         for what, amount in checked(budget).items():
@@ -238,6 +264,7 @@ class WidthStudy:
                 )
 
     @public
+    @_together
     @torch.no_grad()
     def measure(self, progress: Progress = None) -> tuple[Sensitivity, ...]:
         """How far the outputs move when each group alone is narrowed; nothing is measured twice."""
@@ -246,6 +273,7 @@ class WidthStudy:
         return self.sensitivities
 
     @public
+    @_together
     @torch.no_grad()
     def plan(self, progress: Progress = None, /, **budget: float) -> Plan:
         """The plan for a budget, or for several that are to be met; `measure` comes first.
@@ -354,7 +382,9 @@ class WidthStudy:
     def _latency(self, widths: Mapping[str, int]) -> float:
         merge = None if self.options is None else self.units.narrowed(self.options, widths)
         thin = None if self.low_rank is None else self.units.thinned(self.low_rank, widths)
-        return latency_at(self.traced, merge, thin, self.nothing_known)
+        with self.processes.together("latency"):
+            found = latency_at(self.traced, merge, thin, self.nothing_known) if self.processes.rank == 0 else 0.0
+            return self.processes.agreed(found)  # taken while the others do nothing
 
     def _least_latency(self) -> dict[str, int]:
         fast = self.units.faster([Curve.through(gone, []) for gone in self.choices.values()], self._fast_ranks)
@@ -363,7 +393,10 @@ class WidthStudy:
     @cached_property
     def _fast_ranks(self) -> dict[str, list[int]]:
         """By layer how many of its parts may go so that it is faster."""
-        return {} if self.low_rank is None else fast_ranks(self.traced, self.units.layers, self.low_rank)
+        if self.low_rank is None:
+            return {}
+        found = fast_ranks(self.traced, self.units.layers, self.low_rank) if self.processes.rank == 0 else {}
+        return self.processes.agreed(found)
 
     def _for_latency(self, amount: float) -> dict[str, int]:
         """Bisect the multiply-accumulates, for these are what latency can be steered by, and measure."""

@@ -25,6 +25,7 @@ from graphzip.analysis.layers import Layer
 from graphzip.graph.batches import samples_in
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.traced import Traced
+from graphzip.process_groups import ALONE, Processes
 from graphzip_passes.cluster_merge.elimination import Change, Elimination
 from graphzip_passes.parts.output_slopes import Slopes, output_slopes
 
@@ -34,27 +35,35 @@ _DIRECTIONS: Final = 4
 
 
 def first_order_losses(
-    traced: Traced, found: Mapping[str, Elimination], batches: Sequence[tuple[Any, ...]], *, seed: int = 0
+    traced: Traced,
+    found: Mapping[str, Elimination],
+    batches: Sequence[tuple[Any, ...]],
+    *,
+    seed: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[tuple[str, int], float]:
     """By group and width the mean square of the change of the outputs, relative to their variance.
 
-    Nothing where no output can be differentiated.
+    Nothing where no output can be differentiated. All `processes` have the batches, and each sees to some of the groups
+    and widths.
     """
     changes = {(name, width): each for name, one in found.items() for width, each in one.changes.items()}
+    own = processes.mine(list(changes))
     layers = {change.layer.node: change.layer for each in changes.values() for change in each}
     generator = torch.Generator().manual_seed(seed)
-    squares, outputs = dict.fromkeys(changes, 0.0), []
+    squares, outputs = dict.fromkeys(own, 0.0), []
     inputs = {layer.input for layer in layers.values()}
     for batch in batches:
         slopes = output_slopes(traced, layers, batch, generator, directions=_DIRECTIONS, keep=inputs)
         if not slopes.along:
             return {}
         outputs.append(slopes.outputs)
-        for key, each in changes.items():
-            squares[key] += _square(each, slopes, samples_in(batch))
+        for key in own:
+            squares[key] += _square(changes[key], slopes, samples_in(batch))
     wanted = torch.cat(outputs).double()
     scale = max(float(wanted.var(correction=0)), torch.finfo(torch.float64).tiny) * wanted.numel()
-    return {key: value / scale for key, value in squares.items()}
+    every = {key: value for part in processes.gathered(squares) for key, value in part.items()}
+    return {key: every[key] / scale for key in changes}
 
 
 def _square(changes: Sequence[Change], slopes: Slopes, samples: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Final
@@ -13,12 +13,13 @@ from torch import nn
 
 from graphzip.analysis.layers import own_layers
 from graphzip.errors import WeightsError
-from graphzip.graph.batches import leading, samples_in
+from graphzip.graph.batches import Batches, leading, samples_in, shared
 from graphzip.graph.interpreter import Values
 from graphzip.graph.restore_modules import to_module
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.numeric.solvers import all_finite
+from graphzip.process_groups import ALONE, Processes
 from graphzip.scores import score_of
 from graphzip.study.narrowing import Narrowing
 from graphzip_passes.parts.compensation import Effort, refit
@@ -41,7 +42,7 @@ class Laboratory:
     def __init__(
         self,
         narrowing: Narrowing,
-        batches: Sequence[tuple[Any, ...]],
+        batches: Batches,
         *,
         evaluate: Callable[[nn.Module], float] | None,
         samples: int,
@@ -59,6 +60,11 @@ class Laboratory:
                     "the model's outputs are NaN or infinite on the data that widths are judged by; check the data and "
                     "the model's weights"
                 )
+
+    @cached_property
+    def by_itself(self) -> bool:
+        """Whether a process measures a loss for itself; else all of them do it together. All of them ask."""
+        return self.evaluate is None and self.narrowing.ready()
 
     def loss(self, name: str, width: int) -> float:
         """With all groups but this one as they are."""
@@ -78,20 +84,24 @@ class Laboratory:
         if self.evaluate is not None:
             return self._lost(widths)
         merged = self.narrowing.fitted(widths, self._together[0], _QUICK)
-        return _relative(self._wanted_together, self._outputs_together(merged))
+        return _relative(self._wanted_together, self._outputs_together(merged), self._together[1].processes)
 
     @cached_property
-    def _together(self) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-        fitted = leading(self.batches, self.samples)
-        judged = leading(self.batches[len(fitted) :], _JUDGED)
-        return (fitted, judged) if judged else _parts(self.batches, self.samples)
+    def _together(self) -> tuple[Batches, Batches]:
+        """Every process has its share of these."""
+        fitted, judged = self.batches.cut(self.samples), self.batches.cut(_JUDGED, behind=self.samples)
+        if judged:
+            return fitted, judged
+        some, others = _parts(self.batches, self.samples)
+        return shared(some), shared(others)
 
     @cached_property
     def _wanted_together(self) -> torch.Tensor:
         return self._outputs_together(self.traced)
 
     def _outputs_together(self, traced: Traced) -> torch.Tensor:
-        return torch.cat([_flat(Values(traced, [batch]).outputs()) for batch in self._together[1]])
+        found = [_flat(Values(traced, [batch]).outputs()) for batch in self._together[1].here]
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *found])
 
     def _lost(self, widths: Mapping[str, int]) -> float:
         """Of the user's score."""
@@ -100,7 +110,7 @@ class Laboratory:
     def _scored(self, traced: Traced) -> float:
         """What `evaluate` says of a model. Raises `PlanError` where that is no score."""
         assert self.evaluate is not None
-        return score_of(self.evaluate, _module(traced))
+        return self.batches.processes.agreed(score_of(self.evaluate, _module(traced)))
 
     def _first_node(self, name: str, slim: Traced) -> torch.fx.Node:
         """The first operator that a change of the group can touch: by its parameters, or by its size in `slim`."""
@@ -132,7 +142,7 @@ def _sizes(node: torch.fx.Node) -> tuple[str, ...]:
     return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else ()
 
 
-def _parts(batches: Sequence[tuple[Any, ...]], samples: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+def _parts(batches: Batches, samples: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """Batches that layers are fitted on for a measurement, and those that outputs are judged on: others, if any."""
     found = leading(batches, samples)
     fitted = sum(count <= _FITTED * samples for count in accumulate(map(samples_in, found)))
@@ -142,7 +152,7 @@ def _parts(batches: Sequence[tuple[Any, ...]], samples: int) -> tuple[list[tuple
 
 def _just_before(node: torch.fx.Node, values: Values) -> Values:
     """The values of the same graph where all before the node has run and nothing else has."""
-    found = values if values.done <= values.place[node] else Values(values.traced, values.batches)
+    found = values if values.done <= values.place[node] else Values(values.traced, values.shared)
     found.run_before(node)
     return found
 
@@ -153,10 +163,15 @@ def _flat(outputs: Any) -> torch.Tensor:
     return torch.cat([leaf.detach().double().flatten() for leaf in leaves if leaf.is_floating_point()])
 
 
-def _relative(wanted: torch.Tensor, given: torch.Tensor) -> float:
-    """At most `_WORST`, which stands for outputs that are not finite too."""
-    spread = wanted.var(correction=0) if wanted.numel() else wanted.new_zeros(())
-    found = float((wanted - given).square().mean() / spread.clamp(min=torch.finfo(wanted.dtype).tiny))
+def _relative(wanted: torch.Tensor, given: torch.Tensor, processes: Processes = ALONE) -> float:
+    """The mean square of a change relative to the variance, of outputs that lie in several processes where there are.
+
+    At most `_WORST`, which stands for outputs that are not finite too.
+    """
+    count, total = processes.summed(torch.tensor(float(wanted.numel()), dtype=torch.float64), wanted.sum())
+    about = (wanted - (total / count).to(wanted.device)).square().sum()
+    spread, apart = processes.summed(about, (wanted - given).square().sum())
+    found = float(apart / spread.clamp(min=float(count) * torch.finfo(wanted.dtype).tiny))
     return min(found, _WORST) if math.isfinite(found) else _WORST
 
 

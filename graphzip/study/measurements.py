@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,9 +24,11 @@ from torch import nn
 from graphzip.boundary import is_users
 from graphzip.errors import PlanError
 from graphzip.files import check_target, is_file, write_bytes
+from graphzip.graph.batches import Batches
 from graphzip.graph.state import named_state
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
+from graphzip.process_groups import ALONE, Processes
 
 __all__ = ["Measurements", "identity", "key_of"]
 
@@ -37,14 +39,17 @@ _OLD: Final = {"fingerprint", "losses"}  # what a file of one study was made of
 
 
 class Measurements:
-    """What was measured of one study before, in a file that may hold others."""
+    """What was measured of one study before, in a file that may hold others. Of several processes the first reads and
+    writes it.
+    """
 
-    def __init__(self, path: str | os.PathLike[str], key: str) -> None:
-        self.path, self.key = check_target(path, PlanError), key
+    def __init__(self, path: str | os.PathLike[str], key: str, processes: Processes = ALONE) -> None:
+        self.path, self.key, self._writes = Path(path), key, processes.rank == 0
         self._losses: dict[tuple[str, int], float] = {}
         self._old = False
-        if self.path.exists():
+        if self._writes and check_target(path, PlanError).exists():
             self._read()
+        self._losses = processes.agreed(self._losses)
 
     def get(self, group: str, width: int) -> float | None:
         """The loss, where it is known."""
@@ -53,6 +58,8 @@ class Measurements:
     def put(self, group: str, width: int, loss: float) -> None:
         """Keep a loss. Where it cannot be written that is said, and the study goes on."""
         self._losses[group, width] = loss
+        if not self._writes:
+            return
         line = json.dumps({"graphzip": "measurement", "study": self.key, "group": group, "width": width, "loss": loss})
         try:
             if self._old:
@@ -133,8 +140,10 @@ def _append(path: Path, line: str) -> None:
 # ------------------------------------------------------------------------------------------------- keys
 
 
-def key_of(traced: Traced, batches: Iterable[Any], *decided: Any) -> str:
-    """Changes with the graph, the weights, the data and whatever else decides what a measurement gives."""
+def key_of(traced: Traced, batches: Batches, *decided: Any) -> str:
+    """Changes with the graph, the weights, the data and whatever else decides what a measurement gives; not with how
+    many processes have the data.
+    """
     digest = hashlib.sha256()
     for spec in traced.inputs:
         _add(digest, repr(spec))
@@ -143,13 +152,20 @@ def key_of(traced: Traced, batches: Iterable[Any], *decided: Any) -> str:
     for name, value in named_state(traced.module):
         _add(digest, name)
         _add_tensor(digest, value)
-    for batch in batches:
-        for leaf in pytree.tree_leaves(batch):
-            if isinstance(leaf, torch.Tensor):
-                _add_tensor(digest, leaf)
-            else:
-                _add(digest, repr(leaf))
+    for told, _ in batches.sizes([_told(batch) for batch in batches.here]):
+        _add(digest, told)
     _add(digest, json.dumps(decided))
+    return digest.hexdigest()
+
+
+def _told(batch: Any) -> str:
+    """Tells a batch from another."""
+    digest = hashlib.sha256()
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            _add_tensor(digest, leaf)
+        else:
+            _add(digest, repr(leaf))
     return digest.hexdigest()
 
 

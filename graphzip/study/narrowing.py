@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.groups import ChannelGroup
 from graphzip.calibration import Calibration
+from graphzip.graph.batches import Given
 from graphzip.graph.interpreter import Values
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import ClusterMerge, LowRank, PruneChannels
@@ -19,6 +20,7 @@ from graphzip.study.cost_model import ThinLayers
 from graphzip_passes.base import PassContext
 from graphzip_passes.cluster_merge.cluster_merge import ClusterMergePass, Known
 from graphzip_passes.low_rank.low_rank import Cuttable, factorised, low_rank
+from graphzip_passes.parts.clustering import is_viewing
 from graphzip_passes.parts.compensation import Effort, Narrowed, refit
 from graphzip_passes.prune.prune_channels import PruneChannelsPass
 from graphzip_passes.prune.ranking import FloatArray
@@ -73,6 +75,10 @@ class Narrowing(ABC):
     def refits(self) -> bool:
         """Whether what is left is re-fitted on calibration data."""
 
+    def ready(self) -> bool:
+        """Find out what is asked of the calibration data; whether `narrowed` asks nothing of it any more then."""
+        return True
+
     @abstractmethod
     def params(self, name: str, *roles: str) -> set[str]:
         """The tensors of the graph in which something of this name has one of these roles."""
@@ -85,7 +91,7 @@ class Narrowing(ABC):
     def carried_out(self, widths: Mapping[str, int]) -> Traced:
         """The slimmer model as the options say."""
 
-    def fitted(self, widths: Mapping[str, int], batches: Sequence[tuple[Any, ...]], effort: Effort) -> Traced:
+    def fitted(self, widths: Mapping[str, int], batches: Given, effort: Effort) -> Traced:
         """The slimmer model, re-fitted on these inputs of the graph where the options say so."""
         found = self.narrowed(widths)
         if self.refits:
@@ -126,12 +132,15 @@ class Merging(_OfChannels):
         options: ClusterMerge,
         traced: Traced,
         known: Known,
-        batches: Sequence[tuple[Any, ...]],
+        batches: Given,
         seed: int,
         data: Calibration | None = None,
     ) -> None:
         super().__init__(options, traced)
         self.known, self.batches, self.seed, self.data = known, batches, seed, data
+
+    def ready(self) -> bool:
+        return not is_viewing(self.options.clustering)
 
     def group(self, name: str) -> ChannelGroup:
         return self.known.groups[name]
@@ -162,6 +171,10 @@ class Pruning(_OfChannels):
         super().__init__(options, traced)
         self.context = context
 
+    def ready(self) -> bool:
+        _ = self._scores
+        return True
+
     def group(self, name: str) -> ChannelGroup:
         assert self.context.known is not None
         return self.context.known.groups[name]
@@ -191,7 +204,7 @@ class Factorising(Narrowing):
         analysis: Analysis,
         context: PassContext,
         layers: Mapping[str, RankedLayer],
-        batches: Sequence[tuple[Any, ...]],
+        batches: Given,
     ) -> None:
         super().__init__(traced)
         self.options, self.analysis, self.context = options, analysis, context
@@ -211,7 +224,7 @@ class Factorising(Narrowing):
     def carried_out(self, widths: Mapping[str, int]) -> Traced:
         return low_rank(self.traced, self.at(widths), self.context).traced
 
-    def fitted(self, widths: Mapping[str, int], batches: Sequence[tuple[Any, ...]], effort: Effort) -> Traced:
+    def fitted(self, widths: Mapping[str, int], batches: Given, effort: Effort) -> Traced:
         found, nothing = self._cut(widths, batches), Layout.of(self.analysis, [])
         if self.refits and found is not self.traced:
             refit(Values(self.traced, batches), Values(found, batches), nothing, nothing, effort=effort)
@@ -228,7 +241,7 @@ class Factorising(Narrowing):
         context = replace(self.context, known=None)
         return Factorising(self.options, traced, self.analysis, context, self.layers, self.batches)
 
-    def _cut(self, widths: Mapping[str, int], batches: Sequence[tuple[Any, ...]]) -> Traced:
+    def _cut(self, widths: Mapping[str, int], batches: Given) -> Traced:
         return factorised(self.traced, self.at(widths), self.context.where, batches)
 
 
@@ -243,6 +256,9 @@ class Mixed(Narrowing):
     def refits(self) -> bool:
         return self.channels.refits or self.ranks.refits
 
+    def ready(self) -> bool:
+        return self.channels.ready() and self.ranks.ready()
+
     def params(self, name: str, *roles: str) -> set[str]:
         return self._own(name).params(name, *roles)
 
@@ -254,7 +270,7 @@ class Mixed(Narrowing):
     def carried_out(self, widths: Mapping[str, int]) -> Traced:
         return self.ranks.of(self.channels.carried_out(self._groups(widths))).carried_out(widths)
 
-    def fitted(self, widths: Mapping[str, int], batches: Sequence[tuple[Any, ...]], effort: Effort) -> Traced:
+    def fitted(self, widths: Mapping[str, int], batches: Given, effort: Effort) -> Traced:
         return self.ranks.of(self.channels.fitted(self._groups(widths), batches, effort)).fitted(
             widths, batches, effort
         )

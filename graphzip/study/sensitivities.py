@@ -32,9 +32,10 @@ from torch import nn
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.groups import ChannelGroups
-from graphzip.graph.batches import leading
+from graphzip.graph.batches import Batches, leading
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge, LowRank, PruneChannels
+from graphzip.process_groups import Processes
 from graphzip.progress import counted, step, told, unwatched
 from graphzip.study.first_order import first_order_losses
 from graphzip.study.laboratory import Laboratory
@@ -100,9 +101,14 @@ class Subject:
     low_rank: LowRank | None
     layers: Mapping[str, RankedLayer]
     context: PassContext
-    batches: Sequence[tuple[Any, ...]]
+    batches: Batches
     evaluate: Callable[[nn.Module], float] | None
     seed: int
+
+    @property
+    def processes(self) -> Processes:
+        """Those that have the batches."""
+        return self.batches.processes
 
     def size(self, name: str) -> int:
         """How much there is of a group or a layer, of which `choices` may go."""
@@ -165,14 +171,28 @@ class Survey:
         found: dict[str, dict[int, float]] = {name: {} for name in self.subject.choices}
         kept = {key: loss for key in wanted if (loss := self._get(*key)) is not None}
         missing = [key for key in wanted if key not in kept]
-        for name, width in counted(missing, "measuring", [f"{name} at {width}" for name, width in missing]):
+        for keys in counted(turns := self._turns(missing), "measuring", map(_said, turns)):
             with unwatched():
-                loss = kept[name, width] = self._laboratory.loss(name, width)
-            logger.info("%s: %d of %d move the outputs by %.3g", name, width, self.subject.full(name), loss)
-            self._put(name, width, loss)
+                losses = self._losses(keys)
+            for (name, width), loss in zip(keys, losses, strict=True):
+                kept[name, width] = loss
+                logger.info("%s: %d of %d move the outputs by %.3g", name, width, self.subject.full(name), loss)
+                self._put(name, width, loss)
         for name, width in wanted:
             found[name][width] = kept[name, width]
         return found
+
+    def _turns(self, missing: Sequence[tuple[str, int]]) -> list[Sequence[tuple[str, int]]]:
+        """What is measured at once: one by every process, where it can do that by itself."""
+        if not missing:
+            return []
+        step = self.subject.processes.size if self._laboratory.by_itself else 1
+        return [missing[start : start + step] for start in range(0, len(missing), step)]
+
+    def _losses(self, keys: Sequence[tuple[str, int]]) -> list[float]:
+        if self._laboratory.by_itself:
+            return self.subject.processes.divided(keys, lambda key: self._laboratory.loss(*key))
+        return [self._laboratory.loss(*key) for key in keys]
 
     def _to_measure(
         self, kinds: Sequence[Mapping[str, Any]], fitted: Sequence[Mapping[str, Any]]
@@ -279,7 +299,9 @@ class Survey:
             eliminated = eliminations(subject.traced, subject.groups, subject.batches, names, widths)
             self._orders = {name: each.order for name, each in eliminated.items()}
             batches = leading(subject.batches, _SAMPLES)
-            kept = first_order_losses(subject.traced, eliminated, batches, seed=subject.seed)
+            kept = first_order_losses(
+                subject.traced, eliminated, batches, seed=subject.seed, processes=subject.processes
+            )
             for (name, width), loss in kept.items():
                 self._put(_first(name), width, loss)
         found: dict[str, dict[int, float]] = {}
@@ -287,6 +309,10 @@ class Survey:
             if (name, width) in kept:
                 found.setdefault(name, {})[width] = kept[name, width]
         return found
+
+
+def _said(keys: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} at {width}" for name, width in keys)
 
 
 def _first(name: str) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graphzip.analysis.groups import Analysed
 from graphzip.errors import PlanError
+from graphzip.graph.batches import Given
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import LowRank
 from graphzip.study.allocation import Curve
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def ranked_layers(
-    traced: Traced, options: LowRank | None, rules: WidthRules, batches: Sequence[tuple[Any, ...]], where: str
+    traced: Traced, options: LowRank | None, rules: WidthRules, batches: Given, where: str
 ) -> dict[str, RankedLayer]:
     """The layers whose ranks are found, by what they are called beside groups."""
     if options is None:

@@ -12,12 +12,13 @@ from torch import nn
 
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.analysis.groups import ChannelGroups
-from graphzip.calibration import drift
+from graphzip.calibration import check_alike, drift
 from graphzip.calls import Call, Signature, example_of
 from graphzip.graph.copies import eval_copy
 from graphzip.graph.randomness import generators_kept, random_nodes
 from graphzip.graph.state import bytes_of
 from graphzip.graph.traced import Traced
+from graphzip.process_groups import ALONE, Processes
 from graphzip.progress import counted, step
 from graphzip.report.card import Scores
 from graphzip.report.group_graph import GroupGraph
@@ -50,11 +51,16 @@ class Account:
     losses: list[str] = field(default_factory=list)
     scores: Scores | None = None
     proven: bool = True  # whether what is lost is known without running the model
+    processes: Processes = ALONE
 
     @classmethod
-    def of(cls, traced: Traced, groups: ChannelGroups) -> Account:
-        """Begin with a model to which nothing was done, and its channel groups."""
-        return cls(_cost(traced), _task_costs(traced), GroupGraph.of(groups))
+    def of(cls, traced: Traced, groups: ChannelGroups, processes: Processes = ALONE, *decided: Any) -> Account:
+        """Begin with a model to which nothing was done, and its channel groups.
+
+        Raises `ProcessesError` where another of the processes begins with another model, or has `decided` otherwise.
+        """
+        check_alike(processes, traced, *decided)
+        return cls(_cost(traced), _task_costs(traced), GroupGraph.of(groups), processes=processes)
 
     def add(self, kind: str, outcome: Outcome) -> None:
         """Note what a pass did; its graph is not kept."""
@@ -78,6 +84,7 @@ class Account:
                 found = {task: score_of(evaluate[task], eval_copy(part)) for task, part in parts.items()}
             else:
                 found = score_of(evaluate, eval_copy(module))
+            found = self.processes.agreed(found)
             self.scores = (self.scores or Scores("score", {})).with_value(name, found)
 
     def moves(
@@ -92,7 +99,7 @@ class Account:
         """How far outputs moved; without data nothing is run where losses are known and no more come of training."""
         if data is None and self.proven and (self.losses or not trained):
             return Moves(dict.fromkeys(calls, 0.0), False, 0.0)
-        return Moves.of(original, module, data, calls)
+        return Moves.of(original, module, data, calls, self.processes)
 
     def report(self, traced: Traced, moves: Moves, origin: Origin) -> Report:
         """The report of a model of which this is the graph and whose outputs moved this far."""
@@ -139,15 +146,16 @@ class Moves:
         module: nn.Module,
         data: Mapping[str, Iterable[Any]] | None,
         calls: Mapping[str, Call],
+        processes: Processes = ALONE,
     ) -> Moves:
-        """Run both models in eval mode."""
+        """Run both models in eval mode; each of the processes on its share of the data."""
         found = {}
         step("comparing outputs with the original's")
         for name, call in calls.items():
             old, new = original.get_submodule(name), module.get_submodule(name)
             batches = [example_of(old, call)] if data is None else data[name]
             with generators_kept():
-                found[name] = drift(old, new, batches, Signature.of(old, call))
+                found[name] = drift(old, new, batches, Signature.of(old, call), processes)
         kinds = {each.dtype for each in (*original.parameters(), *original.buffers()) if each.is_floating_point()}
         return cls(found, data is not None, max((torch.finfo(kind).eps for kind in kinds), default=0.0))
 

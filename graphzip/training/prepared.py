@@ -29,6 +29,7 @@ from graphzip.numeric.sharded import is_sharded, local, reshard
 from graphzip.plan.options import PassOptions
 from graphzip.plan.plan import Plan
 from graphzip.plan.problems import show
+from graphzip.process_groups import sharing
 from graphzip.progress import Progress, counted, step, watched
 from graphzip.report.card import AFTER, BEFORE, TUNED
 from graphzip.report.origin import Origin
@@ -52,7 +53,6 @@ from graphzip_passes.registry import BUILT_IN
 __all__ = ["Callbacks", "Prepared"]
 
 logger = logging.getLogger(__name__)
-
 R = TypeVar("R")
 
 _PROGRESS = "progress"  # of the training, in a checkpoint: what is no part of the module
@@ -69,11 +69,11 @@ class Callbacks:
 
 
 def _shown(method: Callable[..., R]) -> Callable[..., R]:
-    """Decorator of what takes long: it is shown as `progress=` asked for."""
+    """Decorator of what takes long: it is shown as `progress=` asked for, and done in all processes together."""
 
     @functools.wraps(method)
     def told(self: Prepared, *args: Any) -> R:
-        with watched(self._hidden["callbacks"].progress):
+        with watched(self._hidden["callbacks"].progress), self._hidden["processes"].together(method.__name__):
             return method(self, *args)
 
     return told
@@ -130,15 +130,15 @@ class Prepared(nn.Module):
             "inputs": example_inputs,
             "callbacks": callbacks or Callbacks(),
             "borrowed": borrowed,
+            "processes": sharing(calibration),
         }
         self._progress = _Progress(traced)
         known = known or Analysed.of(traced)
-        self._account = Account.of(traced, known.groups)
-        self._history = History()
+        self._account = Account.of(traced, known.groups, self._hidden["processes"], plan.to_dict(), seed)
+        self._history, self._loaded = History(), dict[str, torch.Tensor]()
         self.clusters: torch.Tensor
         self.register_buffer("clusters", torch.zeros(0, dtype=torch.int64))
         _watch_checkpoints(self)
-        self._loaded: dict[str, torch.Tensor] = {}
         self._begin(known)
         self._progress.ahead = borrowed and any(stage.rewrite for stage in self._stages())
 
@@ -209,6 +209,7 @@ class Prepared(nn.Module):
                 self._finish()
 
     @public
+    @_shown
     def collapse_(self) -> None:
         """Bring the model into the state that `convert` would leave it in, at its present widths, and train from there.
 
@@ -366,9 +367,8 @@ class Prepared(nn.Module):
         progress = self._progress
         where = f"passes[{progress.position}].{self._options.kind}"
         trained, data = Trained(self.model, progress.traced, progress.ahead), self._data
-        calibration = (
-            None if data is None else Calibration(data, self._signatures, trained, self._hidden["callbacks"].loss)
-        )
+        shared = self._hidden["callbacks"].loss, self._hidden["processes"]
+        calibration = None if data is None else Calibration(data, self._signatures, trained, *shared)
         return PassContext(where, self.seed, trained, calibration, known)
 
     @property

@@ -39,6 +39,7 @@ from graphzip.graph.traced import Traced
 from graphzip.plan.options import PassOptions
 from graphzip.plan.passes import PASS_OPTIONS
 from graphzip.plan.problems import show
+from graphzip.process_groups import ALONE, Processes
 from graphzip.report.outcome import Bars, Outcome, Table
 from graphzip.rewrite.refresh import refresh
 from graphzip_passes.parts.streamed import Workspace
@@ -80,6 +81,11 @@ class PassContext:
     calibration: Calibration | None = None
     known: Analysed | None = None
     workspace: Workspace | None = None
+
+    @property
+    def processes(self) -> Processes:
+        """Those that have shares of the calibration data, in each of which the pass runs."""
+        return ALONE if self.calibration is None else self.calibration.processes
 
     @property
     def model(self) -> nn.Module:

@@ -82,6 +82,8 @@ class _Finish:
             losses = norms
         else:
             order, losses = _by_loss(traced, blocks, count, leading(data, _MEASURED), norms)
+            agreed = context.processes.agreed([block.name for block in order])
+            order.sort(key=lambda block: agreed.index(block.name))
         gone = sorted(order[:count], key=lambda block: blocks.index(block))
         if not gone:
             return Outcome(traced, changed=False, details={"dropped": [], "kept": [each.name for each in blocks]})

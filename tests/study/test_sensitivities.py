@@ -222,7 +222,7 @@ def test_what_all_groups_do_together_is_judged_on_samples_that_were_not_fitted()
     assert [len(part) for part in (fitted, judged)] == [2, 2]
     widths = dict.fromkeys(made.choices, 8)
     compiled = gz.compile(
-        made.model, made._plan_of(widths), made.example_inputs, calibration=[batch[0] for batch in made.batches]
+        made.model, made._plan_of(widths), made.example_inputs, calibration=[batch[0] for batch in made.batches.here]
     )
     with torch.no_grad():
         outputs = [torch.cat([module(batch[0]) for batch in judged]) for module in (made.model, compiled.module)]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from graphzip.analysis.groups import ChannelGroups, GroupParam
 from graphzip.analysis.layers import Layer, layers_by_weight
+from graphzip.graph.batches import Batches, Given
 from graphzip.graph.interpreter import Values
 from graphzip.graph.traced import Traced
 from graphzip.numeric.solvers import check_finite
@@ -48,7 +49,7 @@ _ALIKE: Final = 1e-3
 def activations(
     traced: Traced,
     groups: ChannelGroups,
-    batches: Sequence[tuple[Any, ...]],
+    batches: Given,
     names: Collection[str],
     *,
     with_kernels: bool,
@@ -69,7 +70,7 @@ def activations(
             param = readers[name]
             layer = layers[param.param]
             check_finite(layer.name, *values[layer.input])
-            doing = _scaled(_rows(values[layer.input], layer, param))
+            doing = _scaled(_rows(values[layer.input], values.shared, layer, param))
             kernels = _scaled(features_of(groups[name], traced))
             rows = np.concatenate([kernels if with_kernels else _ALIKE * kernels, doing], axis=1)
             same = duplicates(groups[name], traced)
@@ -85,18 +86,20 @@ def _scaled(rows: Features) -> Features:
     return scaled
 
 
-def _rows(inputs: Sequence[torch.Tensor], layer: Layer, param: GroupParam) -> Features:
+def _rows(inputs: Sequence[torch.Tensor], batches: Batches, layer: Layer, param: GroupParam) -> Features:
     """The values of a group's channels, and of every place that it has in a flattened input, side by side."""
     slots = max(param.indices.shape[1], 1)
-    total = sum(value.numel() // value.shape[layer.dim] for value in inputs)
+    every = list(batches.sizes([value.numel() // value.shape[layer.dim] for value in inputs]))
+    total = sum(places for places, _ in every)
     generator = torch.Generator().manual_seed(0)
-    parts = []
-    for value in inputs:
-        rows = value.movedim(layer.dim, 0).flatten(1)
-        count = -(-rows.shape[1] * _NUMBERS // (slots * total))
-        chosen = torch.randperm(rows.shape[1], generator=generator)[:count].to(rows.device)
-        parts.append(rows[:, chosen].cpu())
-    joined = torch.cat(parts, 1)
+    own: list[torch.Tensor] = []
+    for places, here in every:
+        chosen = torch.randperm(places, generator=generator)[: -(-places * _NUMBERS // (slots * total))]
+        if here is not None:
+            rows = inputs[here].movedim(layer.dim, 0).flatten(1)
+            own.append(rows[:, chosen.to(rows.device)].cpu())
+    parts = batches.processes.gathered(own)
+    joined = torch.cat([parts[rank][place] for rank, place in batches.order], 1)
     held = (joined if joined.dtype == torch.float64 else joined.float()).numpy()
     read: Features = held[param.indices.clip(min=0)] * (param.indices >= 0)[:, :, None]
     return read.reshape(len(read), -1)

@@ -12,7 +12,7 @@ Source: Ding et al., "Manipulating Identical Filter Redundancy for Efficient Pru
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from graphzip.analysis.channels import Analysis
 from graphzip.analysis.groups import Analysed, ChannelGroup, ChannelGroups
 from graphzip.calibration import Calibration, as_inputs
 from graphzip.errors import PlanError, WeightsError
+from graphzip.graph.batches import Given, shared
 from graphzip.graph.interpreter import Values
 from graphzip.graph.state import named_state, own_tensors
 from graphzip.graph.traced import Traced
@@ -118,7 +119,7 @@ class ClusterMergePass(Tying):
         decided = resolve(_widths(options), self.groups, where=where)
         self.clusters: dict[str, Partition] = {}
         self.kept: dict[str, frozenset[int]] = {}
-        self._batches: Sequence[tuple[Any, ...]] = ()
+        self._batches: Given = ()
         self._refit: Refit | None = None
         self._corrected: list[str] = []
         counts = {name: width.count for name, width in decided.items() if not isinstance(width, Clusters)}
@@ -151,7 +152,7 @@ class ClusterMergePass(Tying):
         options = self.options
         return options.compensate == "data" or options.clustering == RECONSTRUCTION or options.features != "weights"
 
-    def calibrate(self, batches: Sequence[tuple[Any, ...]]) -> None:
+    def calibrate(self, batches: Given) -> None:
         """Decide with the inputs of the graph on calibration data; raises `PlanError` where there are none."""
         if not batches:
             raise PlanError(_without_data(self.options, self.where))
@@ -168,6 +169,8 @@ class ClusterMergePass(Tying):
             if name in known.features:
                 features, how = known.features[name], self.options.clustering
                 self.clusters[name] = _cluster(self.groups[name], features, count, how, self.seed)
+        if self.known is None:
+            self.clusters, self.kept = shared(batches).processes.agreed((self.clusters, self.kept))
         self._decide()
 
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
@@ -225,7 +228,7 @@ class ClusterMergePass(Tying):
     def _fitted(self, traced: Traced) -> Narrowed:
         """The slimmer model, compensated with data; `traced` stays as it is."""
         merged = self.merged(traced)
-        batches = [as_inputs(batch, traced) for batch in self._batches]
+        batches = shared(self._batches).mapped(lambda batch: as_inputs(batch, traced))
         old, new = (Values(each, batches) for each in (traced, merged.traced))
         self._refit = refit(old, new, merged.layout, merged.means)
         return merged
@@ -395,7 +398,7 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
     slim = shrunk(merging.layout(), weights, merging.centred)
     if options.compensate != "data" or not clusters:
         return ByTensor(merging.finish(traced, context), slim)
-    batches = [] if context.calibration is None else context.calibration.graph_inputs()
+    batches: Given = [] if context.calibration is None else context.calibration.graph_inputs()
     if not batches:
         raise PlanError(_without_data(options, context.where))
     merged = merging.merged(traced)
@@ -439,7 +442,7 @@ def known_of(
     analysis: Analysis,
     groups: ChannelGroups,
     names: Collection[str],
-    batches: Sequence[tuple[Any, ...]],
+    batches: Given,
     *,
     least: Mapping[str, int] | None = None,
 ) -> Known:

@@ -16,6 +16,7 @@ Alistarh, "Optimal Brain Compression" (NeurIPS 2022), section 4.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -29,16 +30,18 @@ from torch import fx
 
 from graphzip.analysis.groups import ChannelGroup, ChannelGroups, GroupParam
 from graphzip.analysis.layers import Layer, layers_by_weight
+from graphzip.graph.batches import Given, shared
 from graphzip.graph.interpreter import Values
 from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.numeric.solvers import SecondMoments, check_finite
+from graphzip.process_groups import Processes
 from graphzip.progress import told
 from graphzip_passes.cluster_merge.greedy import Reader, rounds
 from graphzip_passes.parts.compensation import sampled_rows
 from graphzip_passes.parts.holders import readers_of
-from graphzip_passes.parts.output_slopes import output_slopes
+from graphzip_passes.parts.output_slopes import drawn_alike, output_slopes
 from graphzip_passes.parts.slices import duplicates, own_rows
 from graphzip_passes.parts.tied_slices import Partition
 
@@ -92,7 +95,7 @@ class Elimination:
 def elimination_orders(
     traced: Traced,
     groups: ChannelGroups,
-    batches: Sequence[tuple[Any, ...]],
+    batches: Given,
     names: Sequence[str],
     least: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[int, ...]]:
@@ -103,7 +106,7 @@ def elimination_orders(
 def eliminations(
     traced: Traced,
     groups: ChannelGroups,
-    batches: Sequence[tuple[Any, ...]],
+    batches: Given,
     names: Sequence[str],
     widths: Mapping[str, Collection[int]] | None = None,
     *,
@@ -121,17 +124,40 @@ def eliminations(
         return {}
     open_ = {name: {layers[param.param].node for param in params} for name, params in readable.items()}
     found: dict[str, Elimination] = {}
+    processes, turns = shared(batches).processes, itertools.count()
     for moments in _moments(traced, [layers[each.param] for params in readable.values() for each in params], batches):
         for name in [name for name, nodes in open_.items() if nodes <= moments.keys()]:
-            told(len(found), len(readable), f"choosing channels of {name}")
-            readings = _readings(groups[name], readable[name], layers, moments, traced)
-            kept = sorted((widths or {}).get(name, ()), reverse=True)
-            last = (least or {}).get(name, min(kept, default=0))
-            found[name] = _eliminated(groups[name], readings, duplicates(groups[name], traced), kept, last)
+            turn = next(turns)
+            if turn % processes.size == processes.rank:
+                told(turn, len(readable), f"choosing channels of {name}")
+                readings = _readings(groups[name], readable[name], layers, moments, traced)
+                kept = sorted((widths or {}).get(name, ()), reverse=True)
+                last = (least or {}).get(name, min(kept, default=0))
+                found[name] = _eliminated(groups[name], readings, duplicates(groups[name], traced), kept, last)
             del open_[name]
         for node in moments.keys() - set().union(*open_.values()):
             del moments[node]
+    found = _of_all(found, layers, processes)
     return {name: found[name] for name in readable}
+
+
+def _of_all(
+    found: Mapping[str, Elimination], layers: Mapping[str, Layer], processes: Processes
+) -> dict[str, Elimination]:
+    """What every process found of its groups; layers are the ones of this process."""
+    if processes.size == 1:
+        return dict(found)
+    plain = [
+        (name, each.order, left, [(change.layer.name, change.weight) for change in changes])
+        for name, each in found.items()
+        for left, changes in (each.changes or {0: ()}).items()
+    ]
+    together: dict[str, Elimination] = {}
+    for name, order, left, weights in itertools.chain(*processes.gathered(plain)):
+        known = together.get(name, Elimination(order, {})).changes
+        own = tuple(Change(layers[layer], weight) for layer, weight in weights)
+        together[name] = Elimination(order, {**known, left: own} if own else known)
+    return together
 
 
 def readable_groups(traced: Traced, groups: ChannelGroups, names: Sequence[str]) -> list[str]:
@@ -157,9 +183,7 @@ def partition_of(group: ChannelGroup, order: Sequence[int], count: int, traced: 
 # ------------------------------------------------------------------------------------------------- moments
 
 
-def _moments(
-    traced: Traced, layers: Sequence[Layer], batches: Sequence[tuple[Any, ...]]
-) -> Iterator[dict[fx.Node, Statistics]]:
+def _moments(traced: Traced, layers: Sequence[Layer], batches: Given) -> Iterator[dict[fx.Node, Statistics]]:
     """What is known by the calls of layers, one more of them at a time; what is taken out is forgotten."""
     by_node = {layer.node: layer for layer in layers}
     sensitivity = _sensitivities(traced, by_node, batches)
@@ -184,9 +208,10 @@ def _reads_alike(one: Layer, other: Layer) -> bool:
 
 
 def _covariance(layer: Layer, values: Values) -> torch.Tensor:
-    outputs, inputs = values[layer.node], values[layer.input]
-    moments, most = SecondMoments(), int(np.clip(_ROWS_EACH * math.prod(layer.shape[1:]), *_ROWS))
-    for x, rows in zip(inputs, sampled_rows(layer, outputs, most), strict=True):
+    inputs, (source, _) = values[layer.input], values.shared.order[0]
+    moments = SecondMoments(values.shared.processes, source)
+    most = int(np.clip(_ROWS_EACH * math.prod(layer.shape[1:]), *_ROWS))
+    for x, rows in zip(inputs, sampled_rows(layer, values, most), strict=True):
         read = layer.read([x], [rows])
         check_finite(layer.name, read)
         moments.add(read)
@@ -197,18 +222,18 @@ def _covariance(layer: Layer, values: Values) -> torch.Tensor:
     return covariance
 
 
-def _sensitivities(
-    traced: Traced, layers: Mapping[fx.Node, Layer], batches: Sequence[tuple[Any, ...]]
-) -> dict[fx.Node, torch.Tensor]:
+def _sensitivities(traced: Traced, layers: Mapping[fx.Node, Layer], batches: Given) -> dict[fx.Node, torch.Tensor]:
     """Mean square of the derivative in random directions, summed over a layer's places, per output channel."""
-    generator = torch.Generator().manual_seed(0)
-    total = {node: torch.zeros((), dtype=torch.float64) for node in layers}
-    for batch in batches:
+    names = {node.name: node for node in layers}
+    total: dict[str, torch.Tensor] = {}
+    for batch, generator in drawn_alike(traced, layers, shared(batches)):
         for node, slopes in output_slopes(traced, layers, batch, generator).along.items():
             squares = slopes[0].double().square().movedim(layers[node].dim, -1)
-            total[node] = total[node] + squares.reshape(-1, squares.shape[-1]).sum(0).cpu()
-    ones = {node: torch.ones(layer.shape[0], dtype=torch.float64) for node, layer in layers.items()}
-    return {node: value if value.dim() and bool(value.any()) else ones[node] for node, value in total.items()}
+            sums = squares.reshape(-1, squares.shape[-1]).sum(0).cpu()
+            total[node.name] = total[node.name] + sums if node.name in total else sums
+    total = shared(batches).processes.summed_by_name(total)
+    found = {names[name]: value for name, value in total.items() if bool(value.any())}
+    return {node: found.get(node, torch.ones(layer.shape[0], dtype=torch.float64)) for node, layer in layers.items()}
 
 
 # ------------------------------------------------------------------------------------------------- elimination

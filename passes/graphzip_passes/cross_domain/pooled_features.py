@@ -106,6 +106,12 @@ class Trimmed(Beside):
                 self._kept[layer].append(self._joined(layer, batch, "calibration: give all tasks as many batches"))
         self._batches.clear()
 
+    def has_enough(self, task: str) -> bool:
+        """While collecting: whether more batches of a task would be left out."""
+        counts = {layer: seen for (layer, each), seen in self._seen.items() if each == task}
+        noted = [sum(min(each.count, self.samples) for each in self._batches[at][:n]) for at, n in counts.items()]
+        return bool(noted) and min(noted) >= KEPT
+
     def take(self, layer: str) -> Tensor:
         """Features (channels of all tasks, m) in the last batch, as part of its graph. Each batch can be taken once.
 

@@ -162,7 +162,7 @@ class CrossDomainSharePass(Tying):
                 self._trimmed.leave()  # the model may be another one now than that which was trained
                 self.watch(model)
                 with self._trimmed.collecting():
-                    data.run()
+                    data.run(enough=self._trimmed.has_enough)
             found = self._agreed([self._clustered(layer, model) for layer in self.layers])
             self._set({clusters.layer.name: clusters for clusters, _ in found})
         before = deep_copy(model) if data is not None else None
@@ -173,7 +173,7 @@ class CrossDomainSharePass(Tying):
         if data is not None and before is not None:
             for name, each in list(self.clusters.items()):
                 move = bool(found) and not self.options.balanced
-                number = fit_shared(each.layer, each.number, model, before, data.run, move=move)
+                number = fit_shared(each.layer, each.number, model, before, data, move=move)
                 self.clusters[name] = _Clusters.of(each.layer, number)
             self._set(self.clusters)
 

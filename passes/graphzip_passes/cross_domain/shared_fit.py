@@ -38,10 +38,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphzip.calibration import Calibration
 from graphzip.labels import IntArray
 from graphzip.numeric.im2col import Window
-from graphzip.numeric.moments import CrossMoments, Moments, gathered
+from graphzip.numeric.moments import CrossMoments, Moments
 from graphzip.numeric.solvers import factorised, ridge
+from graphzip.process_groups import Processes
 from graphzip_passes.cross_domain.shared_layers import SharedLayer
 from graphzip_passes.cross_domain.shared_moves import Regrouping
 
@@ -62,20 +64,20 @@ _See = Callable[[str, nn.Module, Tensor, Tensor, Tensor], None]
 
 @torch.no_grad()
 def fit_shared(
-    layer: SharedLayer, number: IntArray, model: nn.Module, before: nn.Module, run: Callable[[], None], *, move: bool
+    layer: SharedLayer, number: IntArray, model: nn.Module, before: nn.Module, data: Calibration, *, move: bool
 ) -> IntArray:
     """Fit a layer of `model`, whose clusters have equal weights, to what it gives in `before`, in place.
 
     `number` is the cluster of every input channel, of the first task before those of the second. With `move` channels
-    may change it; what they have in the end is given. `run` feeds the calibration data to the tasks of `model`.
+    may change it; what they have in the end is given. `data` is of the tasks of `model`.
     """
     features = max(layer.sizes) * math.prod(layer.kernel)
     if features > _FEATURES:
         logger.info("%s keeps the centres of its clusters: it has %d inputs, too many to fit", layer.name, features)
         return number
-    seen = _Seen(layer, intercept=_own_biases(layer, model))
+    seen = _Seen(layer, data.processes, intercept=_own_biases(layer, model))
     with _watched(layer, model, before.eval(), seen.add):
-        run()
+        data.run(seen.begin)
     intercept, fit = seen.intercept, _Fit.of(seen, number, _centres(layer, number, model))
     del seen  # its moments are as large as those of the fit
     fit.solve()
@@ -87,8 +89,7 @@ def fit_shared(
         last, best = best, min(best, fit.found(), key=lambda each: each.lost)
         if best.lost > last.lost * (1.0 + _ENOUGH):  # both are below zero
             break
-    agreed: tuple[IntArray, Tensor, list[Tensor]] = gathered((best.number, best.weights, best.biases))[0]
-    chosen, weights, biases = agreed
+    chosen, weights, biases = data.processes.agreed((best.number, best.weights, best.biases))
     shared = weights[torch.from_numpy(chosen)].reshape(layer.channels, *layer.kernel, layer.outs).movedim(-1, 0)
     for task, part, change in zip(layer.tasks, torch.split(shared, list(layer.sizes), 1), biases, strict=True):
         module = model.get_submodule(f"{task}.{layer.name}")
@@ -152,12 +153,16 @@ def _watched(layer: SharedLayer, model: nn.Module, before: nn.Module, see: _See)
 class _Seen:
     """Second moments of what a layer reads and of what it lacks, by task; with `intercept` a one goes with the read."""
 
-    def __init__(self, layer: SharedLayer, *, intercept: bool) -> None:
-        self.layer, self.intercept = layer, intercept
+    def __init__(self, layer: SharedLayer, processes: Processes, *, intercept: bool) -> None:
+        self.layer, self.processes, self.intercept = layer, processes, intercept
         sizes = [size * math.prod(layer.kernel) + intercept for size in layer.sizes]
         self.read = {task: Moments(size) for task, size in zip(layer.tasks, sizes, strict=True)}
         self.missing = {task: CrossMoments(layer.outs, size) for task, size in zip(layer.tasks, sizes, strict=True)}
         self._random = torch.Generator().manual_seed(0)
+
+    def begin(self, number: int) -> None:
+        """The batch of that number comes next."""
+        self._random.manual_seed(number)
 
     def add(self, task: str, module: nn.Module, x: Tensor, given: Tensor, wanted: Tensor) -> None:
         """Count what a layer reads, and what it lacks."""
@@ -182,8 +187,8 @@ class _Seen:
     def sums(self, task: str) -> tuple[Tensor, Tensor, int]:
         """`X^T X` and `X^T (T - P)` of one task, and the number of rows, of all processes."""
         read, missing = self.read[task], self.missing[task]
-        read.add_up()
-        missing.add_up()
+        read.add_up(self.processes)
+        missing.add_up(self.processes)
         cross = missing.among(np.arange(self.layer.outs), np.arange(read.inputs))
         return read.dense().mul_(read.count), cross.mul_(read.count).t(), read.count
 

@@ -104,7 +104,7 @@ class AtomFactorizePass:
         """The graph and the model with atoms and coefficients in place of kernels."""
         model, data, moments = context.model, context.calibration, {}
         if self.options.weighted and self.options.init == "fit" and data is not None:
-            moments = input_moments({layer.name: model.get_submodule(layer.name) for layer in self.layers}, data.run)
+            moments = input_moments({layer.name: model.get_submodule(layer.name) for layer in self.layers}, data)
         made = self._made(traced, model, moments)
         if self.options.init == "fit":
             self.errors = {name: self._relative_error(traced, name, made[name]) for name in self.splits}
@@ -115,7 +115,7 @@ class AtomFactorizePass:
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
         """Build the kernels of some layers, and apply the atoms of others first."""
         if self.options.lower == "auto":
-            self.times = _measured(atom_calls(traced, self.splits))
+            self.times = context.processes.agreed(_measured(atom_calls(traced, self.splits)))
             first = [name for name, (built, atoms) in self.times.items() if atoms < built]
         else:
             first = list(self.splits) if self.options.lower == "atoms_first" else []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphzip.calibration import Calibration
 from graphzip.numeric.im2col import Window
 from graphzip.numeric.solvers import check_finite
 
@@ -21,13 +22,13 @@ _CHUNK = 16  # samples whose patches are laid out at once
 
 
 @torch.no_grad()
-def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, torch.Tensor]:
-    """`(in channels / groups, L, L)` for each layer that `run`, which feeds the data, comes through, in float64.
+def input_moments(layers: Mapping[str, nn.Module], data: Calibration) -> dict[str, torch.Tensor]:
+    """`(in channels / groups, L, L)` for each layer that the data comes through, in float64.
 
     Raises `WeightsError` where what one of them reads is not finite.
     """
     sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def remember(conv: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -35,7 +36,7 @@ def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> d
                 read = Window.of_module(conv).patches(chunk)
                 check_finite(name, read)
                 sums[name] = sums.get(name, 0.0) + torch.einsum("bclp,bckp->clk", read, read).double().cpu()
-                counts[name] = counts.get(name, 0) + read.shape[0] * read.shape[3]
+                counts[name] = counts.get(name, 0.0) + torch.tensor(read.shape[0] * read.shape[3], dtype=torch.float64)
 
         return remember
 
@@ -45,9 +46,10 @@ def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> d
         if isinstance(layer, nn.Conv1d | nn.Conv2d)
     ]
     try:
-        run()
+        data.run()
     finally:
         for hook in hooks:
             hook.remove()
+    sums, counts = map(data.processes.summed_by_name, (sums, counts))
     groups: dict[str, Any] = {name: layer.groups for name, layer in layers.items()}
     return {name: torch.unflatten(total / counts[name], 0, (groups[name], -1)).mean(0) for name, total in sums.items()}

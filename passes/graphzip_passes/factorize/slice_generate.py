@@ -75,7 +75,7 @@ class SliceGeneratePass:
         model, data = context.model, context.calibration
         if self.options.weighted and self.options.init == "fit" and data is not None:
             watched = {layer.name: model.get_submodule(layer.name) for layer in self.layers}
-            self.moments = input_moments(watched, data.run)
+            self.moments = input_moments(watched, data)
         made: dict[str, SliceConv] = {}
         random = torch.Generator().manual_seed(self.seed)
         for scope in sorted(set(self.scope.values())):

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from graphzip.analysis.groups import Analysed
 from graphzip.analysis.layers import Layer, own_layers
 from graphzip.errors import PlanError
+from graphzip.graph.batches import Given, shared
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.interpreter import Values
 from graphzip.graph.operators import arguments_of, set_argument
@@ -110,9 +111,9 @@ def low_rank_by_tensor(traced: Traced, options: LowRank, context: PassContext, w
     return ByTensor(_outcome(traced, result, cuts, left, times), slim)
 
 
-def _batches(options: LowRank, context: PassContext) -> list[tuple[Any, ...]]:
+def _batches(options: LowRank, context: PassContext) -> Given:
     """The calibration data. Raises `PlanError` where there is none and the options ask for it."""
-    batches = [] if context.calibration is None else context.calibration.graph_inputs()
+    batches: Given = [] if context.calibration is None else context.calibration.graph_inputs()
     if not batches and (options.method == "data-svd" or options.compensate == "data"):
         asks = "method: 'data-svd'" if options.method == "data-svd" else "compensate: 'data'"
         raise PlanError(
@@ -128,7 +129,7 @@ def _milliseconds(traced: Traced, cut: _Cut) -> tuple[float, float]:
     return dense, thin
 
 
-def factorised(traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]) -> Traced:
+def factorised(traced: Traced, options: LowRank, where: str, batches: Given) -> Traced:
     """The graph with thin layers, before anything is re-fitted; `traced` stays as it is, and may be what is given."""
     cuts, _ = _cuts(traced, options, where, batches)
     return _rewritten(traced, cuts)[0] if cuts else traced
@@ -171,7 +172,7 @@ class Cuttable:
         return [((rank, ins, *kernel), (True,) * len(kernel)), ((outs, rank, *ones), (False,) * len(kernel))]
 
 
-def cuttable(traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]) -> list[Cuttable]:
+def cuttable(traced: Traced, options: LowRank, where: str, batches: Given) -> list[Cuttable]:
     """The layers that `options` mean, in the order in which they run, but for those that no rank makes cheaper."""
     layers, _ = _selected(traced, options, where)
     outputs = _outputs(traced, layers, options, batches)
@@ -196,15 +197,14 @@ def _per_rank(layer: Layer, method: str) -> tuple[tuple[float, float], tuple[int
     return (first * math.prod(between) / whole, second * math.prod(outside) / whole), (first, second)
 
 
-def _cuts(
-    traced: Traced, options: LowRank, where: str, batches: Sequence[tuple[Any, ...]]
-) -> tuple[list[_Cut], dict[str, str]]:
+def _cuts(traced: Traced, options: LowRank, where: str, batches: Given) -> tuple[list[_Cut], dict[str, str]]:
     """The layers that are cut, and why the others that are meant are not."""
     layers, left = _selected(traced, options, where)
     outputs = _outputs(traced, layers, options, batches)
     cuts: list[_Cut] = []
     for layer in counted(layers, "finding factors", [_name(traced, layer) for layer in layers]):
         cut = _cut(traced, layer, _held(traced, layer.weight), options, outputs.get(layer.node))
+        cut = replace(cut, factors=shared(batches).processes.agreed(cut.factors))
         cuts += [cut] if _is_cheaper(traced, cut, left) else []
     return cuts, left
 
@@ -314,9 +314,7 @@ def _wanted(options: LowRank, name: str) -> float | str | None:
 # ------------------------------------------------------------------------------------------------- factors
 
 
-def _outputs(
-    traced: Traced, layers: Sequence[Layer], options: LowRank, batches: Sequence[tuple[Any, ...]]
-) -> dict[fx.Node, Tensor]:
+def _outputs(traced: Traced, layers: Sequence[Layer], options: LowRank, batches: Given) -> dict[fx.Node, Tensor]:
     """What the method has to know of what layers give."""
     if options.method != "data-svd":
         return {}
@@ -332,10 +330,12 @@ def _products(traced: Traced, layers: Sequence[Layer], values: Values) -> Iterat
                 continue
             layer, outputs = wanted[node], values[node]
             check_finite(layer.name, *outputs)
-            rows = sampled_rows(layer, outputs, _ROWS)
+            rows = sampled_rows(layer, values, _ROWS)
             given = torch.cat([layer.picked(value, chosen) for value, chosen in zip(outputs, rows, strict=True)])
             given = given.double() if layer.bias is None else given.double() - values[layer.bias][0].double()
-            yield layer, (given.T @ given / len(given)).cpu()
+            own = torch.tensor(float(len(given)), dtype=torch.float64)
+            products, count = values.shared.processes.summed(given.T @ given, own)
+            yield layer, (products / count).cpu()
 
 
 def _cut(traced: Traced, layer: Layer, weight: Tensor, options: LowRank, outputs: Tensor | None) -> _Cut:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from graphzip.analysis.groups import ChannelGroup
+from graphzip.graph.batches import Given
 from graphzip.graph.state import attach, get_tensor, is_persistent
 from graphzip.graph.traced import Traced
 from graphzip.rewrite.layout import Layout
@@ -53,7 +53,7 @@ def shrunk(
     return read
 
 
-def streams(context: PassContext, weights: Weights) -> Callable[[Traced, Sequence[tuple[Any, ...]]], Streamed]:
+def streams(context: PassContext, weights: Weights) -> Callable[[Traced, Given], Streamed]:
     """What makes the values of a graph that has these weights, and reads them when they are needed."""
     assert context.workspace is not None
     workspace = context.workspace
@@ -65,7 +65,7 @@ def refitted(
     found: Narrowed,
     weights: tuple[Weights, Weights],
     context: PassContext,
-    batches: Sequence[tuple[Any, ...]],
+    batches: Given,
 ) -> tuple[Refit, Weights]:
     """Fit the layers of a slimmer model one after the other, with the `weights` of both read one at a time.
 

@@ -34,7 +34,7 @@ from graphzip.graph.interpreter import Values
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
-from graphzip.numeric.solvers import Fit, check_finite
+from graphzip.numeric.solvers import Fit, RowParts, centred, check_finite
 from graphzip.progress import told
 from graphzip.rewrite.layout import Layout
 
@@ -139,6 +139,7 @@ class _Walk:
         effort: Effort,
     ) -> None:
         self.old, self.new, self.effort = old, new, effort
+        self.processes = new.shared.processes
         self.layout, self.means = layout, means
         twins = {node.name: node for node in self.old.nodes}
         layers, before = own_layers(new.traced), own_layers(old.traced)
@@ -202,10 +203,9 @@ class _Walk:
 
     def _fit(self, target: _Target) -> None:
         layer, new = target.layer, self.new
-        outputs = new[layer.node]
-        rows = sampled_rows(layer, outputs, self.effort.rows)
+        rows = sampled_rows(layer, new, self.effort.rows)
         wanted, given = self._rows(target, rows)
-        if all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)):
+        if self._are_equal(wanted, given):
             return
         x = layer.read(new[layer.input], rows)
         t, p = (layer.parted(torch.cat(each)) for each in (wanted, given))
@@ -215,9 +215,16 @@ class _Walk:
         scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)
         rounds = self.effort.rounds if target.flat else 0
         weight = layer.plain(new[layer.weight][0]).reshape(layer.groups, -1, x.shape[2]).transpose(1, 2)
-        change = _solved(layer.name, x, t, p, weight, scale, intercept=intercept, rounds=rounds, flat=target.flat)
-        self._apply(target, change, intercept=intercept)
+        lie = RowParts([len(chosen) for chosen in rows], self.processes)
+        change = _solved(
+            layer.name, x, t, p, weight, scale, intercept=intercept, rounds=rounds, flat=target.flat, lie=lie
+        )
+        self._apply(target, self.processes.agreed(change), intercept=intercept)
         self.fitted.append(layer.name)
+
+    def _are_equal(self, wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> bool:
+        """Whether nothing moved, in any process."""
+        return self.processes.every(all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)))
 
     def _rows(self, target: _Target, rows: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the original gives and what the slim model gives in those rows of every batch, (R, G * O)."""
@@ -259,13 +266,21 @@ class _Walk:
         """Give a batch norm the statistics that stand to its inputs as the original's stand to the original's."""
         args = arguments_of(norm)
         wanted, given = self._left(norm, 1, self._original(norm)), self.new[args["input"]]
-        if all(torch.equal(one, other) for one, other in zip(wanted, given, strict=True)):
+        if self._are_equal(wanted, given):
             return
-        (mean, var), (new_mean, new_var) = (_statistics(values) for values in (wanted, given))
+        (mean, var), (new_mean, new_var) = (self._statistics(values) for values in (wanted, given))
         ratio = torch.where(var > 0, new_var / var, 1.0)
         running_mean, running_var = (self.new[args[key]][0] for key in ("running_mean", "running_var"))
         self.new.set_tensor(args["running_mean"], new_mean - ratio.sqrt() * (mean - running_mean))
         self.new.set_tensor(args["running_var"], running_var * ratio)
+
+    def _statistics(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance per channel, in float64."""
+        rows = [value.movedim(1, -1).flatten(0, -2)[None] for value in values]
+        lie = RowParts([each.shape[1] for each in rows[: len(self.new.shared.here)]] or [0], self.processes)
+        counted = torch.cat(self.new.shared.counted(rows) or [rows[0][:, :0]], 1).double()
+        mean = centred(counted, lie)[0, 0]
+        return mean, lie.sum(lambda each: each.square().sum(1), counted)[0] / max(lie.count(), 1)
 
 
 def _target_of(layer: Layer, place: Mapping[fx.Node, int]) -> _Target:
@@ -304,23 +319,22 @@ def _cluster_means(value: torch.Tensor, heirs: IntArray, dim: int) -> torch.Tens
     return total / counts.reshape([-1 if each == dim else 1 for each in range(value.dim())])
 
 
-def _statistics(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance per channel, in float64."""
-    rows = torch.cat([value.movedim(1, 0).flatten(1) for value in values], 1).double()
-    return rows.mean(1), rows.var(1, correction=0)
+def sampled_rows(layer: Layer, values: Values, most: int) -> list[torch.Tensor]:
+    """The numbers of the rows that a layer is looked at on, per batch: all, or an even random share of `most`.
 
-
-def sampled_rows(layer: Layer, outputs: Sequence[torch.Tensor], most: int) -> list[torch.Tensor]:
-    """The numbers of the rows that a layer is looked at on, per batch: all, or an even random share of `most`."""
-    total = sum(layer.places(output) for output in outputs)
+    Of batches that are divided among processes those that one process with all of them would take.
+    """
+    outputs = values[layer.node]
+    every = list(values.shared.sizes([layer.places(output) for output in outputs]))
+    total = sum(places for places, _ in every)
     limit = min(most, max(_NUMBERS // (layer.groups * torch.Size(layer.shape[1:]).numel()), 1))
     generator = torch.Generator().manual_seed(0)
-    found = []
-    for output in outputs:
-        places = layer.places(output)
+    found = [torch.arange(0) for _ in outputs]
+    for places, here in every:
         chosen = torch.randperm(places, generator=generator)[: -(-places * limit // total)] if total > limit else None
-        found.append((torch.arange(places) if chosen is None else chosen.sort().values).to(output.device))
-    return found
+        if here is not None:
+            found[here] = torch.arange(places) if chosen is None else chosen.sort().values
+    return [chosen.to(output.device) for chosen, output in zip(found, outputs, strict=True)]
 
 
 def _solved(
@@ -334,6 +348,7 @@ def _solved(
     intercept: bool,
     rounds: int,
     flat: tuple[float, float] | None = None,
+    lie: RowParts | None = None,
 ) -> torch.Tensor:
     """The change (G, I * K [+ 1], O) in float64, for rows read (G, R, I * K) and wanted and given ones (G, R, O).
 
@@ -341,7 +356,7 @@ def _solved(
     a pooling of a norm over one channel alone, are the rounding of it: then only the intercept is fitted.
     """
     x, t, p = (each if each.dtype == torch.float64 else each.float() for each in (x, t, p))
-    fit = Fit(x, t.shape[2], intercept=intercept, what=f"layer {layer!r}")
+    fit = Fit(x, t.shape[2], intercept=intercept, what=f"layer {layer!r}", rows=lie)
     usable = scale.abs() > 1e-6 * scale.abs().max()
     for turn in range(1 + rounds):
         now = p + fit.given() * scale if turn else p
@@ -358,10 +373,15 @@ def _is_rounding(fit: Fit, weight: torch.Tensor, wanted: torch.Tensor) -> bool:
     """
     if float(fit.weights.abs().max()) <= _LARGE * float(weight.abs().max()):
         return False
-    eps, size = torch.finfo(fit.x.dtype).eps, wanted.square().mean()
-    moved = (fit.x @ weight.to(fit.x.dtype)).square().mean()
+    eps, size = torch.finfo(fit.x.dtype).eps, fit.rows.sum(_squares, wanted)
+    moved = fit.rows.sum(_squares, fit.x @ weight.to(fit.x.dtype))
     carried = (fit.mean.abs() @ fit.weights.abs()).max()
-    return bool(moved <= (_ROUNDING * eps) ** 2 * size or eps * carried.square() > size)
+    mean = size / max(fit.count * wanted.shape[0] * wanted.shape[2], 1)
+    return bool(moved <= (_ROUNDING * eps) ** 2 * size or eps * carried.square() > mean)
+
+
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    return rows.square().sum(dtype=torch.float64)
 
 
 def _as_good(wanted: torch.Tensor, now: torch.Tensor, low: float, high: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ pruning" (2018); Hutchinson (1990) for random directions of the outputs, where t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from graphzip.analysis.layers import Layer, layers_by_weight
 from graphzip.boundary import call_user
 from graphzip.calibration import Calibration
 from graphzip.errors import PlanError
-from graphzip.graph.batches import leading, samples_in
+from graphzip.graph.batches import Batches, leading, samples_in
 from graphzip.graph.interpreter import Values
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.state import get_tensor
@@ -74,7 +75,7 @@ class Evidence:
     _stream: Values | None = field(default=None, repr=False)
 
     @cached_property
-    def batches(self) -> list[tuple[Any, ...]]:
+    def batches(self) -> Batches:
         """The inputs of the graph. Raises `PlanError` without calibration data."""
         if self.calibration is None:
             raise PlanError(
@@ -159,12 +160,14 @@ class Evidence:
                 f"{self.where}: it differentiates a loss; pass loss=, a function (outputs, labels), and calibration "
                 "batches (inputs, labels)"
             )
-        found, total, count = self._zeros(), 0.0, 0
-        for batch, labels in self._labelled():
+        found, told = self._zeros(), torch.zeros(2, dtype=torch.float64)
+        for batch, labels in zip(self.batches.here, self._labels or (), strict=True):
             samples = samples_in(batch)
-            total += samples * self._differentiate(batch, labels, found, scale=samples)
-            count += samples
-        return total / count, {name: value / count for name, value in found.items()}
+            loss = self._differentiate(batch, labels, found, scale=samples)
+            told += torch.tensor([samples * loss, samples], dtype=torch.float64)
+        processes = self.batches.processes
+        ((total, count),) = processes.summed(told)
+        return float(total / count), {name: value / count for name, value in processes.summed_by_name(found).items()}
 
     @cached_property
     def _by_sample(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -189,17 +192,17 @@ class Evidence:
         sums = [rows.sum(1) for rows in made.get("producer", {}).values()]
         return torch.stack(sums).sum(0) if sums else torch.zeros(group.size, dtype=torch.float64)
 
-    def _labelled(self) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...] | None]]:
-        if not self.labelled:
-            yield from ((batch, None) for batch in self.batches)
-            return
-        assert self.calibration is not None
-        yield from zip(self.batches, self.calibration.labels(), strict=True)
+    @cached_property
+    def _labels(self) -> list[tuple[Any, ...]] | None:
+        """Of every batch that is here, where there is a loss."""
+        return self.calibration.labels() if self.calibration is not None and self.labelled else None
 
     def _one_by_one(self) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...] | None]]:
         """Samples, so many of them; where the model takes no other batch than its own, batches."""
-        left = _HELD
-        for batch, labels in self._labelled():
+        most = _HELD if self.traced.batch_dynamic else sys.maxsize
+        batches, left = self.batches.leading(most), _HELD
+        found = [None] * len(batches) if self._labels is None else self.batches.leading(most, self._labels)
+        for batch, labels in zip(batches, found, strict=True):
             samples = samples_in(batch)
             if not self.traced.batch_dynamic:
                 yield batch, labels
@@ -296,7 +299,7 @@ class Evidence:
         return found
 
     def _read(self, layer: Layer, values: Values) -> tuple[Tensor, Tensor]:
-        rows = sampled_rows(layer, values[layer.node], _ROWS)
+        rows = sampled_rows(layer, values, _ROWS)
         read = layer.read(values[layer.input], rows)
         check_finite(layer.name, read)
         moments = squared(read).cpu() / max(read.shape[1], 1)

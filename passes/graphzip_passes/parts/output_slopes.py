@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphzip.graph.batches import Batches
 from graphzip.graph.dual_mode import returned
 from graphzip.graph.interpreter import stream
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 
-__all__ = ["Slopes", "output_slopes"]
+__all__ = ["Slopes", "drawn_alike", "output_slopes"]
 
 
 @dataclass
 class Slopes:
     """Of one batch: what some nodes give, and for every direction the derivative by each of the others.
 
-    `outputs` has those that can be differentiated, flat. A node that they do not depend on has no slopes.
+    `outputs` has those that can be differentiated, flat, and `ends` their shapes. A node that they do not depend on has
+    no slopes.
     """
 
     values: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     along: dict[fx.Node, list[torch.Tensor]] = field(default_factory=dict)
     outputs: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    ends: list[torch.Size] = field(default_factory=list)
 
 
 def output_slopes(
@@ -68,6 +71,34 @@ def output_slopes(
             for node, slope in zip(reached, slopes, strict=True):
                 if slope is not None:
                     found.along.setdefault(node, []).append(slope)
+    found.ends = [leaf.shape for leaf in ends]
     if ends:
         found.outputs = torch.cat([leaf.detach().flatten() for leaf in ends])
     return found
+
+
+def drawn_alike(
+    traced: Traced, by: Collection[fx.Node], batches: Batches
+) -> Iterator[tuple[tuple[Any, ...], torch.Generator]]:
+    """The batches that are here, each with the generator that one process which has them all would come to it with.
+
+    The directions of batches that are elsewhere are drawn and left.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if batches.processes.size == 1:
+        yield from ((batch, generator) for batch in batches.here)
+        return
+    known: dict[Any, list[torch.Size]] = {}
+    for batch in batches.here:
+        if _shapes(batch) not in known:
+            known[_shapes(batch)] = output_slopes(traced, by, batch, generator, directions=0).ends
+    for ends, here in batches.sizes([known[_shapes(batch)] for batch in batches.here]):
+        if here is not None:
+            yield batches.here[here], generator
+        else:
+            for shape in ends:
+                torch.randn(shape, generator=generator)
+
+
+def _shapes(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in batch)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import fx
 
+from graphzip.graph.batches import Given
 from graphzip.graph.interpreter import Values
 from graphzip.graph.state import get_tensor
 from graphzip.graph.torch_private import pytree
@@ -81,7 +82,7 @@ class Streamed(Values):
     def __init__(
         self,
         traced: Traced,
-        batches: Sequence[tuple[Any, ...]],
+        batches: Given,
         read: Read,
         workspace: Workspace,
         kept: ChangedTensors | None = None,

@@ -20,6 +20,7 @@ from torch import nn
 from graphzip.analysis.groups import Analysed, ChannelGroup, ChannelGroups
 from graphzip.boundary import call_user
 from graphzip.errors import PlanError
+from graphzip.graph.batches import Given
 from graphzip.graph.interpreter import Values
 from graphzip.graph.torch_private import foreach_copy_
 from graphzip.graph.traced import Traced
@@ -127,9 +128,9 @@ class PruneChannelsPass(Constraint):
             fitted = refit(Values(traced, batches), Values(found.traced, batches), found.layout, found.means)
         return self.outcome(found.traced, fitted)
 
-    def batches(self, context: PassContext) -> list[tuple[Any, ...]]:
+    def batches(self, context: PassContext) -> Given:
         """What the graph is fitted on. Raises `PlanError` where there is nothing."""
-        batches = [] if context.calibration is None else context.calibration.graph_inputs()
+        batches: Given = [] if context.calibration is None else context.calibration.graph_inputs()
         if not batches:
             raise PlanError(
                 f"{self.where}.compensate: 'data' needs calibration data; pass calibration=, a list of batches, or "
@@ -265,7 +266,7 @@ def _scored(
         group.name: scores_of(GroupView(group, evidence), options.criterion, evidence.where)
         for group in sorted(evidence.groups, key=evidence.order_of)
     }
-    return {each: found[each] for each in names}
+    return context.processes.agreed({each: found[each] for each in names})
 
 
 def _evidence(

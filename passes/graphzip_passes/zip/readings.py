@@ -15,8 +15,9 @@ from graphzip.calibration import Feeds
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
-from graphzip.numeric.moments import ChannelMoments, CrossMoments, Moments, Spread, gathered
+from graphzip.numeric.moments import ChannelMoments, CrossMoments, Moments, Spread
 from graphzip.numeric.solvers import check_finite
+from graphzip.process_groups import ALONE
 from graphzip_passes.zip.inputs import Feed, Kept, rows_of, values_of
 from graphzip_passes.zip.layers import TaskLayer
 from graphzip_passes.zip.weights import augmented, matrix, outputs, parted
@@ -40,10 +41,13 @@ class _Given:
 
 
 class Readings:
-    """Layers run on the calibration data, of which `places` of every sample count."""
+    """Layers run on the calibration data, of which `places` of every sample count; of several `processes` each has a
+    share of it.
+    """
 
     def __init__(self, tasks: Sequence[str], *, places: int, seed: int) -> None:
         self.tasks, self.places, self.seed = tuple(tasks), places, seed
+        self.processes = ALONE
         self._kept = {task: Kept() for task in tasks}
         self._given: dict[str, _Given] | None = None
         self._wanted: dict[str, list[CrossMoments]] = {}
@@ -72,14 +76,14 @@ class Readings:
         pieces: dict[str, list[torch.Tensor]] = {}
         for task in self.tasks if feeds else ():
             own = [layer for layer in layers if layer.task == task]
-            for layer, rows in self._read(traced, own, feeds, Kept()) if own else ():
-                pieces.setdefault(layer.weight, []).append(_outputs(traced, layer, rows))
+            for layer, read in self._read(traced, own, feeds, Kept()) if own else ():
+                pieces.setdefault(layer.weight, []).append(_outputs(traced, layer, read))
             self._batches_given[task] = list(self._batches.get(task, []))
         self._given = {}
         for key, outs in pieces.items():
             out = torch.cat(outs)
-            parts = gathered((out.sum(0), out.square().sum(0), len(out)))
-            total, square, count = (sum((part[place] for part in parts), torch.zeros(())) for place in range(3))
+            rows = torch.tensor(float(len(out)), dtype=torch.float64)
+            total, square, count = self.processes.summed(out.sum(0), out.square().sum(0), rows)
             self._given[key] = _Given(Spread.of(total / count, square / count), out)
 
     def inputs(self, traced: Traced, layer: TaskLayer, feeds: Feeds) -> Read:
@@ -89,7 +93,7 @@ class Readings:
             apart = ChannelMoments(layer.shape[0], layer.positions)
             for rows in pieces:
                 apart.add(rows.repeat_interleave(layer.shape[0] // layer.groups, 1))
-            apart.add_up()
+            apart.add_up(self.processes)
             return apart
         found = [Moments(layer.features + 1) for _ in range(layer.parts)]
         wanted = [CrossMoments(layer.height, layer.features + 1) for _ in range(layer.parts)]
@@ -102,9 +106,9 @@ class Readings:
                     wanted[part].add(known[:, part * layer.height : (part + 1) * layer.height], flat)
                 found[part].add(flat)
         for moments, cross in zip(found, wanted, strict=True):
-            moments.add_up()
-            cross.add_up()
-        if not all(gathered(self._batches[layer.task] == self._batches_given[layer.task])):
+            moments.add_up(self.processes)
+            cross.add_up(self.processes)
+        if not self.processes.every(self._batches[layer.task] == self._batches_given[layer.task]):
             logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
         elif wanted[0].count == found[0].count:
             self._wanted[layer.weight] = wanted
@@ -162,15 +166,23 @@ class Readings:
         by_name = {name: layer for layer in layers for name in layer.nodes}
         calls = [(by_name[each.node.name], each) for each in calls_of_layers(traced) if each.node.name in by_name]
         sources = [call.input for _, call in calls]
-        draws = {layer.name: torch.Generator().manual_seed(self.seed) for layer in layers}
         task = layers[0].task
         sums: list[float] = []
-        for values in values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept):
+        if self.processes.size > 1:  # one of them may have no batch, and has to know the shapes
+            yield from ((layer, torch.zeros(0, *_read_shape(layer), dtype=torch.float64)) for layer in layers)
+        batches = values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept)
+        for number, values in enumerate(batches):
+            draw = self.seed + self.processes.rank + number * self.processes.size  # the same wherever the batch is
+            draws = {layer.name: torch.Generator().manual_seed(draw) for layer in layers}
             for (layer, call), value in zip(calls, values, strict=True):
                 rows = rows_of(call, value, self.places, draws[layer.name])
                 check_finite(layer.name, rows)
                 yield layer, rows.detach().to("cpu", torch.float64)
         self._batches[task] = sums or self._batches.get(task, sums)
+
+
+def _read_shape(layer: TaskLayer) -> tuple[int, int]:
+    return layer.groups * layer.shape[1], layer.positions
 
 
 def _outputs(traced: Traced, layer: TaskLayer, rows: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,7 @@ class ZipPass:
             text = "'hessian' needs calibration data; pass calibration={...}, or write metric: euclidean"
             raise plan_error([f"{joint.where}.metric: {text}"])
         readings, layers = joint.readings, joint.matching.layers[name]
+        readings.processes = context.processes
         joined = [task for task in joint.tasks if task in layers]
         result = traced.copy()
         state = dict(named_state(traced.module))

@@ -6,6 +6,8 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from domain_pairs import DATA, EXAMPLE, models
 from torch import Tensor, nn
 
 import graphzip as gz
+from graphzip.process_groups import ALONE
 from graphzip_passes.cross_domain import shared_fit
 from graphzip_passes.cross_domain.shared_layers import SharedLayer
 
@@ -22,13 +25,17 @@ def joined() -> nn.ModuleDict:
     return nn.ModuleDict(models()).eval()
 
 
-def feed(model: nn.ModuleDict) -> Callable[[], None]:
-    def run() -> None:
+def feed(model: nn.ModuleDict) -> Any:
+    """What gives calibration data to the tasks of a model."""
+
+    def run(begun: Callable[[int], None] | None = None) -> None:
         for task, batches in DATA.items():
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                if begun is not None:
+                    begun(number)
                 model[task](batch)
 
-    return run
+    return SimpleNamespace(run=run, processes=ALONE)
 
 
 def conv() -> SharedLayer:
@@ -56,7 +63,7 @@ def outputs(layer: SharedLayer, model: nn.ModuleDict) -> Tensor:
         for task in layer.tasks
     ]
     with torch.no_grad():
-        feed(model)()
+        feed(model).run()
     for hook in hooks:
         hook.remove()
     return torch.cat(found)
