@@ -128,7 +128,7 @@ def _permuted_dim(
 ) -> tuple[int, torch.Tensor] | None:
     """Run the chain on numbered positions: which single dimension does it permute, and how?"""
     count = math.prod(shape)
-    if count > _LARGEST or len(shape) < 2 or any(math.prod(each) != count for each in shapes):
+    if not 0 < count <= _LARGEST or len(shape) < 2 or any(math.prod(each) != count for each in shapes):
         return None
     numbered = torch.arange(count, dtype=torch.int32).reshape(shape)
     moved = numbered

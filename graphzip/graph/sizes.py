@@ -22,6 +22,7 @@ __all__ = ["content", "is_open", "number", "open_dims", "same_size", "small_size
 
 _PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151)
 _SMALL = ((2, 3, 5, 7), (3, 2, 7, 5), (7, 5, 3, 2))
+_DOUBLED = 8  # times that they are, where sizes would be below one
 _DIVISIONS = {"FloorDiv", "CleanDiv"}
 
 
@@ -89,9 +90,17 @@ def small_sizes(shapes: Sequence[Sequence[Any]]) -> list[list[tuple[int, ...]]]:
 
 
 def _small(expressions: list[list[sympy.Expr]]) -> list[list[tuple[int, ...]]]:
-    """The values of expressions for several choices of their symbols."""
+    """The values of expressions for several choices of their symbols, so large that no size is below one."""
     factor = _divisors(expressions)
-    return [_at(expressions, sizes, factor) for sizes in _SMALL]
+    return [_positive(expressions, sizes, factor) for sizes in _SMALL]
+
+
+def _positive(expressions: list[list[sympy.Expr]], sizes: Sequence[int], factor: int) -> list[tuple[int, ...]]:
+    for doubled in range(_DOUBLED):
+        found = _at(expressions, sizes, factor << doubled)
+        if all(size > 0 for shape in found for size in shape):
+            break
+    return found
 
 
 def _expression(size: Any) -> sympy.Expr:

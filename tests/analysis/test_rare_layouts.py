@@ -175,6 +175,36 @@ def test_windows_of_a_picture_of_open_size() -> None:
             assert relative(model(other), compiled.module(other)) < 1e-12
 
 
+class ShuffledBehindConvolutions(nn.Module):
+    """A channel shuffle of pictures of open size, which are so much smaller there that two pixels would leave none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.grouped(self.first(x).relu())
+        batch, _, height, width = y.shape
+        y = y.reshape(batch, 2, 4, height, width).permute(0, 2, 1, 3, 4).flatten(1, 2)
+        made: Tensor = self.last(y.relu())
+        return made
+
+
+@pytest.mark.usefixtures("seeded")
+def test_a_shuffle_of_pictures_of_open_size() -> None:
+    model, x = ShuffledBehindConvolutions().double().eval(), torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    auto = torch.export.Dim.AUTO
+    options: Any = {"dynamic_shapes": ({0: auto, 2: auto, 3: auto},)}
+    groups = gz.channel_groups(model, (x,), **options)
+    clusters = plant(model, groups, 0, fraction=0.7)
+    assert {"first", "grouped"} <= clusters.keys()
+    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), (x,), **options)
+    assert any(node.target is torch.ops.aten.index_select.default for node in compiled.module.graph.nodes)
+    for sizes in ((9, 11), (6, 7), (20, 7)):
+        other = torch.randn(3, 3, *sizes, dtype=torch.float64)
+        assert relative(model(other), compiled.module(other)) < 1e-12
+
+
 def test_a_condition_that_cannot_be_computed_does_not_hold() -> None:
     text = "12 % (x.shape[0] - 1) == 0"
     assert holds(text, {"x": torch.zeros(4)})
