@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from graphzip.arguments import check_module, re_iterable
@@ -120,7 +121,7 @@ def fitting(
                 f"({error}); give smaller ones that it takes, or use a device with more memory"
             ) from error
         except Exception as error:
-            if not _is_out_of_memory(error) or data is None or not again:
+            if not _is_out_of_memory(error) or data is None or not again or _has_others():
                 raise
             largest = most or max(map(_samples, _batches(data)))
             if not splits or largest < 2:
@@ -156,6 +157,11 @@ def _batches(data: Any) -> Iterator[Any]:
 
 def _samples(batch: Any) -> int:
     return samples_in(pytree.tree_leaves(batch))
+
+
+def _has_others() -> bool:
+    """Whether other processes compute along, which would wait for one that begins anew."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -162,6 +162,12 @@ def test_a_mean_over_a_batch_is_not_split() -> None:
         compiled(small(), plan, calibration=labelled, loss=nn.functional.cross_entropy)
 
 
+def test_one_of_several_processes_does_not_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphzip.devices._has_others", lambda: True)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        gz.plan_for(small(), (DATA[0][:2],), macs=0.5, calibration=DATA)
+
+
 class Fixed(Small):
     """It takes sixteen samples and no other number."""
 
