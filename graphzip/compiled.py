@@ -107,8 +107,12 @@ class Compiled:
         check_whole(self.module)
         self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False)
 
+    @public
     def move(self, device: torch.device) -> None:
-        """Let module, graph and example inputs be on a device."""
+        """Let the module, its graph and the example inputs be on `device`; the module stays the same object.
+
+        Raises what `module.to(device)` does for a device that there is not.
+        """
         self.module.to(device)
         if self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False):
             refresh(self.traced)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphzip as gz
 
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 LOOSE = 1e-9
+COARSE = 1e-14  # of a result in float64, and as many times as much as what is computed with is coarser
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -90,6 +92,26 @@ def _nudged(inputs: Sequence[Tensor], size: float, seed: int) -> tuple[Tensor, .
     )
 
 
+class _Precision(TorchDispatchMode):
+    """Sees the coarsest dtype that something is computed in."""
+
+    eps = torch.finfo(torch.float64).eps
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for each in pytree.tree_leaves(found):
+            if isinstance(each, Tensor) and each.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(each.dtype).eps)
+        return found
+
+
+def rounding(model: nn.Module, inputs: Sequence[Tensor]) -> float:
+    """How many times as coarse as float64 the model computes somewhere, whatever its inputs are."""
+    with _Precision() as seen:
+        run(model, inputs)
+    return float(seen.eps / torch.finfo(torch.float64).eps)
+
+
 def control(model: nn.Module, inputs: Sequence[Tensor], expected: Any) -> float:
     """How far outputs may lie apart: a multiple of what a nudge of the inputs by a rounding error does to them."""
     nudged = copy.deepcopy(model)
@@ -99,7 +121,8 @@ def control(model: nn.Module, inputs: Sequence[Tensor], expected: Any) -> float:
             if p.is_floating_point():
                 p.mul_(1 + 1e-15 * torch.randn(p.shape, generator=g, dtype=p.dtype))
     moved = max(apart(expected, run(model, _nudged(inputs, 1e-15, 1))), apart(expected, run(nudged, inputs)))
-    return max(LOOSE, 1000 * moved) if math.isfinite(moved) else math.inf
+    least = LOOSE if rounding(model, inputs) == 1 else COARSE * rounding(model, inputs)
+    return max(least, 1000 * moved) if math.isfinite(moved) else math.inf
 
 
 def _try(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
@@ -210,9 +233,10 @@ def same_gradients(
     found = _gradients(module, inputs)
     if found is None:
         raise Problem("gradient", f"{what}the outputs do not depend on parameters or inputs any more")
+    coarse = COARSE * rounding(original, inputs)
     scale = max([float(g.abs().max()) for g in [*expected[0], *expected[1].values()] if g.numel()], default=1.0)
     for number, (left, again, right) in enumerate(zip(expected[0], moved[0], found[0], strict=True)):
-        loose = max(1e-8 * scale, 1e4 * float((left - again).abs().max()) if left.numel() else 0.0)
+        loose = max(1e-8 * scale, coarse * scale, 1e4 * float((left - again).abs().max()) if left.numel() else 0.0)
         if left.numel() and not float((left - right).abs().max()) <= loose:
             apart_by = float((left - right).abs().max())
             raise Problem(
@@ -226,7 +250,7 @@ def same_gradients(
         left, again = mapped(name, expected[1][name]), mapped(name, moved[1][name])
         if left.shape != right.shape or not left.numel() or not left.isfinite().all():
             continue
-        loose = max(1e-8 * scale, 1e4 * float((left - again).abs().max()))
+        loose = max(1e-8 * scale, coarse * scale, 1e4 * float((left - again).abs().max()))
         if not float((left - right).abs().max()) <= loose:
             apart_by = float((left - right).abs().max())
             raise Problem("gradient", f"{what}by {name}: off by {apart_by:.2g} of {float(left.abs().max()):.2g}")
