@@ -133,7 +133,7 @@ def three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default(x, y[:, :, 1:3], 2, 0, 2), makers=TWO,
           name="over positions")  # fmt: skip
-CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default(x, y, 1), makers=TWO,
+CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default(x, y, 0), makers=TWO,
           name="over everything")  # fmt: skip
 CASES.add(aten.slice_scatter.default, lambda m, x, y: aten.slice_scatter.default(x, y[:, 2:4], 1, 0, 2), makers=TWO,
           name="over channels", free={"make": 2, "make#2": 4, "other": 4})  # fmt: skip
