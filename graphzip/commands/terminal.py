@@ -31,9 +31,13 @@ _PLAIN: Final = str.maketrans({"─": "-", "━": "=", "╌": ".", "±": "~", "�
 _ARGUMENTS: Final = "macs|params|bytes|latency|calibration|cache|seed|scope|mode|opset|tune|target|evaluate|error"
 
 
-_IN_PYTHON: Final = "save it with compiled.save, or compile a plan with the same share for all layers"
+_IN_PYTHON: Final = (
+    "save it as one file (compiled.save, or a target that ends in '.graphzip'), or compile a plan with the same share "
+    "for all layers"
+)
 _IN_FLAGS: Final = (
-    "save it to a file, --save slim.graphzip, or give --uniform, and --exclude for layers whose width no config says"
+    "save it as one file (--save slim.graphzip, or a target that ends in '.graphzip'), or give --uniform, and "
+    "--exclude for layers whose width no config says"
 )
 
 
