@@ -102,19 +102,23 @@ class Compiled:
             self.given = inputs_of(self.traced) if self.tasks else example
         return self.given
 
-    def _sync(self) -> None:
-        """Let the graph hold the very tensors of the module. Raises `GraphZipError` where these are not whole."""
+    def _sync(self) -> bool:
+        """Let the graph hold the very tensors of the module; whether its constants and inputs followed them elsewhere.
+
+        Raises `GraphZipError` where these are not whole.
+        """
         check_whole(self.module)
-        self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False)
+        return self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False)
 
     @public
     def move(self, device: torch.device) -> None:
         """Let the module, its graph and the example inputs be on `device`; the module stays the same object.
 
-        Raises what `module.to(device)` does for a device that there is not.
+        Raises what `module.to(device)` does for a device that there is not, and `GraphZipError` for a module that is
+        spread over processes.
         """
         self.module.to(device)
-        if self.traced.adopt_state(self.module.get_submodule(self.traced.scope), copies=False):
+        if self._sync():
             refresh(self.traced)
 
     @property

@@ -6,9 +6,7 @@ What is written over is not read, so that its channels, or those that an empty t
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import fx
 
 from graphzip.canonical.fills import FILLS
 from graphzip.graph.builder import Builder
+from graphzip.graph.operators import arguments_of
 
 __all__ = ["join_writes"]
 
@@ -79,20 +78,16 @@ def _follows(user: fx.Node, node: fx.Node) -> bool:
     return bool(after and before and after.dim == before.dim) and user.args[0] is node and len(node.users) == 1
 
 
-def _arguments(
-    base: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
-) -> tuple[fx.Node, fx.Node, int, Any, Any, Any]:
-    return base, src, dim, 0 if start is None else start, sys.maxsize if end is None else end, step
-
-
 def _write(node: fx.Node) -> _Write | None:
     """What a `slice_scatter` writes, if its place is known and without gaps."""
     if node.target is not aten.slice_scatter.default:
         return None
-    base, source, dim, start, end, step = _arguments(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    whole, part = base.meta["val"], source.meta["val"]
-    size = whole.shape[dim % whole.dim()]
-    if step != 1 or not all(isinstance(each, int) for each in (size, start, end)) or whole.dtype != part.dtype:
+    args = arguments_of(node)
+    whole, part = args["self"].meta["val"], args["src"].meta["val"]
+    dim = args["dim"] % whole.dim()
+    size, start, end = whole.shape[dim], args["start"], args["end"]
+    known = isinstance(size, int) and all(each is None or isinstance(each, int) for each in (start, end))
+    if args["step"] != 1 or not known or whole.dtype != part.dtype:
         return None
     first, behind, _ = slice(start, end).indices(size)
-    return _Write(source, dim % whole.dim(), first, behind) if first < behind else None
+    return _Write(args["src"], dim, first, behind) if first < behind else None

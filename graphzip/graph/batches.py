@@ -65,7 +65,7 @@ class Batches:
 
     def sizes(self, sizes: Sequence[Any]) -> Iterator[tuple[Any, int | None]]:
         """`sizes` of the batches that are run here, for all batches in order, and which of those here each one is."""
-        every = self.processes.gathered(list(sizes[: len(self.here)]))
+        every = self.processes.gathered(self.counted(sizes))
         for rank, place in self.order:
             yield every[rank][place], place if rank == self.processes.rank else None
 
@@ -75,7 +75,8 @@ class Batches:
 
     def mapped(self, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Batches:
         """The same batches, each changed."""
-        return self._with([change(batch) for batch in self.here], [change(batch) for batch in self._run])
+        changed = [change(batch) for batch in self._run]
+        return self._with(self.counted(changed), changed, self._counts)
 
     def leading(self, samples: int, beside: Sequence[tuple[Any, ...]] | None = None) -> list[tuple[Any, ...]]:
         """The first batches of all, as many as have so many samples together, or all: the same in every process.
@@ -95,11 +96,9 @@ class Batches:
         """Those of the same batches that are here; with `behind` those that come after so many samples."""
         passed = self._first(behind) if behind else []
         chosen = self._first(samples, len(passed))
-        found = self._with([self.here[place] for rank, place in chosen if rank == self.processes.rank], self._run[:1])
-        found._counts = [
-            [self._counts[rank][place] for owner, place in chosen if owner == rank] for rank in range(len(self._counts))
-        ]
-        return found
+        here = [self.here[place] for rank, place in chosen if rank == self.processes.rank]
+        counts = [[each[place] for owner, place in chosen if owner == rank] for rank, each in enumerate(self._counts)]
+        return self._with(here, here or self._run[:1], counts)
 
     def _first(self, samples: int, passed: int = 0) -> list[tuple[int, int]]:
         found, count = [], 0
@@ -110,10 +109,9 @@ class Batches:
             count += self._counts[rank][place]
         return found
 
-    def _with(self, here: list[tuple[Any, ...]], run: list[tuple[Any, ...]]) -> Batches:
+    def _with(self, here: list[tuple[Any, ...]], run: list[tuple[Any, ...]], counts: list[list[int]]) -> Batches:
         found = Batches.__new__(Batches)
-        found.here, found.processes, found._counts, found._known = here, self.processes, self._counts, {}
-        found._run = here or run
+        found.here, found.processes, found._counts, found._run, found._known = here, self.processes, counts, run, {}
         return found
 
 

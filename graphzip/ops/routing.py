@@ -43,12 +43,11 @@ def is_gate(node: fx.Node) -> bool:
         source = source.args[0]
     if isinstance(source, fx.Node) and source.target is aten.one_hot.default:
         return True
-    if not _depends_on_inputs(node):
-        return False  # the strengths of branches are no router: none of them is zero for some inputs
     factors = _reached(node)
-    return bool(factors) and all(
+    decides = bool(factors) and all(
         each.target is aten.mul.Tensor and _are_terms(_reached(each)) for each in factors if each is not node
     )
+    return decides and _depends_on_inputs(node)  # strengths of branches are no router, and zero for no input
 
 
 def _depends_on_inputs(node: fx.Node) -> bool:

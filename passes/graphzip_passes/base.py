@@ -35,6 +35,7 @@ from graphzip.analysis.groups import Analysed
 from graphzip.boundary import public
 from graphzip.calibration import Calibration, Trained
 from graphzip.errors import GraphZipError, PlanError
+from graphzip.graph.batches import Given
 from graphzip.graph.traced import Traced
 from graphzip.plan.options import PassOptions
 from graphzip.plan.passes import PASS_OPTIONS
@@ -86,6 +87,10 @@ class PassContext:
     def processes(self) -> Processes:
         """Those that have shares of the calibration data, in each of which the pass runs."""
         return ALONE if self.calibration is None else self.calibration.processes
+
+    def graph_inputs(self) -> Given:
+        """What the graph takes on every batch of the calibration data; nothing where there is none."""
+        return [] if self.calibration is None else self.calibration.graph_inputs()
 
     @property
     def model(self) -> nn.Module:

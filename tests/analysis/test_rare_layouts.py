@@ -144,6 +144,15 @@ def test_spreads_of_complex_channels(name: str) -> None:
                 assert relative(before, after) < 1e-12
 
 
+def merged_at_open_size(model: nn.Module, x: Tensor, *planted: str) -> gz.Compiled:
+    """With duplicates merged in these groups and others, of pictures like `x` whose height and width are open."""
+    auto = torch.export.Dim.AUTO
+    options: Any = {"dynamic_shapes": ({0: auto, 2: auto, 3: auto},)}
+    clusters = plant(model, gz.channel_groups(model, (x,), **options), 0, fraction=0.7)
+    assert {*planted} <= clusters.keys()
+    return gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), (x,), **options)
+
+
 class Windows(nn.Module):
     """A view into windows whose sizes are numbers, of a picture whose sizes are open."""
 
@@ -161,12 +170,7 @@ class Windows(nn.Module):
 @pytest.mark.usefixtures("seeded")
 def test_windows_of_a_picture_of_open_size() -> None:
     model, x = Windows().double().eval(), torch.randn(2, 3, 4, 6, dtype=torch.float64)
-    auto = torch.export.Dim.AUTO
-    options: Any = {"dynamic_shapes": ({0: auto, 2: auto, 3: auto},)}
-    groups = gz.channel_groups(model, (x,), **options)
-    clusters = plant(model, groups, 0, fraction=0.7)
-    assert {"first", "middle"} <= clusters.keys()
-    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), (x,), **options)
+    compiled = merged_at_open_size(model, x, "first", "middle")
     for batch in (x, x[:1], torch.randn(5, 3, 4, 6, dtype=torch.float64)):
         assert relative(model(batch), compiled.module(batch)) < 1e-12
     for sizes in ((8, 3), (3, 8), (2, 12)):  # as many positions, which the model takes, too
@@ -193,12 +197,7 @@ class ShuffledBehindConvolutions(nn.Module):
 @pytest.mark.usefixtures("seeded")
 def test_a_shuffle_of_pictures_of_open_size() -> None:
     model, x = ShuffledBehindConvolutions().double().eval(), torch.randn(2, 3, 9, 11, dtype=torch.float64)
-    auto = torch.export.Dim.AUTO
-    options: Any = {"dynamic_shapes": ({0: auto, 2: auto, 3: auto},)}
-    groups = gz.channel_groups(model, (x,), **options)
-    clusters = plant(model, groups, 0, fraction=0.7)
-    assert {"first", "grouped"} <= clusters.keys()
-    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters=clusters)]), (x,), **options)
+    compiled = merged_at_open_size(model, x, "first", "grouped")
     assert any(node.target is torch.ops.aten.index_select.default for node in compiled.module.graph.nodes)
     for sizes in ((9, 11), (6, 7), (20, 7)):
         other = torch.randn(3, 3, *sizes, dtype=torch.float64)

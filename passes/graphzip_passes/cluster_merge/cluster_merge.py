@@ -82,7 +82,7 @@ def cluster_merge(traced: Traced, options: ClusterMerge, context: PassContext) -
         options, traced, seed=context.seed, where=context.where, analysed=context.known, data=context.calibration
     )
     if merging.wants_data:
-        merging.calibrate([] if context.calibration is None else context.calibration.graph_inputs())
+        merging.calibrate(context.graph_inputs())
     return Decision(merging.finish, constraint=merging)
 
 
@@ -398,7 +398,7 @@ def merge_by_tensor(traced: Traced, options: ClusterMerge, context: PassContext,
     slim = shrunk(merging.layout(), weights, merging.centred)
     if options.compensate != "data" or not clusters:
         return ByTensor(merging.finish(traced, context), slim)
-    batches: Given = [] if context.calibration is None else context.calibration.graph_inputs()
+    batches = context.graph_inputs()
     if not batches:
         raise PlanError(_without_data(options, context.where))
     merged = merging.merged(traced)

@@ -113,7 +113,7 @@ def low_rank_by_tensor(traced: Traced, options: LowRank, context: PassContext, w
 
 def _batches(options: LowRank, context: PassContext) -> Given:
     """The calibration data. Raises `PlanError` where there is none and the options ask for it."""
-    batches: Given = [] if context.calibration is None else context.calibration.graph_inputs()
+    batches = context.graph_inputs()
     if not batches and (options.method == "data-svd" or options.compensate == "data"):
         asks = "method: 'data-svd'" if options.method == "data-svd" else "compensate: 'data'"
         raise PlanError(

@@ -130,7 +130,7 @@ class PruneChannelsPass(Constraint):
 
     def batches(self, context: PassContext) -> Given:
         """What the graph is fitted on. Raises `PlanError` where there is nothing."""
-        batches: Given = [] if context.calibration is None else context.calibration.graph_inputs()
+        batches = context.graph_inputs()
         if not batches:
             raise PlanError(
                 f"{self.where}.compensate: 'data' needs calibration data; pass calibration=, a list of batches, or "
