@@ -118,8 +118,13 @@ class Compiled:
         spread over processes.
         """
         self.module.to(device)
+        self._graph()
+
+    def _graph(self) -> Traced:
+        """The graph with the very tensors that the module has now."""
         if self._sync():
             refresh(self.traced)
+        return self.traced
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -237,7 +242,7 @@ class Compiled:
                 self.example_inputs,
                 path,
                 free=self._free_by_task(),
-                same_input=same_input,
+                same_input=self._graph() if same_input else None,
                 **options,
             )
         return export_onnx(
@@ -261,7 +266,7 @@ class Compiled:
                 raise VerificationError(f"{path} is a directory, and a single model was compiled; give the file")
             return check_tasks(self._task_models(), path)
         if self.tasks:
-            return check_joint(self.module, self.example_inputs, path)
+            return check_joint(self.module, self._graph(), self.example_inputs, path)
         example = self._example()
         return check_onnx(self.module, example.args, path, example_kwargs=example.kwargs)
 
@@ -332,7 +337,7 @@ class Compiled:
             arity = {name: len(self.example_inputs[name]) for name in self.tasks}
             joint = joined_module({name: eval_copy(model[name]) for name in self.tasks}, arity)
             free = self._free_by_task()
-            options: dict[str, Any] = {"version": None, "dynamic_batch": True, "verify": False, "same_input": False}
+            options: dict[str, Any] = {"version": None, "dynamic_batch": True, "verify": False}
             return MeasuredState(
                 BEFORE,
                 bytes_of(joint),

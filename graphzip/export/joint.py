@@ -24,8 +24,12 @@ from graphzip.export.report import ExportReport
 from graphzip.export.verify import read_model
 from graphzip.files import check_target
 from graphzip.folders import staged_folder
-from graphzip.graph.tasks import common_module
+from graphzip.graph.copies import share_copy
+from graphzip.graph.randomness import is_random
+from graphzip.graph.restore_modules import to_module
 from graphzip.graph.torch_private import pytree
+from graphzip.graph.traced import Traced
+from graphzip.rewrite.one_input import one_input
 
 __all__ = ["TaskModel", "check_joint", "check_tasks", "export_joint", "export_tasks"]
 
@@ -33,6 +37,11 @@ _INLINE = 256
 """Bytes of a tensor that stays in the graph: shapes and scalars, which runtimes read while they load it."""
 
 _ALIGNMENT = 64
+
+_ROUNDING = 1e-4
+"""How far outputs may be apart, of the largest, when what they are added up from is added in another order; in types of
+fewer digits as many roundings as that is in float32.
+"""
 
 
 def export_joint(
@@ -44,32 +53,34 @@ def export_joint(
     version: FileVersion | None,
     dynamic_batch: bool,
     verify: bool,
-    same_input: bool,
+    same_input: Traced | None = None,
 ) -> ExportReport:
     """One graph of all tasks, whose inputs and outputs begin with the names of the tasks.
 
-    Every task has a batch of its own, free with `dynamic_batch`. With `same_input` there is one input for all, under
-    the name that the first task has for it, and what the tasks compute alike is computed once. Errors are those of
-    `export_onnx`; `ExportError` too where the tasks' inputs differ in shape or type.
+    Every task has a batch of its own, free with `dynamic_batch`. With `same_input`, the graph of the tasks with
+    the tensors of `module`, there is one input for all, under the name that the first task has for it, and what the
+    tasks compute alike is computed once. Errors are those of `export_onnx`; `ExportError` too where the tasks' inputs
+    differ in shape or type.
     """
-    if same_input:
+    if same_input is not None:
         _check_alike(inputs)
-    joint, given = _joint(module, inputs, same_input=same_input)
+    joint, given = _joint(module, inputs, same_input)
     return export_onnx(
         joint,
         given,
         path,
-        free=_common(free) if same_input else [dims for each in free.values() for dims in each],
+        free=[dims for each in free.values() for dims in each] if same_input is None else _common(free),
         version=version,
         dynamic_batch=dynamic_batch,
         verify=verify,
         by_task=True,
-        same_input=same_input,
+        same_input=same_input is not None,
     )
 
 
 def check_joint(
     module: nn.Module,
+    traced: Traced,
     inputs: Mapping[str, tuple[Any, ...]],
     path: str | os.PathLike[str],
 ) -> ExportReport:
@@ -79,18 +90,43 @@ def check_joint(
     apart = all(value.name.startswith(prefixes) for value in there.graph.inputs)
     leaves = sum(len(tensor_leaves(each)) for each in inputs.values())
     same_input = not (apart and leaves == len(there.graph.inputs))
-    joint, given = _joint(module, inputs, same_input=same_input)
+    joint, given = _joint(module, inputs, traced if same_input else None)
     return check_onnx(joint, given, path, by_task=True, same_input=same_input)
 
 
 def _joint(
-    module: nn.Module, inputs: Mapping[str, tuple[Any, ...]], *, same_input: bool
+    module: nn.Module, inputs: Mapping[str, tuple[Any, ...]], same_input: Traced | None
 ) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The module of all tasks and its positional inputs."""
-    if same_input:
-        first = next(iter(inputs.values()))
-        return common_module({task: module.get_submodule(task) for task in inputs}, len(first)), first
-    return module, tuple(each[0] if len(each) == 1 else each for each in inputs.values())
+    """The module of all tasks and its positional inputs; with the graph of the tasks that of one input for all."""
+    if same_input is None:
+        return module, tuple(each[0] if len(each) == 1 else each for each in inputs.values())
+    given = next(iter(inputs.values()))
+    one = one_input(same_input)
+    joint = to_module(one).eval()
+    if not any(map(is_random, one.graph.nodes)):
+        _check_outputs(joint, share_copy(module).eval(), given, tuple(inputs))
+    return joint, given
+
+
+@torch.no_grad()
+def _check_outputs(joint: nn.Module, apart: nn.Module, given: tuple[Any, ...], tasks: Iterable[str]) -> None:
+    """Raises `VerificationError` where tasks computed together are not the tasks computed apart."""
+    found = joint(*given)
+    for task in tasks:
+        expected = apart.get_submodule(task)(*given)
+        for one, two in zip(tensor_leaves(found[task]), tensor_leaves(expected), strict=True):
+            near = _ROUNDING * _digits(two) if two.is_floating_point() else 0.0
+            scale = float(two.abs().max()) if near and two.numel() else 0.0
+            if not torch.allclose(one, two, rtol=near, atol=near * scale, equal_nan=True):
+                raise VerificationError(
+                    f"same_input: task {task!r} computed with the others gives something else; nothing was written. "
+                    "Please report it; without same_input every task is computed by itself"
+                )
+
+
+def _digits(value: torch.Tensor) -> float:
+    """How much coarser numbers are than those of float32; one where they are finer."""
+    return max(1.0, torch.finfo(value.dtype).eps / torch.finfo(torch.float32).eps)
 
 
 def _common(free: Mapping[str, Free]) -> Free:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import keyword
 import operator
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from graphzip.errors import GraphZipError
 from graphzip.graph.state import graph_module
 from graphzip.graph.torch_private import pytree
 
-__all__ = ["Task", "check_task_names", "common_module", "joined_module"]
+__all__ = ["Task", "check_task_names", "joined_module"]
 
 _TAKEN = {*dir(fx.GraphModule), "meta"}
 
@@ -62,18 +61,6 @@ def joined_module(models: Mapping[str, nn.Module], arity: Mapping[str, int]) -> 
     module = _module(models, graph)
     module.training = any(model.training for model in models.values())
     return module
-
-
-def common_module(models: Mapping[str, nn.Module], arity: int) -> fx.GraphModule:
-    """A module that gives every one of the models the same `arity` inputs, and their outputs by task.
-
-    The inputs have the names of the first model's arguments.
-    """
-    graph = fx.Graph()
-    names = list(inspect.signature(next(iter(models.values())).forward).parameters)[:arity]
-    inputs = tuple(graph.placeholder(name) for name in names)
-    graph.output({name: graph.call_module(name, inputs) for name in models})
-    return _module(models, graph)
 
 
 def _module(models: Mapping[str, nn.Module], graph: fx.Graph) -> fx.GraphModule:

@@ -27,7 +27,7 @@ from graphzip.graph.torch_private import FakeTensorMode, PyTreeCodeGen, PyTreeIn
 from graphzip.graph.traced import Traced
 from graphzip.rewrite.edit import settle, tie
 
-__all__ = ["inputs_of", "join", "module_of", "task_of"]
+__all__ = ["inputs_of", "join", "module_of", "renamed", "task_of"]
 
 
 def join(models: Mapping[str, Traced]) -> Traced:
@@ -66,7 +66,7 @@ def join(models: Mapping[str, Traced]) -> Traced:
         notes=tuple(f"{name}: {note}" for name, each in models.items() for note in each.notes),
         batch_dynamic=all(each.batch_dynamic for each in models.values()),
         conditions=tuple(
-            _renamed(text, {spec.name: f"{name}_{spec.name}" for spec in each.inputs})
+            renamed(text, {spec.name: f"{name}_{spec.name}" for spec in each.inputs})
             for name, each in models.items()
             for text in each.conditions
         ),
@@ -110,7 +110,7 @@ def task_of(joint: Traced, name: str) -> Traced:
         },
         notes=tuple(note.removeprefix(f"{name}: ") for note in joint.notes if note.startswith(f"{name}: ")),
         batch_dynamic=joint.batch_dynamic,
-        conditions=tuple(_renamed(text, names) for text in joint.conditions if set(_inputs_in(text)) & names.keys()),
+        conditions=tuple(renamed(text, names) for text in joint.conditions if set(_inputs_in(text)) & names.keys()),
     )
     tie(traced)
     traced.module.recompile()
@@ -217,6 +217,6 @@ def _inputs_in(condition: str) -> list[str]:
     return re.findall(r"\b(\w+)(?=\.shape\[)", condition)
 
 
-def _renamed(condition: str, names: Mapping[str, str]) -> str:
+def renamed(condition: str, names: Mapping[str, str]) -> str:
     """The condition with other names of the inputs."""
     return re.sub(r"\b(\w+)(?=\.shape\[)", lambda match: names.get(match[1], match[1]), condition)
