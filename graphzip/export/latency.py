@@ -1,21 +1,25 @@
-"""How long layers take in onnxruntime, on this machine: a convolution of atoms and coefficients, or layers in a row.
+"""How long layers take in onnxruntime, on this machine: of atoms and coefficients, in a row, or one among others.
 
 onnxruntime builds a stored kernel `A D` once, when it loads the file; so that way is measured as a dense convolution.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from graphzip.export.optional_packages import require
 
-__all__ = ["ConvCase", "RowLayer", "milliseconds", "row_milliseconds"]
+__all__ = ["ConvCase", "RowLayer", "kernel_milliseconds", "milliseconds", "row_milliseconds"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,8 @@ _Graph = tuple[list[Any], dict[str, tuple[int, ...]]]
 
 _ROUNDS = 7
 _ENOUGH = 0.02  # seconds of runs in one round
+_KERNELS = {"Conv", "FusedConv", "MatMul"}
+_RUNS, _SECONDS = 8, 0.004  # of a kernel among others, at least
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,35 @@ class RowLayer:
     strides: tuple[int, ...] = ()
     pads: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
+    groups: int = 1
 
 
 def row_milliseconds(image: tuple[int, ...], rows: Sequence[Sequence[RowLayer]]) -> list[float]:
     """Time of one run of each of these rows of layers over an input of that shape, where nothing else delays it."""
     return [min(each) for each in _by_turns(image, [_row(stages) for stages in rows])]
+
+
+@functools.cache
+def kernel_milliseconds(image: tuple[int, ...], layer: RowLayer) -> float:
+    """Time of the layer's kernel alone, as it is among other layers: what is done to lay out its input is not counted.
+
+    It is measured once in a process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = _session(image, *_row([layer]), profile=Path(folder) / "runs")
+        x = np.random.default_rng(0).standard_normal(image).astype(np.float32)
+        session.run(None, {"x": x})
+        start, runs = time.perf_counter(), 0
+        while runs < _RUNS or time.perf_counter() - start < _SECONDS:
+            session.run(None, {"x": x})
+            runs += 1
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    taken = [
+        event["dur"]
+        for event in events
+        if event["name"].endswith("_kernel_time") and event["args"]["op_name"] in _KERNELS
+    ]
+    return 1e-3 * float(np.mean(np.sort(taken[1:])[: max(1, len(taken) // 2)]))
 
 
 def _row(stages: Sequence[RowLayer]) -> _Graph:
@@ -71,7 +101,8 @@ def _row(stages: Sequence[RowLayer]) -> _Graph:
         names = ["x" if number == 0 else f"x{number}", f"w{number}"]
         output = "y" if number == len(stages) - 1 else f"x{number + 1}"
         if stage.strides:
-            settings = {"strides": stage.strides, "pads": stage.pads, "dilations": stage.dilations}
+            settings: dict[str, Any] = {"strides": stage.strides, "pads": stage.pads, "dilations": stage.dilations}
+            settings["group"] = stage.groups
             nodes.append(helper.make_node("Conv", names, [output], **settings))
         else:
             nodes.append(helper.make_node("MatMul", names, [output]))
@@ -137,7 +168,9 @@ def _atoms_first(case: ConvCase) -> _Graph:
     return nodes, weights
 
 
-def _session(image: tuple[int, ...], nodes: list[Any], weights: dict[str, tuple[int, ...]]) -> Any:
+def _session(
+    image: tuple[int, ...], nodes: list[Any], weights: dict[str, tuple[int, ...]], profile: Path | None = None
+) -> Any:
     onnx, runtime = require("onnx"), require("onnxruntime")
     random = np.random.default_rng(0)
     constants = [
@@ -155,4 +188,6 @@ def _session(image: tuple[int, ...], nodes: list[Any], weights: dict[str, tuple[
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from graphzip.plan.options import PassOptions
 from graphzip.plan.passes import ClusterMerge
 from graphzip.plan.plan import Plan
 from graphzip.process_groups import sharing
-from graphzip.progress import Progress, counted, step, watched
+from graphzip.progress import Progress, step, watched
 from graphzip.report.origin import Study
 from graphzip.report.page import study_fragment
 from graphzip.report.tables import preformatted
@@ -39,7 +39,7 @@ from graphzip.study.amounts import LATENCY, absolute, checked, given, shown
 from graphzip.study.correction import corrected
 from graphzip.study.cost_model import Price
 from graphzip.study.laboratory import CONSTANTS
-from graphzip.study.latency import fast_ranks, latency_at
+from graphzip.study.latency import Stopwatch
 from graphzip.study.measurements import Measurements, identity, key_of
 from graphzip.study.planned import planned_passes
 from graphzip.study.sensitivities import CHECKS, EFFORTS, MEASURED_ON, Sensitivity, Subject, Survey
@@ -57,8 +57,6 @@ __all__ = ["Sensitivity", "WidthStudy", "plan_for"]
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-_TRIES: Final = 8  # bisections of a latency
 
 
 @public
@@ -252,7 +250,7 @@ class WidthStudy:
         """Raises `PlanError` unless budgets are given and each of them can be met."""
         for what, amount in checked(budget).items():
             if what == LATENCY:
-                whole, least = self._latency({}), self._latency(self._least_latency())
+                whole, least = self.stopwatch.whole, self.stopwatch.milliseconds(self.stopwatch.least())
             else:
                 price = self._price(what)
                 whole, least = price.whole, price.at(cheapest([*self.choices.values()], price).astype(np.float64))
@@ -284,7 +282,7 @@ class WidthStudy:
         curves = self._curves()
         if LATENCY in amounts:
             with watched(progress):
-                return self._plan_of(self._for_latency(amounts[LATENCY]), timed=True)
+                return self._plan_of(self.stopwatch.found(curves, amounts[LATENCY]), timed=True)
         prices = {what: self._price(what) for what in amounts}
         limits = [Budget(price, absolute(amounts[what], price.whole)) for what, price in prices.items()]
         with watched(progress):
@@ -377,50 +375,6 @@ class WidthStudy:
             )
         return Plan([found.get(id(options), options) for options in self.passes], inputs=shapes or None)
 
-    # ------------------------------------------------------------------------------------------------- latency
-
-    def _latency(self, widths: Mapping[str, int]) -> float:
-        merge = None if self.options is None else self.units.narrowed(self.options, widths)
-        thin = None if self.low_rank is None else self.units.thinned(self.low_rank, widths)
-        with self.processes.together("latency"):
-            found = latency_at(self.traced, merge, thin, self.nothing_known) if self.processes.rank == 0 else 0.0
-            return self.processes.agreed(found)  # taken while the others do nothing
-
-    def _least_latency(self) -> dict[str, int]:
-        fast = self.units.faster([Curve.through(gone, []) for gone in self.choices.values()], self._fast_ranks)
-        return self.units.widths(cheapest([curve.gone for curve in fast], self.prices.macs))
-
-    @cached_property
-    def _fast_ranks(self) -> dict[str, list[int]]:
-        """By layer how many of its parts may go so that it is faster."""
-        if self.low_rank is None:
-            return {}
-        found = fast_ranks(self.traced, self.units.layers, self.low_rank) if self.processes.rank == 0 else {}
-        return self.processes.agreed(found)
-
-    def _for_latency(self, amount: float) -> dict[str, int]:
-        """Bisect the multiply-accumulates, for these are what latency can be steered by, and measure."""
-        whole = self._latency({})
-        wanted = absolute(amount, whole)
-        if wanted >= whole:
-            return {}
-        low, high, best = 0.0, 1.0, self._least_latency()
-        curves = self.units.faster(self._curves(), self._fast_ranks)
-        for _ in counted(range(_TRIES), "measuring latency"):
-            middle = (low + high) / 2
-            gone = self.kinds.allocate(curves, [Budget(self.prices.macs, middle * self.prices.macs.whole)])
-            if gone is None:
-                low = middle
-                continue
-            widths = self.units.widths(gone)
-            taken = self._latency(widths)
-            logger.info("%.0f %% of the MACs take %.3f ms", 100 * middle, taken)
-            if taken <= wanted:
-                low, best = middle, widths
-            else:
-                high = middle
-        return best
-
     # ------------------------------------------------------------------------------------------------- bookkeeping
 
     @cached_property
@@ -451,10 +405,11 @@ class WidthStudy:
         scope = self.traced.scope
         return call_user(self.evaluate, with_submodule(self.model, scope, module).eval() if scope else module)
 
-    @property
-    def nothing_known(self) -> Known:
-        """The analysis, which passes need not repeat, and nothing of the data."""
-        return Known(self.analysis, self.groups, {}, {})
+    @cached_property
+    def stopwatch(self) -> Stopwatch:
+        """Measures how long the model takes."""
+        known = Known(self.analysis, self.groups, {}, {})
+        return Stopwatch(self.units, self.options, self.low_rank, known, self.processes)
 
     def _key(self, evaluate_name: str | None) -> str | None:
         """What the measurements of this study are kept under; nothing where it cannot be told from another one."""

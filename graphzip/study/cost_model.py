@@ -4,6 +4,9 @@ A parameter, and an operator that multiplies, costs a number times the fraction 
 of its dimensions: `cost = sum over terms t of c_t * product over dimensions d of (1 - sum over groups g of s_tdg r_g)`,
 where `r_g` channels of group `g` are gone and `s_tdg` is the fraction that one of them has of the dimension.
 
+What an operator takes in a runtime does not follow from products: it comes in blocks of channels. Such a term has a
+table of what was measured (`Table`) in place of the product.
+
 A layer that may be stored as two thin ones, of a rank `q` of at most `Q`, counts as a group of its own, of which
 nothing is gone where it is dense and `r = 2 Q - q` where it is not. With factors that are never below zero,
 
@@ -14,8 +17,8 @@ where each of the thin layers costs `a` for every part of the rank, and has the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,21 +38,62 @@ from graphzip.graph.traced import Traced
 from graphzip.ops import OPS
 from graphzip.ops.site import Site
 
-__all__ = ["Point", "Price", "Prices", "ThinLayers", "prices_of"]
+__all__ = [
+    "Dims",
+    "Operation",
+    "Point",
+    "Price",
+    "Prices",
+    "Table",
+    "ThinLayers",
+    "operations",
+    "price_of",
+    "prices_of",
+]
 
 Vector = NDArray[np.float64]
 
-_Dims = dict[Any, Vector]
+Dims = dict[Any, Vector]
+"""By dimension of an operator, the fractions of it that one channel of every group has."""
 
 _MATRIX = 2
 
 
 @dataclass(frozen=True)
+class Table:
+    """What was measured of an operator, as shares of what it takes when it is whole: `values` at some numbers of
+    channels along its first two dimensions. `places` have, by the number of channels, where that is in `values`;
+    between two of these there are straight lines.
+    """
+
+    places: tuple[Vector, Vector]
+    values: NDArray[np.float64]
+
+    def at(self, first: Vector, second: Vector) -> Vector:
+        """At what is left of the two dimensions, shares of them."""
+        (low, next_, rest), (low2, next2, rest2) = map(_between, self.places, (first, second))
+        below = self.values[low, low2] * (1.0 - rest2) + self.values[low, next2] * rest2
+        above = self.values[next_, low2] * (1.0 - rest2) + self.values[next_, next2] * rest2
+        found: Vector = below * (1.0 - rest) + above * rest
+        return found
+
+
+def _between(places: Vector, left: Vector) -> tuple[NDArray[np.int64], NDArray[np.int64], Vector]:
+    """Between which two of what was measured that is, and how far from the first to the second."""
+    at = places[np.rint(left * (len(places) - 1)).astype(np.int64)]
+    low, next_ = np.floor(at).astype(np.int64), np.ceil(at).astype(np.int64)
+    return low, next_, at - low
+
+
+@dataclass(frozen=True)
 class Price:
-    """One kind of cost: `base` (terms,) and the fractions `along[d]` (terms, groups) of the dimensions."""
+    """One kind of cost: `base` (terms,) and the fractions `along[d]` (terms, groups) of the dimensions. Terms that have
+    a table take what it says in place of the product.
+    """
 
     base: Vector
     along: tuple[NDArray[np.float64], ...]
+    tables: Mapping[int, Table] = field(default_factory=dict)
 
     @classmethod
     def total(cls, parts: Sequence[tuple[float, Price]]) -> Price:
@@ -64,7 +108,13 @@ class Price:
             )
             for level in range(depth)
         )
-        return cls(np.concatenate([factor * price.base for factor, price in parts]), along)
+        starts = np.cumsum([0, *(price.base.size for _, price in parts)]).tolist()
+        tables = {
+            start + term: table
+            for start, (_, price) in zip(starts, parts, strict=False)
+            for term, table in price.tables.items()
+        }
+        return cls(np.concatenate([factor * price.base for factor, price in parts]), along, tables)
 
     @property
     def groups(self) -> int:
@@ -78,10 +128,20 @@ class Price:
 
     def at(self, gone: Vector) -> float:
         """The cost with this many channels gone of every group."""
-        left = np.ones_like(self.base)
-        for fractions in self.along:
-            left = left * np.maximum(1.0 - fractions @ gone, 0.0)
-        return float(self.base @ left)
+        left = [(1.0 - fractions @ gone)[:, None] for fractions in self.along]
+        return float(self.costs(np.arange(self.base.size), left).sum())
+
+    def costs(self, terms: NDArray[np.int64], left: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """What these terms cost, (terms, n), with n shares of every dimension left."""
+        left = [np.clip(share, 0.0, 1.0) for share in left]
+        found = np.repeat(self.base[terms, None], left[0].shape[1] if left else 1, axis=1)
+        for share in left:
+            found *= share
+        if self.tables:
+            for row, term in enumerate(terms.tolist()):
+                if term in self.tables:
+                    found[row] = self.base[term] * self.tables[term].at(left[0][row], left[1][row])
+        return found
 
     @cached_property
     def terms(self) -> list[NDArray[np.int64]]:
@@ -117,11 +177,11 @@ class Point:
         """The costs with each of `counts` channels gone of one group, and those of the others as they are."""
         terms = self.price.terms[group]
         more = counts - self.gone[group]
-        now, then = np.ones((terms.size, 1)), np.ones((terms.size, counts.size))
-        for left, fractions in zip(self.left, self.price.along, strict=True):
-            now *= np.maximum(left[terms, None], 0.0)
-            then *= np.maximum(left[terms, None] - fractions[terms, group, None] * more, 0.0)
-        found: Vector = self.cost + self.price.base[terms] @ (then - now)
+        now = [left[terms, None] for left in self.left]
+        then = [
+            left - fractions[terms, group, None] * more for left, fractions in zip(now, self.price.along, strict=True)
+        ]
+        found: Vector = self.cost + (self.price.costs(terms, then) - self.price.costs(terms, now)).sum(0)
         return found
 
     def move(self, group: int, count: float) -> None:
@@ -162,9 +222,9 @@ def prices_of(
     """The prices of a model, operations of its eval form; those of `gone` are `groups`, and then `layers`."""
     columns = len(groups) + len(layers)
     thin = {layer.weight: (len(groups) + number, layer) for number, layer in enumerate(layers)}
-    fractions = {weight: _Dims() for weight in thin} | _param_fractions(traced, groups, columns)
+    fractions = {weight: Dims() for weight in thin} | _param_fractions(traced, groups, columns)
 
-    def split(value: float, name: str, parts: tuple[float, float] | None) -> list[tuple[float, _Dims]]:
+    def split(value: float, name: str, parts: tuple[float, float] | None) -> list[tuple[float, Dims]]:
         """A term of a parameter; `parts` are what thin layers cost in its place, where they may."""
         own = fractions.get(name, {})
         if name not in thin or parts is None:
@@ -172,28 +232,13 @@ def prices_of(
         column, layer = thin[name]
         return _with_rank(value, own, parts, layer.full, np.eye(columns)[column])
 
-    place = np.full(analysis.fine.solution.count, -1, dtype=np.int64)
-    for number, group in enumerate(groups):
-        place[group.channels] = number
     macs = []
-    counted = None if traced.forms is None else form_nodes(traced.graph, traced.forms, training=False)
-    for node in traced.graph.nodes:
-        spec = OPS.get(node.target) if node.op == "call_function" and (counted is None or node in counted) else None
-        if spec is not None and spec.macs is not None:
-            args = arguments_of(node)
-            whole = float(spec.macs(Site.of(node, args)))
-            kernels = _kernels(args)
-            if kernels and all(str(kernel.target) in fractions for kernel in kernels):
-                total = sum(kernel.meta["val"].numel() for kernel in kernels)
-                for kernel in kernels:
-                    name, value = str(kernel.target), whole * kernel.meta["val"].numel() / total
-                    first, second = thin[name][1].macs if name in thin else (0.0, 0.0)
-                    macs += split(value, name, (first * value, second * value))
-            else:
-                macs += [
-                    (whole * share, _axis_fractions(operands, analysis, place, groups, columns))
-                    for share, operands in _products(node, args)
-                ]
+    for each in operations(traced, analysis, groups, columns, thin=thin):
+        if each.weight is None:
+            macs.append((each.macs, each.dims))
+        else:
+            first, second = thin[each.weight][1].macs if each.weight in thin else (0.0, 0.0)
+            macs += split(each.macs, each.weight, (first * each.macs, second * each.macs))
     parameters = dict(traced.module.named_parameters())
     tensors = {**parameters, **dict(traced.module.named_buffers())}
     params, stored = [], []
@@ -202,12 +247,57 @@ def prices_of(
         size = value.element_size()
         params += split(float(value.numel()), name, (first, second)) if name in parameters else []
         stored += split(float(value.numel() * size), name, (first * size, second * size))
-    return Prices(*(_price(terms, columns) for terms in (_scaled(macs, traced), params, stored)))
+    return Prices(*(price_of(terms, columns) for terms in (_scaled(macs, traced), params, stored)))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Multiplications of an operator on the example, and the dimensions that groups narrow; of a parameter `weight`
+    those of the parameter.
+    """
+
+    node: fx.Node
+    macs: float
+    weight: str | None
+    dims: Dims
+
+
+def operations(
+    traced: Traced,
+    analysis: Analysis,
+    groups: Sequence[ChannelGroup],
+    columns: int | None = None,
+    *,
+    thin: Iterable[str] = (),
+) -> Iterator[Operation]:
+    """All that is multiplied in the eval form; the weights in `thin` are told too where no group narrows them.
+
+    Vectors of fractions have `columns` places, one for a group at least.
+    """
+    columns = len(groups) if columns is None else columns
+    fractions = {weight: Dims() for weight in thin} | _param_fractions(traced, groups, columns)
+    narrowed = Axes(analysis, groups, columns)
+    counted = None if traced.forms is None else form_nodes(traced.graph, traced.forms, training=False)
+    for node in traced.graph.nodes:
+        spec = OPS.get(node.target) if node.op == "call_function" and (counted is None or node in counted) else None
+        if spec is None or spec.macs is None:
+            continue
+        args = arguments_of(node)
+        whole = float(spec.macs(Site.of(node, args)))
+        kernels = _kernels(args)
+        if kernels and all(str(kernel.target) in fractions for kernel in kernels):
+            total = sum(kernel.meta["val"].numel() for kernel in kernels)
+            for kernel in kernels:
+                name = str(kernel.target)
+                yield Operation(node, whole * kernel.meta["val"].numel() / total, name, fractions[name])
+        else:
+            for share, operands in _products(node, args):
+                yield Operation(node, whole * share, None, narrowed.of(operands))
 
 
 def _with_rank(
-    value: float, own: _Dims, parts: tuple[float, float], full: int, unit: Vector
-) -> list[tuple[float, _Dims]]:
+    value: float, own: Dims, parts: tuple[float, float], full: int, unit: Vector
+) -> list[tuple[float, Dims]]:
     """The terms of a layer that is dense or thin: its inputs (dimension 1) or outputs (0) narrow each thin one."""
     terms = [(value, own | {"dense": unit / full})]
     for part, dim in zip(parts, (1, 0), strict=True):
@@ -234,9 +324,9 @@ def _products(node: fx.Node, args: Mapping[str, Any]) -> list[tuple[float, Seque
     return [(scored / (scored + read), [query, key]), (read / (scored + read), [value])]
 
 
-def _param_fractions(traced: Traced, groups: Sequence[ChannelGroup], columns: int) -> dict[str, _Dims]:
+def _param_fractions(traced: Traced, groups: Sequence[ChannelGroup], columns: int) -> dict[str, Dims]:
     """For every tensor and dimension what fraction one channel of each group has of it."""
-    found: dict[str, _Dims] = {}
+    found: dict[str, Dims] = {}
     for number, group in enumerate(groups):
         for param in group.params:
             name = traced.local(param.param)
@@ -246,34 +336,38 @@ def _param_fractions(traced: Traced, groups: Sequence[ChannelGroup], columns: in
     return found
 
 
-def _axis_fractions(
-    operands: Sequence[fx.Node],
-    analysis: Analysis,
-    place: NDArray[np.int64],
-    groups: Sequence[ChannelGroup],
-    columns: int,
-) -> _Dims:
-    """The same for the axes of the operands of an operator, each of which counts once."""
-    found: _Dims = {}
-    for operand in operands:
-        axes = analysis.propagation.axes.get(operand, ())
-        for axis in axes if isinstance(axes, tuple) else ():
-            classes = analysis.fine.classes[axis.ravel()]
-            numbers = place[classes]
-            fractions = np.bincount(numbers[numbers >= 0], minlength=len(groups)) / numbers.size
-            fractions = fractions / np.array([group.size for group in groups])
-            found[tuple(np.unique(classes).tolist())] = np.pad(fractions, (0, columns - len(groups)))
-    return found
+class Axes:
+    """What groups have of the axes of operands. Vectors of fractions have `columns` places."""
+
+    def __init__(self, analysis: Analysis, groups: Sequence[ChannelGroup], columns: int) -> None:
+        self.analysis, self.columns = analysis, columns
+        self.sizes = np.array([group.size for group in groups])
+        self.place = np.full(analysis.fine.solution.count, -1, dtype=np.int64)
+        for number, group in enumerate(groups):
+            self.place[group.channels] = number
+
+    def of(self, operands: Iterable[fx.Node]) -> Dims:
+        """Every axis of the operands counts once."""
+        found: Dims = {}
+        for operand in operands:
+            axes = self.analysis.propagation.axes.get(operand, ())
+            for axis in axes if isinstance(axes, tuple) else ():
+                classes = self.analysis.fine.classes[axis.ravel()]
+                numbers = self.place[classes]
+                fractions = np.bincount(numbers[numbers >= 0], minlength=len(self.sizes)) / numbers.size / self.sizes
+                found[tuple(np.unique(classes).tolist())] = np.pad(fractions, (0, self.columns - len(self.sizes)))
+        return found
 
 
-def _scaled(terms: list[tuple[float, _Dims]], traced: Traced) -> list[tuple[float, _Dims]]:
+def _scaled(terms: list[tuple[float, Dims]], traced: Traced) -> list[tuple[float, Dims]]:
     """Per sample: operators are counted on the whole example batch."""
     total = sum(value for value, _ in terms)
     factor = cost_of(traced).macs / total if total else 1.0
     return [(value * factor, dims) for value, dims in terms]
 
 
-def _price(terms: Iterable[tuple[float, _Dims]], columns: int) -> Price:
+def price_of(terms: Iterable[tuple[float, Dims]], columns: int) -> Price:
+    """The price of terms, each with its dimensions."""
     listed = [(value, [*dims.values()]) for value, dims in terms if value]
     depth = max((len(dims) for _, dims in listed), default=0)
     none = np.zeros(columns)

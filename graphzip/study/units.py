@@ -56,7 +56,8 @@ class Units:
         layers: Mapping[str, RankedLayer],
         rules: WidthRules,
     ) -> None:
-        self.traced, self.groups, self.layers, self.has_widths = traced, known.groups, layers, options is not None
+        self.traced, self.analysis, self.groups, self.layers = traced, known.analysis, known.groups, layers
+        self.has_widths = options is not None
         found = {} if options is None else self._of_groups(options, rules)
         if not found and not layers:
             raise PlanError("no layer costs less at any rank that it may have; add ClusterMerge() to the passes")

@@ -159,8 +159,8 @@ def test_a_latency_takes_no_layer_that_is_slower(monkeypatch: pytest.MonkeyPatch
     def pretended(_: Any, layers: Any, __: Any) -> dict[str, list[int]]:
         return {name: [45, 46, 47] if name == "inner (rank)" else [] for name in layers}
 
-    monkeypatch.setattr("graphzip.study.budget.fast_ranks", pretended)
-    monkeypatch.setattr("graphzip.study.budget.latency_at", lambda _, __, thin, ___: 2.0 - len(thin.rank or {}))
+    monkeypatch.setattr("graphzip.study.latency.fast_ranks", pretended)
+    monkeypatch.setattr("graphzip.study.latency.latency_at", lambda _, __, thin, ___: 2.0 - len(thin.rank or {}))
     model, calibration = net(), data()
     study = gz.WidthStudy(model, X, calibration=calibration, passes=[gz.LowRank()], round_to=1, effort="fast")
     study.measure()
@@ -176,7 +176,7 @@ def test_ranks_that_are_measured_to_be_faster() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 4))
     x = (torch.randn(64, 512),)
     study = gz.WidthStudy(model, x, passes=[gz.LowRank()], effort="fast")
-    assert 2 * 512 - 8 in study._fast_ranks["0 (rank)"]
+    assert 2 * 512 - 8 in study.stopwatch.fast_ranks["0 (rank)"]
 
 
 @pytest.mark.parametrize(
