@@ -27,7 +27,7 @@ from graphzip.graph.operators import arguments_of
 from graphzip.graph.traced import Traced
 from graphzip.process_groups import ALONE, Processes
 from graphzip_passes.cluster_merge.elimination import Change, Elimination
-from graphzip_passes.parts.output_slopes import Slopes, output_slopes
+from graphzip_passes.parts.output_slopes import Slopes, output_slopes, parts_of
 
 __all__ = ["first_order_losses"]
 
@@ -53,13 +53,13 @@ def first_order_losses(
     generator = torch.Generator().manual_seed(seed)
     squares, outputs = dict.fromkeys(own, 0.0), []
     inputs = {layer.input for layer in layers.values()}
-    for batch in batches:
-        slopes = output_slopes(traced, layers, batch, generator, directions=_DIRECTIONS, keep=inputs)
+    for part in (part for batch in batches for part in parts_of(traced, layers, batch, _DIRECTIONS)):
+        slopes = output_slopes(traced, layers, part, generator, directions=_DIRECTIONS, keep=inputs)
         if not slopes.along:
             return {}
         outputs.append(slopes.outputs)
         for key in own:
-            squares[key] += _square(changes[key], slopes, samples_in(batch))
+            squares[key] += _square(changes[key], slopes, samples_in(part))
     wanted = torch.cat(outputs).double()
     scale = max(float(wanted.var(correction=0)), torch.finfo(torch.float64).tiny) * wanted.numel()
     every = {key: value for part in processes.gathered(squares) for key, value in part.items()}

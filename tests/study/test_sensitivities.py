@@ -13,7 +13,9 @@ from torch import nn
 import graphzip as gz
 from graphzip.study import first_order, sensitivities
 from graphzip.study.laboratory import Laboratory
+from graphzip.tracing.trace import trace
 from graphzip_passes.cluster_merge.elimination import eliminations
+from graphzip_passes.parts import output_slopes
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -229,3 +231,30 @@ def test_what_all_groups_do_together_is_judged_on_samples_that_were_not_fitted()
     moved = (outputs[0] - outputs[1]).square().mean() / outputs[0].var(correction=0)
     assert lab.loss_together(widths) == pytest.approx(float(moved), rel=0.5)
     assert lab.loss_together(dict.fromkeys(made.choices, 16)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_slopes_of_parts_are_taken_where_all_would_be_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions are others then, so that estimates are about the same."""
+    monkeypatch.setattr(first_order, "_DIRECTIONS", 400)
+    calibration = data()
+    made = gz.WidthStudy(stack(1), (calibration[0],), calibration=calibration)
+    widths = {name: made.subject.widths(name) for name in made.choices}
+    eliminated = eliminations(made.traced, made.groups, made.batches, list(made.choices), widths)
+    at_once = first_order.first_order_losses(made.traced, eliminated, made.batches)
+    monkeypatch.setattr(output_slopes, "_MOST", 400 * 5 * 12)
+    layers = {change.layer.node for each in eliminated.values() for change in each.changes[1]}
+    (batch,) = made.batches.here[:1]
+    parts = list(output_slopes.parts_of(made.traced, layers, batch, 400))
+    assert [len(part[0]) for part in parts] == [12, 12, 8]
+    assert torch.cat([part[0] for part in parts]).equal(batch[0])
+    in_parts = first_order.first_order_losses(made.traced, eliminated, made.batches)
+    for key, loss in at_once.items():
+        assert in_parts[key] == pytest.approx(loss, rel=0.25)
+
+
+def test_a_batch_that_is_fixed_is_not_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_slopes, "_MOST", 1)
+    fixed = trace(stack(1), (torch.randn(8, 6),), dynamic_shapes={})
+    layers = [node for node in fixed.graph.nodes if node.target is torch.ops.aten.linear.default]
+    x = torch.randn(8, 6)
+    assert list(output_slopes.parts_of(fixed, layers, (x,))) == [(x,)]

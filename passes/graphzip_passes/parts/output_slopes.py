@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
 
-from graphzip.graph.batches import Batches
+from graphzip.analysis.cost import batch_of
+from graphzip.graph.batches import Batches, samples_in
 from graphzip.graph.dual_mode import returned
+from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.interpreter import stream
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 
-__all__ = ["Slopes", "drawn_alike", "output_slopes"]
+__all__ = ["Slopes", "drawn_alike", "output_slopes", "parts_of"]
+
+_MOST: Final = 1 << 28  # numbers of slopes that are held at once, where samples can be parted
+_LEAST: Final = 4  # samples of a part: what is seen of them is taken relative to their mean
 
 
 @dataclass
@@ -77,26 +83,44 @@ def output_slopes(
     return found
 
 
+def parts_of(
+    traced: Traced, by: Collection[fx.Node], batch: tuple[Any, ...], directions: int = 1
+) -> Iterator[tuple[Any, ...]]:
+    """The batch in parts whose slopes do not take too much memory; as it is where the graph's batch is not open."""
+    shapes = [concrete_shape(node.meta["val"]) for node in by]
+    each = directions * sum(map(math.prod, shapes)) // batch_of(traced)
+    most, count = max(_MOST // max(each, 1), _LEAST), samples_in(batch)
+    if not traced.batch_dynamic or count <= most:
+        yield batch
+        return
+    is_open = [spec.dtype is not None and spec.shape[:1] == (None,) for spec in traced.inputs]
+    for start in range(0, count, most):
+        yield tuple(leaf[start : start + most] if parted else leaf for leaf, parted in zip(batch, is_open, strict=True))
+
+
 def drawn_alike(
     traced: Traced, by: Collection[fx.Node], batches: Batches
 ) -> Iterator[tuple[tuple[Any, ...], torch.Generator]]:
-    """The batches that are here, each with the generator that one process which has them all would come to it with.
+    """The batches that are here, in parts, each with the generator that one process which has them all would come to it
+    with.
 
     The directions of batches that are elsewhere are drawn and left.
     """
     generator = torch.Generator().manual_seed(0)
     if batches.processes.size == 1:
-        yield from ((batch, generator) for batch in batches.here)
+        yield from ((part, generator) for batch in batches.here for part in parts_of(traced, by, batch))
         return
     known: dict[Any, list[torch.Size]] = {}
     for batch in batches.here:
-        if _shapes(batch) not in known:
-            known[_shapes(batch)] = output_slopes(traced, by, batch, generator, directions=0).ends
-    for ends, here in batches.sizes([known[_shapes(batch)] for batch in batches.here]):
+        for part in parts_of(traced, by, batch):
+            if _shapes(part) not in known:
+                known[_shapes(part)] = output_slopes(traced, by, part, generator, directions=0).ends
+    ends_of = [[known[_shapes(part)] for part in parts_of(traced, by, batch)] for batch in batches.here]
+    for every, here in batches.sizes(ends_of):
         if here is not None:
-            yield batches.here[here], generator
+            yield from ((part, generator) for part in parts_of(traced, by, batches.here[here]))
         else:
-            for shape in ends:
+            for shape in (shape for ends in every for shape in ends):
                 torch.randn(shape, generator=generator)
 
 
