@@ -5,7 +5,7 @@ of its dimensions: `cost = sum over terms t of c_t * product over dimensions d o
 where `r_g` channels of group `g` are gone and `s_tdg` is the fraction that one of them has of the dimension.
 
 What an operator takes in a runtime does not follow from products: it comes in blocks of channels. Such a term has a
-table of what was measured (`Table`) in place of the product.
+table of what was measured (`WidthTable`) in place of the product.
 
 A layer that may be stored as two thin ones, of a rank `q` of at most `Q`, counts as a group of its own, of which
 nothing is gone where it is dense and `r = 2 Q - q` where it is not. With factors that are never below zero,
@@ -40,12 +40,12 @@ from graphzip.ops.site import Site
 
 __all__ = [
     "Dims",
-    "Operation",
+    "Multiplication",
     "Point",
     "Price",
     "Prices",
-    "Table",
     "ThinLayers",
+    "WidthTable",
     "operations",
     "price_of",
     "prices_of",
@@ -60,7 +60,7 @@ _MATRIX = 2
 
 
 @dataclass(frozen=True)
-class Table:
+class WidthTable:
     """What was measured of an operator, as shares of what it takes when it is whole: `values` at some numbers of
     channels along its first two dimensions. `places` have, by the number of channels, where that is in `values`;
     between two of these there are straight lines.
@@ -93,7 +93,7 @@ class Price:
 
     base: Vector
     along: tuple[NDArray[np.float64], ...]
-    tables: Mapping[int, Table] = field(default_factory=dict)
+    tables: Mapping[int, WidthTable] = field(default_factory=dict)
 
     @classmethod
     def total(cls, parts: Sequence[tuple[float, Price]]) -> Price:
@@ -251,7 +251,7 @@ def prices_of(
 
 
 @dataclass(frozen=True)
-class Operation:
+class Multiplication:
     """Multiplications of an operator on the example, and the dimensions that groups narrow; of a parameter `weight`
     those of the parameter.
     """
@@ -269,7 +269,7 @@ def operations(
     columns: int | None = None,
     *,
     thin: Iterable[str] = (),
-) -> Iterator[Operation]:
+) -> Iterator[Multiplication]:
     """All that is multiplied in the eval form; the weights in `thin` are told too where no group narrows them.
 
     Vectors of fractions have `columns` places, one for a group at least.
@@ -289,10 +289,10 @@ def operations(
             total = sum(kernel.meta["val"].numel() for kernel in kernels)
             for kernel in kernels:
                 name = str(kernel.target)
-                yield Operation(node, whole * kernel.meta["val"].numel() / total, name, fractions[name])
+                yield Multiplication(node, whole * kernel.meta["val"].numel() / total, name, fractions[name])
         else:
             for share, operands in _products(node, args):
-                yield Operation(node, whole * share, None, narrowed.of(operands))
+                yield Multiplication(node, whole * share, None, narrowed.of(operands))
 
 
 def _with_rank(

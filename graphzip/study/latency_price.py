@@ -24,7 +24,7 @@ from graphzip.analysis.layers import Layer, calls_of_layers
 from graphzip.export.latency import RowLayer, kernel_milliseconds
 from graphzip.graph.inputs import concrete_shape
 from graphzip.progress import counted
-from graphzip.study.cost_model import Axes, Dims, Price, Table, operations, price_of
+from graphzip.study.cost_model import Axes, Dims, Price, WidthTable, operations, price_of
 from graphzip.study.units import Units
 
 __all__ = ["latency_price"]
@@ -45,7 +45,7 @@ def latency_price(units: Units, whole: float) -> Price:
     traced, columns = units.traced, len(units.choices)
     groups = [units.groups[name] for name in units.choices]
     layers = {layer.node: layer for layer in calls_of_layers(traced) if _is_measured(layer)}
-    found, others = list[tuple[float, Dims, Table]](), list[tuple[float, Dims]]()
+    found, others = list[tuple[float, Dims, WidthTable]](), list[tuple[float, Dims]]()
     told = list(operations(traced, units.analysis, groups, columns))
     timed = 0.0
     for each in counted(told, "measuring layers in onnxruntime", (each.node.name for each in told)):
@@ -73,13 +73,13 @@ def _is_measured(layer: Layer) -> bool:
     return not layer.transposed and (layer.groups == 1 or (layer.depthwise and layer.shape[0] == layer.groups))
 
 
-def _table(layer: Layer, samples: int) -> tuple[Table, float]:
+def _table(layer: Layer, samples: int) -> tuple[WidthTable, float]:
     """What a layer takes at some of its widths, and milliseconds at all of them."""
     outs, ins = (layer.shape[0], 1) if layer.depthwise else layer.shape[:2]
     grids = _grid(outs), _grid(ins)
     taken = np.array([[_milliseconds(layer, out, in_, samples) for in_ in grids[1]] for out in grids[0]])
     taken = np.minimum.accumulate(np.minimum.accumulate(taken[::-1, ::-1], 0), 1)[::-1, ::-1]  # no more for less
-    return Table((_places(outs, grids[0]), _places(ins, grids[1])), taken / taken[-1, -1]), float(taken[-1, -1])
+    return WidthTable((_places(outs, grids[0]), _places(ins, grids[1])), taken / taken[-1, -1]), float(taken[-1, -1])
 
 
 def _grid(count: int) -> list[int]:

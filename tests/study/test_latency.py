@@ -13,7 +13,7 @@ from torch import nn
 import graphzip as gz
 from graphzip.export.latency import RowLayer, kernel_milliseconds
 from graphzip.study.allocation import Budget, Curve, allocate
-from graphzip.study.cost_model import Point, Price, Table
+from graphzip.study.cost_model import Point, Price, WidthTable
 
 X = (torch.randn(2, 3, 8, 8),)
 
@@ -83,7 +83,7 @@ def random_price(random: np.random.Generator, groups: int) -> Price:
     """Terms of products, and of tables whose first two dimensions are narrowed by one group each."""
     along = tuple(np.eye(groups)[random.integers(0, groups, 4)] / 8 for _ in range(2))
     tables = {
-        term: Table((np.linspace(0, 3, 9), np.linspace(0, 2, 9)), np.sort(random.random((4, 3)), axis=0))
+        term: WidthTable((np.linspace(0, 3, 9), np.linspace(0, 2, 9)), np.sort(random.random((4, 3)), axis=0))
         for term in (0, 2)
     }
     return Price(random.random(4), along, tables)
