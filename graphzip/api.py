@@ -10,7 +10,7 @@ from torch import nn
 
 from graphzip.analysis.cost import Cost, cost_of
 from graphzip.analysis.groups import Analysed, ChannelGroups
-from graphzip.arguments import check_callable, check_room, check_seed, check_traceable
+from graphzip.arguments import by_task, check_callable, check_room, check_seed, check_traceable
 from graphzip.boundary import call_user, public
 from graphzip.calibration import check_calibration, with_submodule
 from graphzip.calls import Call, Signature, call_of
@@ -270,9 +270,9 @@ def _prepare_several(
     if example_inputs is None:
         raise ExampleInputError("no example inputs: pass a mapping, example_inputs={'a': (xa,), 'b': (xb,)}")
     calibration, callbacks, processes = data
-    given = _by_task(example_inputs, models, "example_inputs")
+    given = by_task(example_inputs, models, "example_inputs")
     inputs = {name: _positional(name, models[name], each) for name, each in given.items()}
-    batches = None if calibration is None else _by_task(calibration, models, "calibration")
+    batches = None if calibration is None else by_task(calibration, models, "calibration")
     copies = _copy(dict(models), borrowed=borrowed)
     traced = {}
     for name, model in counted(copies.items(), "tracing", copies):
@@ -383,23 +383,10 @@ def _check_models(models: Mapping[str, nn.Module]) -> None:
         check_traceable(model, f"task {name!r}")
 
 
-def _by_task(given: Any, models: Mapping[str, nn.Module], what: str) -> dict[str, Any]:
-    """A mapping with the keys of `models`, in their order."""
-    wanted = ", ".join(map(repr, models))
-    if not isinstance(given, Mapping):
-        raise ExampleInputError(
-            f"{what} is a {type(given).__name__}, but several models were given; pass a mapping with the keys {wanted}"
-        )
-    if set(given) != set(models):
-        keys = ", ".join(map(repr, given)) or "none"
-        raise ExampleInputError(f"{what} has the keys {keys}, the models have {wanted}; give one entry per task")
-    return {name: given[name] for name in models}
-
-
 def _by_tasks(models: Mapping[str, nn.Module], **given: Any) -> dict[str, dict[str, Any]]:
     """For every task its part of each option, which is a mapping, or `None` for all tasks."""
     parts = {
-        what: dict.fromkeys(models) if each is None else _by_task(each, models, what) for what, each in given.items()
+        what: dict.fromkeys(models) if each is None else by_task(each, models, what) for what, each in given.items()
     }
     return {name: {what: part[name] for what, part in parts.items()} for name in models}
 

@@ -18,6 +18,7 @@ from graphzip.limits import MOST_EXAMPLE_NUMBERS, SEEDS, SIZES
 from graphzip.numeric.sharded import is_sharded
 
 __all__ = [
+    "by_task",
     "check_callable",
     "check_examples",
     "check_flag",
@@ -32,6 +33,19 @@ __all__ = [
 ]
 
 _MOST_DIMENSIONS = 25  # that torch's operators take
+
+
+def by_task(given: Any, models: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A mapping with the keys of `models`, in their order. Raises `ExampleInputError` for anything else."""
+    wanted = ", ".join(map(repr, models))
+    if not isinstance(given, Mapping):
+        raise ExampleInputError(
+            f"{what} is a {type(given).__name__}, but several models were given; pass a mapping with the keys {wanted}"
+        )
+    if set(given) != set(models):
+        keys = ", ".join(map(repr, given)) or "none"
+        raise ExampleInputError(f"{what} has the keys {keys}, the models have {wanted}; give one entry per task")
+    return {name: given[name] for name in models}
 
 
 def check_module(model: Any, what: str = "") -> None:

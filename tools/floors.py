@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "graphzip.calls",
         "graphzip.files",
         "graphzip.folders",
+        "graphzip.mapped",
         "graphzip.numeric",
         "graphzip.process_groups",
         "graphzip.progress",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from graphzip.commands.options import RunOptions, command
 from graphzip.commands.subject import as_json_text
 from graphzip.commands.terminal import UsageError, at_work, show
-from graphzip.commands.usage import amounts_of, option
+from graphzip.commands.usage import amounts_of, by_name, option
 
 __all__ = ["register"]
 
@@ -22,12 +22,17 @@ def register(app: typer.Typer) -> None:
         "compile-folder",
         "graphzip compile-folder llama-7b --plan plan.yaml -o llama-7b-slim",
         "graphzip compile-folder llama-7b --prune '*mlp*=0.5' -o llama-7b-slim",
+        "graphzip compile-folder chat=llama-chat code=llama-code --plan zip.yaml -o both.graphzip",
     )(compile_folder)
 
 
 def compile_folder(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="config.json and safetensors, as transformers writes")
+        list[str],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="config.json and safetensors, as transformers writes; several by name: chat=FOLDER",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="new folder to write, or a file.graphzip")],
     run: RunOptions,
@@ -37,8 +42,12 @@ def compile_folder(
         typer.Option("--prune", metavar="GLOB=AMOUNT", help="drop the channels with the smallest weights: '*mlp*=0.5'"),
     ] = None,
     calibration: Annotated[
-        Path | None,
-        typer.Option("--calibration", help=".npz file with an array of samples per input (input_ids), or .npy"),
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help=".npz file with an array of samples per input (input_ids), or .npy; of several models chat=FILE",
+        ),
     ] = None,
     spill: Annotated[
         Path | None,
@@ -51,7 +60,7 @@ def compile_folder(
     """Carry out a plan on a folder of transformers with weights that are read and written one at a time.
 
     For models that are larger than the memory. The new folder is loaded by transformers. With --calibration layers are
-    re-fitted one after the other.
+    re-fitted one after the other. Several folders are zipped into one file.
     """
     with at_work(run.verbose):
         import graphzip as gz
@@ -64,8 +73,25 @@ def compile_folder(
         else:
             with option("--prune"):
                 plan = gz.Plan([gz.PruneChannels(keep=amounts_of(prune or [], "--prune"))])
+        folders, data = _sources(folder, calibration or [])
         with option("--calibration"):
-            batches = None if calibration is None else load_calibration(calibration, by_name=True)
-        report = gz.compile_folder(folder, plan, output, task=task, calibration=batches, spill=spill, seed=run.seed)
+            batches: Any = {name: load_calibration(file, by_name=True) for name, file in data.items()} or None
+        source: Any = folders
+        if len(folder) == 1:
+            source, batches = folders[""], batches and batches[""]
+        report = gz.compile_folder(source, plan, output, task=task, calibration=batches, spill=spill, seed=run.seed)
         text = as_json_text({"report": report.to_dict(), "folder": str(output)}) if run.as_json else str(report)
     show(text, str(output))
+
+
+def _sources(folders: list[str], calibration: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Folders and files of data by name, those of one model under an empty name. Raises `UsageError`."""
+    if len(folders) == 1:
+        if len(calibration) > 1:
+            raise UsageError("--calibration: one folder has one file of data; give it once")
+        return {"": folders[0]}, {"": calibration[0]} if calibration else {}
+    named = by_name(folders, "FOLDER")
+    data = by_name(calibration, "--calibration", named)
+    if data and len(data) < len(named):
+        raise UsageError(f"--calibration: {next(n for n in named if n not in data)!r} has none; give all or none")
+    return named, data

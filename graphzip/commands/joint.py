@@ -16,6 +16,7 @@ from graphzip.commands.terminal import Tell, UsageError, at_work
 from graphzip.commands.usage import (
     Weights,
     build,
+    by_name,
     calibration_of,
     check_files,
     check_opset,
@@ -152,15 +153,15 @@ def _joined(
 ) -> Any:
     import graphzip as gz
 
-    specs = _by_name(models, "MODEL")
+    specs = by_name(models, "MODEL")
     if len(specs) < 2:
         raise UsageError(f"give several models by name, a=MODEL b=MODEL; got {len(specs)}")
-    weights = {name: Path(path) for name, path in _by_name(given.weights, "--weights", specs).items()}
-    keys = _by_name(given.weights_key, "--weights-key", specs)
-    data = {name: Path(path) for name, path in _by_name(given.calibration, "--calibration", specs).items()}
+    weights = {name: Path(path) for name, path in by_name(given.weights, "--weights", specs).items()}
+    keys = by_name(given.weights_key, "--weights-key", specs)
+    data = {name: Path(path) for name, path in by_name(given.calibration, "--calibration", specs).items()}
     if data and len(data) < len(specs):
         raise UsageError(f"--calibration: {next(n for n in specs if n not in data)!r} has none; give all or none")
-    labels = {name: Path(path) for name, path in _by_name(given.labels, "--labels", specs).items()}
+    labels = {name: Path(path) for name, path in by_name(given.labels, "--labels", specs).items()}
     reads = {f"--weights {name}": path for name, path in weights.items()}
     reads |= {f"--calibration {name}": path for name, path in data.items()}
     reads |= {f"--labels {name}": path for name, path in labels.items()}
@@ -177,7 +178,7 @@ def _joined(
         modules[name] = build(found, Weights(weights.get(name), keys.get(name), None), run.seed)
         examples[name] = example_inputs(found, modules[name], shapes_of(shapes.get(name)), run.seed)
     batches = {name: calibration_of(path) for name, path in data.items()} or None
-    judge = Judge.of_several(labels, _by_name(given.evaluate, "--evaluate", specs), batches)
+    judge = Judge.of_several(labels, by_name(given.evaluate, "--evaluate", specs), batches)
     batches = None if batches is None else {name: own_share(each, f" {name}") for name, each in batches.items()}
     tell(f"joining {', '.join(specs)}")
     with of_inputs("--input" if given.inputs else None):
@@ -197,25 +198,10 @@ def _joined(
     )
 
 
-def _by_name(texts: Sequence[str] | None, what: str, known: Sequence[str] | dict[str, str] = ()) -> dict[str, str]:
-    """`name=value` each; of `known` names alone where there are any. Raises `UsageError`."""
-    found: dict[str, str] = {}
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier() or not value:
-            raise UsageError(f"{what}: {text!r} has no name; with several models write name=value")
-        if known and name not in known:
-            raise UsageError(f"{what}: there is no model {name!r}; there are {', '.join(known)}")
-        if name in found:
-            raise UsageError(f"{what}: {name!r} is given twice; leave one out")
-        found[name] = value
-    return found
-
-
 def _shapes(texts: Sequence[str] | None, known: dict[str, str]) -> dict[str, list[str]]:
     """Shapes of the inputs of each model; one that takes several has its name in front of each."""
     found: dict[str, list[str]] = {}
     for text in texts or ():
-        for name, shape in _by_name([text], "--input", known).items():
+        for name, shape in by_name([text], "--input", known).items():
             found.setdefault(name, []).append(shape)
     return found

@@ -30,6 +30,7 @@ __all__ = [
     "amounts_of",
     "budget_of",
     "build",
+    "by_name",
     "calibration_of",
     "check_files",
     "check_opset",
@@ -99,6 +100,21 @@ def amounts_of(texts: Sequence[str], flag: str) -> dict[str, float | int]:
             found[glob or "*"] = int(amount) if amount.strip().isdecimal() else float(amount)
         except ValueError:
             raise UsageError(f"{flag}: {text!r} is no width; write 0.5, 32, or 'layer?.*=0.5'") from None
+    return found
+
+
+def by_name(texts: Sequence[str] | None, what: str, known: Sequence[str] | dict[str, str] = ()) -> dict[str, str]:
+    """`name=value` each; of `known` names alone where there are any. Raises `UsageError`."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise UsageError(f"{what}: {text!r} has no name; with several models write name=value")
+        if known and name not in known:
+            raise UsageError(f"{what}: there is no model {name!r}; there are {', '.join(known)}")
+        if name in found:
+            raise UsageError(f"{what}: {name!r} is given twice; leave one out")
+        found[name] = value
     return found
 
 

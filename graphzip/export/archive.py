@@ -46,6 +46,7 @@ from graphzip.graph.torch_private import FakeTensorMode, ShapeEnv, pytree
 from graphzip.graph.traced import Traced
 from graphzip.graph.unmarked_kernels import mark_unmarked
 from graphzip.limits import MOST_EXAMPLE_NUMBERS
+from graphzip.mapped import STORED, raw_bytes
 from graphzip.progress import counted
 from graphzip.version import __version__
 
@@ -58,20 +59,6 @@ VERSION = 2
 
 _EXAMPLE = "example.."
 """Prefix of the example inputs among the tensors; no parameter has a name with two dots in a row."""
-
-_STORED = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.bool: "BOOL",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-"""The names of dtypes in a safetensors file."""
 
 Read = Callable[[str], torch.Tensor]
 
@@ -164,13 +151,13 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, 
     for name in ordered:
         value = tensors[name]
         place = [end, end := end + value.nbytes]
-        header[name] = {"dtype": _STORED[value.dtype], "shape": list(value.shape), "data_offsets": place}
+        header[name] = {"dtype": STORED[value.dtype], "shape": list(value.shape), "data_offsets": place}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for name in counted(ordered, "writing", ordered):
-            opened.write(_raw(read(name) if tensors[name].is_meta else tensors[name]))
+            opened.write(raw_bytes(read(name) if tensors[name].is_meta else tensors[name]))
 
 
 def load_archive(path: str | os.PathLike[str]) -> Archive:
@@ -278,13 +265,8 @@ def sealed(metadata: Mapping[str, str]) -> dict[str, str]:
 def _sum_of(tensor: torch.Tensor) -> str:
     """The checksum of a contiguous tensor: of its dtype, its shape and its bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    found.update(_raw(tensor))
+    found.update(raw_bytes(tensor))
     return found.hexdigest()
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _state_to_json(module: nn.Module, tensors: dict[str, torch.Tensor], read: Read | None) -> list[dict[str, Any]]:

@@ -14,34 +14,34 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
 
 from graphzip.analysis.groups import Analysed
-from graphzip.arguments import check_seed, re_iterable
+from graphzip.arguments import by_task, check_seed, re_iterable
 from graphzip.boundary import public
 from graphzip.calibration import Calibration, Trained
 from graphzip.calls import Signature
-from graphzip.errors import ArchiveError, ExampleInputError, PlanError
+from graphzip.errors import ArchiveError, PlanError
 from graphzip.export.archive import save_archive
 from graphzip.files import check_target, scratch, unwritable
+from graphzip.formats.folder_weights import text_examples, weights_of
 from graphzip.formats.huggingface import (
     ADVICE,
     companions,
     computed_buffers,
     copy_files,
     fitting,
-    listed,
-    names_in_files,
     new_folder,
     of_config,
     without_weights,
 )
+from graphzip.formats.joint_folders import Folders, compile_folders
 from graphzip.formats.shards import Shards, write_shards
-from graphzip.graph.batches import each_batch
 from graphzip.graph.state import find_aliases, get_tensor, named_state
+from graphzip.graph.tasks import check_task_names
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.plan.plan import Plan, check_plan
@@ -59,21 +59,20 @@ __all__ = ["compile_folder"]
 
 logger = logging.getLogger(__name__)
 
-_TOKENS: Final = (2, 8)  # of the example that a model of text is traced with
 _GENERATION: Final = "generation_config.json"
 _FILE: Final = ".graphzip"
 
 
 @public
 def compile_folder(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
     plan: Plan,
     target: str | os.PathLike[str],
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     *,
     task: str | None = None,
-    outputs: Outputs | None = None,
-    calibration: Iterable[Any] | None = None,
+    outputs: Outputs | Mapping[str, Outputs] | None = None,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     spill: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress = None,
@@ -95,23 +94,50 @@ def compile_folder(
     forgotten. What operators give on all batches is in memory, or in files in the folder `spill`, as long as it is
     read. Sequences have the length of the example, by default of the first batch.
 
+    Several folders, `{"a": folder, "b": folder}`, become one file for a plan with `Zip`, or with no pass, which packs
+    them side by side; `example_inputs`, `calibration` and `outputs` (where given) are mappings with the same keys.
+    Their tensors are mapped from the files, and what is changed is written into files beside `target` layer by layer.
+
     Raises `ArchiveError` for a folder that holds no such model, or whose files name tensors otherwise than the class
     does, and where the config cannot say the widths; `PlanError` for other passes, for options that look at several
     layers together, and for layers that no class has in a folder. Nothing is left of `target` then. Other errors are
     those of `compile`.
     """
-    if not isinstance(folder, str | os.PathLike):
+    if not isinstance(folder, str | os.PathLike | Mapping):
         raise ArchiveError(
-            f"{type(folder).__name__} is no folder; give one, and zip several models in memory: graphzip.compile with "
-            "a mapping of what from_pretrained gives"
+            f"{type(folder).__name__} is no folder; give one, or several by name: {{'a': ..., 'b': ...}}"
         )
-    source = Path(folder)
-    _check(plan, seed, str(target))
+    _check(plan, seed, str(target), several=isinstance(folder, Mapping))
+    given: Any = (example_inputs, calibration, outputs, task)
+    several = _by_name(folder, *given) if isinstance(folder, Mapping) else None
     place = check_target(target, ArchiveError) if str(target).endswith(_FILE) else new_folder(target)
-    data = None if calibration is None else re_iterable(calibration, "calibration")
     with watched(progress), _workspace(place, spill) as workspace, torch.inference_mode(False):
-        how = _How(task, outputs, seed, data, workspace)
-        return _compiled(source, plan, place, example_inputs, how)
+        if several is not None:
+            report = compile_folders(several, plan, place, seed, workspace)
+        else:
+            data = None if calibration is None else re_iterable(calibration, "calibration")
+            source, chosen = cast(tuple[str, Outputs | None], (folder, outputs))
+            report = _compiled(Path(source), plan, place, example_inputs, _How(task, chosen, seed, data, workspace))
+    logger.info("%s", report)
+    return report
+
+
+def _by_name(folders: Mapping[Any, Any], examples: Any, calibration: Any, outputs: Any, task: str | None) -> Folders:
+    """What belongs to several folders. Raises `GraphZipError` for names that cannot be those of tasks."""
+    if len(folders) < 2:
+        raise ArchiveError(f"a mapping of folders needs at least two, got {list(folders)}; give the one alone")
+    check_task_names(folders)
+    for name, each in folders.items():
+        if not isinstance(each, str | os.PathLike):
+            raise ArchiveError(f"task {name!r}: {type(each).__name__} is no folder; give the name of one")
+    data = None if calibration is None else by_task(calibration, folders, "calibration")
+    return Folders(
+        paths={name: Path(each) for name, each in folders.items()},
+        examples=None if examples is None else by_task(examples, folders, "example_inputs"),
+        data=data and {name: re_iterable(each, f"calibration[{name!r}]") for name, each in data.items()},
+        outputs=None if outputs is None else by_task(outputs, folders, "outputs"),
+        task=task,
+    )
 
 
 @dataclass(frozen=True)
@@ -142,11 +168,11 @@ def _workspace(place: Path, spill: str | os.PathLike[str] | None) -> Iterator[Wo
 def _compiled(source: Path, plan: Plan, place: Path, example_inputs: Any, how: _How) -> Report:
     step(f"tracing {source} without its weights")
     model = without_weights(source, how.task)
-    inputs = _examples(model, how.data) if example_inputs is None else pytree.tree_map(_on_meta, example_inputs)
+    inputs = text_examples(model, how.data) if example_inputs is None else pytree.tree_map(_on_meta, example_inputs)
     open_ = "length" if example_inputs is None and place.suffix == _FILE else None
     traced = trace(model, inputs, outputs=how.outputs, dynamic_shapes=open_)
     constants = computed_buffers(source, how.task) | _choices(traced)
-    weights = _weights_of(model, Shards(source), source, constants)
+    weights = weights_of(model, Shards(source), source, constants)
     signature = {"": Signature.of(model, inputs)}
     known = Analysed.of(traced)
     account = Account.of(traced, known.groups)
@@ -168,16 +194,25 @@ def _compiled(source: Path, plan: Plan, place: Path, example_inputs: Any, how: _
         save_archive(on_cpu(traced), place, report=report.to_dict(), read=tensors_of(traced, weights))
     else:
         _write(slim, weights, source, place)
-    logger.info("%s", report)
     return report
 
 
-def _check(plan: Any, seed: Any, target: str) -> None:
+def _check(plan: Any, seed: Any, target: str, *, several: bool) -> None:
     check_plan(plan)
     check_seed(seed)
+    if several and not target.endswith(_FILE):
+        raise PlanError(
+            f"several models become one file; give a target that ends in {_FILE!r}, which graphzip.load reads"
+        )
     for number, options in enumerate(plan.passes):
         where = f"passes[{number}].{options.kind}"
         known = pass_of(options, where)
+        if options.joins and not several:
+            raise PlanError(f"{where} joins several models; give a mapping from task names to folders")
+        if several and (number or not options.joins):
+            raise PlanError(
+                f"{where}: several folders take one pass, which joins them; give others one folder each before"
+            )
         if known.by_tensor is None:
             raise PlanError(
                 f"{where}: it sees all weights together, and cannot be carried out a tensor at a time; load the model "
@@ -194,60 +229,6 @@ def _choices(traced: Traced) -> dict[str, torch.Tensor]:
     """The constants by which layers choose all positions of a table, by name."""
     chosen = [node for node in traced.graph.nodes if node.meta.get("choice")]
     return {str(node.target): torch.arange(get_tensor(traced.module, str(node.target)).numel()) for node in chosen}
-
-
-def _weights_of(model: nn.Module, shards: Shards, source: Path, constants: Mapping[str, torch.Tensor]) -> Weights:
-    """What gives the tensors of a model, and `constants` of its graph.
-
-    Raises `ArchiveError` where the files lack one, or have another shape.
-    """
-    state = model.state_dict(keep_vars=True)
-    first = find_aliases(model)
-    named = names_in_files(model, shards.files)
-    stored: dict[str, str] = {}
-    for name in state:
-        if name in named:
-            stored.setdefault(first.get(name, name), named[name])
-    missing = [name for name in state if first.get(name, name) not in stored]
-    if missing:
-        raise ArchiveError(
-            f"{source} has no {listed(missing)}, or in several tensors of which {type(model).__name__} makes one; load "
-            "the model with from_pretrained, and compile that"
-        )
-    read_names = {named[name] for name in state if name in named}
-    spare = [name for name in shards.files if name not in read_names]
-    if spare:
-        logger.warning("%s of %s are no part of %s and left out", listed(spare), source, type(model).__name__)
-
-    def read(name: str) -> torch.Tensor:
-        if name in constants:
-            return constants[name]
-        if first.get(name, name) not in stored:
-            raise ArchiveError(
-                f"{type(model).__name__} computes {name!r}, which cannot be made without its weights; load the model "
-                "with from_pretrained, and compile that"
-            )
-        value, shape = shards(stored[first.get(name, name)]), state[name].shape
-        if value.shape != shape:
-            raise ArchiveError(f"{source}: {name!r} is {tuple(value.shape)}, where the config says {tuple(shape)}")
-        return value
-
-    return read
-
-
-def _examples(model: nn.Module, data: Iterable[Any] | None) -> dict[str, torch.Tensor]:
-    """Text of the shape of the first batch, or of any."""
-    if getattr(model, "main_input_name", None) != "input_ids":
-        raise ExampleInputError(
-            f"{type(model).__name__} is no model of text alone; give example_inputs, of which the shapes count: "
-            f"{{{getattr(model, 'main_input_name', 'x')!r}: torch.empty(..., device='meta')}}"
-        )
-    if data is None:
-        return {"input_ids": torch.zeros(_TOKENS, dtype=torch.int64, device="meta")}
-    first = next(each_batch(data))
-    if isinstance(first, Mapping):
-        return {name: first[name].to("meta") for name in ("input_ids", "attention_mask") if name in first}
-    return {"input_ids": (first[0] if isinstance(first, tuple | list) else first).to("meta")}
 
 
 def _on_meta(leaf: Any) -> Any:

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from graphzip.errors import ArchiveError
+from graphzip.mapped import MappedFiles
 
 __all__ = ["SHARD", "Shards", "write_shards"]
 
@@ -23,11 +24,15 @@ _INDEX: Final = "model.safetensors.index.json"
 
 
 class Shards:
-    """The tensors in the safetensors files of a folder. Nothing of a file stays mapped between two reads."""
+    """The tensors in the safetensors files of a folder. Nothing of a file stays mapped between two reads, unless they
+    are read from files that are `mapped`.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mapped: MappedFiles | None = None) -> None:
         """Raises `ArchiveError` where a file cannot be read, or two of them have a tensor of the same name."""
         self.files: dict[str, Path] = {}
+        self._mapped = mapped
+        self._views: dict[Path, dict[str, torch.Tensor]] = {}
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safetensors.safe_open(file, framework="pt") as opened:
@@ -42,12 +47,17 @@ class Shards:
                 self.files[name] = file
 
     def __call__(self, name: str) -> torch.Tensor:
-        """The tensor of that name, read anew."""
+        """The tensor of that name, read anew or mapped."""
+        file = self.files[name]
+        if self._mapped is not None:
+            if file not in self._views:
+                self._views[file] = self._mapped.tensors(file)
+            return self._views[file][name]
         try:
-            with safetensors.safe_open(self.files[name], framework="pt") as opened:
+            with safetensors.safe_open(file, framework="pt") as opened:
                 value: torch.Tensor = opened.get_tensor(name)
         except (safetensors.SafetensorError, OSError) as error:
-            raise ArchiveError(f"{self.files[name]}: {name!r} cannot be read: {error}") from error
+            raise ArchiveError(f"{file}: {name!r} cannot be read: {error}") from error
         return value
 
 

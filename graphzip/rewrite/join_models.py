@@ -145,14 +145,11 @@ def _task(name: str, traced: Traced) -> Task:
 
 def _signature(tasks: tuple[Task, ...]) -> PyTreeInfo:
     """`forward(a, b)` with a dictionary by task as its result."""
-
-    def dummy(spec: pytree.TreeSpec) -> Any:
-        return pytree.tree_unflatten([0] * spec.num_leaves, spec)
-
-    given = tuple(_given(dummy(task.positional)) for task in tasks)
-    results = {task.name: 0 if task.out_spec is None else dummy(task.out_spec) for task in tasks}
+    given = [task.positional.child(0) if task.positional.num_children == 1 else task.positional for task in tasks]
+    results = [pytree.tree_structure(0) if task.out_spec is None else task.out_spec for task in tasks]
     names = [task.name for task in tasks]
-    return PyTreeInfo(names, pytree.tree_structure((given, {})), pytree.tree_structure(results))
+    inputs = pytree.TreeSpec(tuple, None, [pytree.TreeSpec(tuple, None, given), pytree.TreeSpec(dict, [], [])])
+    return PyTreeInfo(names, inputs, pytree.TreeSpec(dict, names, results))
 
 
 def _given(inputs: tuple[Any, ...]) -> Any:

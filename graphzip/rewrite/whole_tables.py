@@ -7,7 +7,7 @@ from torch import fx
 
 from graphzip.graph.meta import meta_of
 from graphzip.graph.operators import arguments_of
-from graphzip.graph.state import get_tensor
+from graphzip.graph.state import get_tensor, owner_of
 from graphzip.graph.traced import Traced
 from graphzip.rewrite.edit import Edit
 
@@ -38,7 +38,8 @@ def whole_tables(traced: Traced, *, last: bool = True) -> Traced:
         return traced
     for index in gone:
         edit.graph.erase_node(index)
-        delattr(edit.module, str(index.target))
+        owner, leaf = owner_of(edit.module, str(index.target))
+        delattr(owner, leaf)
     return edit.done()
 
 

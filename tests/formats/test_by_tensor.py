@@ -205,7 +205,7 @@ def test_files_that_do_not_fit_the_class(folder: Path, tmp_path: Path, caplog: p
         gz.compile_folder(more, HALF, tmp_path / "again")
     with pytest.raises(gz.ArchiveError, match=r"slim exists; give the name of a new folder"):
         gz.compile_folder(folder, HALF, tmp_path / "slim")
-    with pytest.raises(gz.ArchiveError, match="list is no folder; give one, and zip several models in memory"):
+    with pytest.raises(gz.ArchiveError, match="list is no folder; give one, or several by name"):
         gz.compile_folder([folder, folder], HALF, tmp_path / "again")  # type: ignore[arg-type]
     with pytest.raises(gz.ArchiveError, match="task: 'translation' is unknown"):
         gz.compile_folder(folder, HALF, tmp_path / "again", task="translation")

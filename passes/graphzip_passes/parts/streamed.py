@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch import fx
 
 from graphzip.graph.batches import Given
 from graphzip.graph.interpreter import Values
-from graphzip.graph.state import get_tensor
+from graphzip.graph.state import attach, get_tensor, is_persistent, like, named_state
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
+from graphzip.mapped import MappedFiles
 
 __all__ = ["ChangedTensors", "Streamed", "Workspace", "on_cpu", "tensors_of"]
 
@@ -57,19 +59,51 @@ class Workspace:
 
     - `folder`: for tensors that were changed.
     - `spill`: for values of operators, which stay in memory without it.
+    - `files`: those that tensors of the graph are mapped from, where it holds its own.
     """
 
     folder: Path
     spill: Path | None = None
+    files: MappedFiles = field(default_factory=MappedFiles)
     _numbers: Iterable[int] = field(default_factory=itertools.count, repr=False)
+    _stored: weakref.WeakValueDictionary[int, torch.Tensor] = field(
+        default_factory=weakref.WeakValueDictionary, repr=False
+    )
 
     def kept(self) -> ChangedTensors:
         """A place for tensors that are changed by one pass."""
         return ChangedTensors(self.folder / f"kept-{next(iter(self._numbers))}")
 
-    def place(self) -> Path | None:
-        """A new file for a value."""
-        return None if self.spill is None else self.spill / f"{next(iter(self._numbers))}.values"
+    def store(self, traced: Traced) -> None:
+        """Let the tensors that a graph holds in memory lie in files from here on, and give back what others take."""
+        made: dict[int, torch.Tensor] = {}
+        for name, old in list(named_state(traced.module)):
+            if old.nbytes < _SPILLED or self._stored.get(id(old)) is old:
+                continue
+            if id(old) not in made:
+                file = self.folder / f"stored-{next(iter(self._numbers))}"
+                made[id(old)] = like(self.files.stored(old, file), old)
+                self.note_stored(made[id(old)])
+            attach(traced.module, name, made[id(old)], persistent=is_persistent(traced.module, name))
+        self.files.rest()
+
+    def note_stored(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor of a graph lies in a file."""
+        self._stored[id(tensor)] = tensor
+
+    def spilled(self, value: Any) -> Any:
+        """The same value, mapped from a file where there is a place for these, and memory to gain."""
+        if self.spill is None or not isinstance(value, torch.Tensor) or value.nbytes < _SPILLED:
+            return value
+        storage = value.untyped_storage()
+        if storage.filename is not None or storage.nbytes() < value.nbytes:
+            return value
+        place = self.spill / f"{next(iter(self._numbers))}.values"
+        mapped = torch.from_file(str(place), shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
+        mapped.copy_(value)
+        with contextlib.suppress(OSError):  # what is mapped goes with the last that reads it; not so on Windows
+            place.unlink()
+        return mapped
 
 
 class Streamed(Values):
@@ -121,23 +155,7 @@ class Streamed(Values):
     def _value(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
         args, kwargs = fx.node.map_aggregate((args, kwargs), _on_cpu)
-        return self._spilled(node.target(*args, **kwargs))  # type: ignore[operator]
-
-    def _spilled(self, value: Any) -> Any:
-        """The same, mapped from a file where there is a place for these, and memory to gain."""
-        if not isinstance(value, torch.Tensor) or value.nbytes < _SPILLED:
-            return value
-        storage = value.untyped_storage()
-        if storage.filename is not None or storage.nbytes() < value.nbytes:
-            return value
-        place = self._workspace.place()
-        if place is None:
-            return value
-        mapped = torch.from_file(str(place), shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
-        mapped.copy_(value)
-        with contextlib.suppress(OSError):  # what is mapped goes with the last that reads it; not so on Windows
-            place.unlink()
-        return mapped
+        return self._workspace.spilled(node.target(*args, **kwargs))  # type: ignore[operator]
 
 
 def tensors_of(traced: Traced, read: Read) -> Read:

@@ -15,6 +15,7 @@ from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.ops.spec import FloatArray
 from graphzip.rewrite.partition import Keys, permute_slices
+from graphzip_passes.parts.streamed import Workspace
 from graphzip_passes.zip.layers import Matching, TaskLayer
 from graphzip_passes.zip.solve import Pairs
 
@@ -32,6 +33,7 @@ class Channels:
 
     def __init__(self, matching: Matching, tasks: Sequence[str]) -> None:
         self.matching, self.tasks = matching, tuple(tasks)
+        self.workspace: Workspace | None = None
         self.ids: dict[tuple[str, int], IntArray] = {}
 
     def slots(self, layer: TaskLayer, dim: int) -> IntArray:
@@ -251,6 +253,7 @@ class Channels:
         held = indices >= 0
         source[indices[held]] = indices[order][held]
         permute_slices(traced, param, dim, source)
+        self._store(traced)
 
     def _move_inside(
         self, traced: Traced, param: str, indices: IntArray, order: IntArray, groups: int, size: int
@@ -260,6 +263,12 @@ class Channels:
         held = indices >= 0
         source[indices[held]] = indices[order][held]
         permute_slices(traced, param, 1, source.reshape(groups, size) % size, rows=groups)
+        self._store(traced)
+
+    def _store(self, traced: Traced) -> None:
+        """What moves may be everything that reads a residual stream: one tensor after the other goes to its file."""
+        if self.workspace is not None:
+            self.workspace.store(traced)
 
 
 def _size(traced: Traced, param: str, dim: int) -> int:

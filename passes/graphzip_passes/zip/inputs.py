@@ -21,6 +21,7 @@ from graphzip.graph.interpreter import stream
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.numeric.im2col import Window
+from graphzip_passes.parts.streamed import Workspace
 
 __all__ = ["Feed", "Kept", "rows_of", "values_of"]
 
@@ -44,12 +45,12 @@ class Kept:
 
 @torch.no_grad()
 def values_of(
-    traced: Traced, nodes: Sequence[fx.Node], task: str, feed: Feed, kept: Kept
+    traced: Traced, nodes: Sequence[fx.Node], task: str, feed: Feed, kept: Kept, workspace: Workspace | None = None
 ) -> Iterator[list[torch.Tensor]]:
     """The values of `nodes` of a joint graph for each batch of a task; nothing else of the graph is computed.
 
     Goes on from `kept` where it has values, without reading batches anew, and leaves there what later nodes need, up
-    to two gigabytes.
+    to two gigabytes, or in files of the `workspace`.
     """
     order = _missing(traced, nodes, kept.done)
     given = _placeholders(traced, task)  # later nodes may be the first that read one
@@ -61,9 +62,10 @@ def values_of(
     fresh: list[dict[str, Any]] = []
     held = 0
     for known in list(kept.batches) if kept.done else (_inputs(given, batch) for batch in feed()):
-        values = _run(traced, order, known, live, task)
+        values = _run(traced, order, known, live, task, workspace)
         yield [values[node.name] for node in nodes]
-        held += sum(value.nbytes for value in values.values() if isinstance(value, torch.Tensor))
+        if workspace is None or workspace.spill is None:
+            held += sum(value.nbytes for value in values.values() if isinstance(value, torch.Tensor))
         if held <= _KEPT_BYTES:
             fresh.append(values)
     kept.clear()
@@ -91,13 +93,29 @@ def _inputs(placeholders: Sequence[fx.Node], batch: tuple[Any, ...]) -> dict[str
     return {node.name: leaf for node, leaf in zip(placeholders, pytree.tree_leaves(batch), strict=True)}
 
 
-def _run(traced: Traced, order: Sequence[fx.Node], known: dict[str, Any], live: set[str], task: str) -> dict[str, Any]:
+def _run(
+    traced: Traced,
+    order: Sequence[fx.Node],
+    known: dict[str, Any],
+    live: set[str],
+    task: str,
+    workspace: Workspace | None,
+) -> dict[str, Any]:
     """Values by the names of nodes: `known` ones and those of `order`, as far as they are `live` in the end."""
+
+    def seen(node: fx.Node, value: Any) -> Any:
+        if workspace is None or node.op == "get_attr":
+            return value
+        if any(source.op == "get_attr" for source in node.all_input_nodes):
+            workspace.files.rest()
+        return workspace.spilled(value)
+
     kept = {node for node in traced.graph.nodes if node.name in live}
     values = {node: known[node.name] for node in traced.graph.nodes if node.name in known}
+    steps = [node for node in order if node.op != "placeholder"]
     at: fx.Node | None = None
     try:
-        for node in stream(traced.module, [node for node in order if node.op != "placeholder"], values, live=kept):
+        for node in stream(traced.module, steps, values, live=kept, seen=seen):
             at = node
     except Exception as error:
         raise ExampleInputError(

@@ -18,6 +18,7 @@ from graphzip.labels import IntArray
 from graphzip.numeric.moments import ChannelMoments, CrossMoments, Moments, Spread
 from graphzip.numeric.solvers import check_finite
 from graphzip.process_groups import ALONE
+from graphzip_passes.parts.streamed import Workspace
 from graphzip_passes.zip.inputs import Feed, Kept, rows_of, values_of
 from graphzip_passes.zip.layers import TaskLayer
 from graphzip_passes.zip.weights import augmented, matrix, outputs, parted
@@ -48,6 +49,7 @@ class Readings:
     def __init__(self, tasks: Sequence[str], *, places: int, seed: int) -> None:
         self.tasks, self.places, self.seed = tuple(tasks), places, seed
         self.processes = ALONE
+        self.workspace: Workspace | None = None
         self._kept = {task: Kept() for task in tasks}
         self._given: dict[str, _Given] | None = None
         self._wanted: dict[str, list[CrossMoments]] = {}
@@ -77,11 +79,11 @@ class Readings:
         for task in self.tasks if feeds else ():
             own = [layer for layer in layers if layer.task == task]
             for layer, read in self._read(traced, own, feeds, Kept()) if own else ():
-                pieces.setdefault(layer.weight, []).append(_outputs(traced, layer, read))
+                pieces.setdefault(layer.weight, []).append(self._held(_outputs(traced, layer, read)))
             self._batches_given[task] = list(self._batches.get(task, []))
         self._given = {}
         for key, outs in pieces.items():
-            out = torch.cat(outs)
+            out = self._held(torch.cat(outs))
             rows = torch.tensor(float(len(out)), dtype=torch.float64)
             total, square, count = self.processes.summed(out.sum(0), out.square().sum(0), rows)
             self._given[key] = _Given(Spread.of(total / count, square / count), out)
@@ -140,7 +142,7 @@ class Readings:
         given = (self._given or {}).get(layer.weight)
         if given is not None:
             given.spread = Spread(given.spread.mean[source], given.spread.var[source])
-            given.outputs = given.outputs[:, source]
+            given.outputs = self._held(given.outputs[:, source])
         if layer.weight in self._wanted:
             parts = source.reshape(layer.parts, layer.height) % layer.height
             self._wanted[layer.weight] = [
@@ -152,12 +154,15 @@ class Readings:
         given = (self._given or {}).get(layer.weight)
         if given is not None:
             given.spread = Spread(given.spread.mean * scale, given.spread.var * scale.square())
-            given.outputs = given.outputs * scale
+            given.outputs = self._held(given.outputs * scale)
         if layer.weight in self._wanted:
             scales = torch.chunk(scale, layer.parts)
             self._wanted[layer.weight] = [
                 each.scaled(part) for each, part in zip(self._wanted[layer.weight], scales, strict=True)
             ]
+
+    def _held(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs if self.workspace is None else self.workspace.spilled(outputs)
 
     def _read(
         self, traced: Traced, layers: Sequence[TaskLayer], feeds: Feeds, kept: Kept
@@ -170,7 +175,7 @@ class Readings:
         sums: list[float] = []
         if self.processes.size > 1:  # one of them may have no batch, and has to know the shapes
             yield from ((layer, torch.zeros(0, *_read_shape(layer), dtype=torch.float64)) for layer in layers)
-        batches = values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept)
+        batches = values_of(traced, sources, task, partial(_watched, feeds[task], sums), kept, self.workspace)
         for number, values in enumerate(batches):
             draw = self.seed + self.processes.rank + number * self.processes.size  # the same wherever the batch is
             draws = {layer.name: torch.Generator().manual_seed(draw) for layer in layers}

@@ -24,15 +24,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphzip.graph.state import attach, named_state
+from graphzip.graph.state import attach, get_tensor, named_state
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import Zip
 from graphzip.plan.problems import plan_error
+from graphzip.progress import counted
 from graphzip.report.outcome import Outcome, Table
 from graphzip.report.tables import closest
 from graphzip.rewrite.edit import settle, tie
 from graphzip.rewrite.partition import share
-from graphzip_passes.base import Decision, PassContext, Stage, register_pass
+from graphzip_passes.base import ByTensor, Decision, PassContext, Stage, Weights, by_tensor, register_pass
 from graphzip_passes.zip.channels import Channels
 from graphzip_passes.zip.joining import Joining
 from graphzip_passes.zip.joint import Arrival, Joint, joins_bias
@@ -42,7 +43,7 @@ from graphzip_passes.zip.pairing import Pairing
 from graphzip_passes.zip.readings import Readings
 from graphzip_passes.zip.refitting import Refitting
 
-__all__ = ["ZipPass", "zip_models"]
+__all__ = ["ZipPass", "zip_by_tensor", "zip_models"]
 
 
 @register_pass(Zip, decides=True, only_reads=True)
@@ -50,6 +51,18 @@ def zip_models(traced: Traced, options: Zip, context: PassContext) -> Decision:
     """Decide which layers correspond; each is then zipped when its stage begins."""
     zipping = ZipPass(options, traced, seed=context.seed, where=context.where)
     return Decision(zipping.finish, constraint=KeptZeros(), stages=zipping.stages)
+
+
+@by_tensor(Zip, other_layers=True)
+def zip_by_tensor(traced: Traced, options: Zip, context: PassContext, weights: Weights) -> ByTensor:
+    """Zip models whose tensors are mapped from files: what is changed is, too, from the end of its layer on."""
+    zipping = ZipPass(options, traced, seed=context.seed, where=context.where)
+    stages = zipping.stages()
+    for stage in counted(stages, "zipping", zipping.layers):
+        assert stage.rewrite is not None
+        traced = stage.rewrite(traced, context)
+    outcome = zipping.finish(traced, context)
+    return ByTensor(outcome, lambda name: get_tensor(outcome.traced.module, name).detach())
 
 
 class ZipPass:
@@ -125,6 +138,7 @@ class ZipPass:
             raise plan_error([f"{joint.where}.metric: {text}"])
         readings, layers = joint.readings, joint.matching.layers[name]
         readings.processes = context.processes
+        readings.workspace = joint.channels.workspace = context.workspace
         joined = [task for task in joint.tasks if task in layers]
         result = traced.copy()
         state = dict(named_state(traced.module))
@@ -144,6 +158,8 @@ class ZipPass:
             readings.done(layers[task])
         self._store(result, name, joined)
         self.refitting.behind(result, name, feeds)
+        if context.workspace is not None:
+            context.workspace.store(result)
         self.left = dict(named_state(result.module))
         if any(len(layer.nodes) > 1 for layer in layers.values()):
             readings.forget()  # a layer that reads what it made itself
@@ -175,6 +191,8 @@ class ZipPass:
                 continue
             if torch.equal(other, tensor) and self.joint.channels.is_shared(name):
                 attach(result.module, name, other)
+            if context.workspace is not None:
+                context.workspace.files.rest()
         tie(result)
         details = self._details(_parameters(result))
         rows = [(name, _percent(layer["shared"]), "") for name, layer in details["layers"].items()]

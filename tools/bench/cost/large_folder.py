@@ -3,8 +3,9 @@
     python tools/bench/cost/large_folder.py --billions 1 --folder /tmp/llama
     python tools/bench/cost/large_folder.py --billions 0.2 --folder /tmp/llama --way fitted
 
-`--way` is what is done: `dropped` by magnitude, the same and `fitted` on 8 sequences of 64 random tokens, or layers as
-`thin` ones at a quarter of their rank, in one file.
+`--way` is what is done: `dropped` by magnitude, the same and `fitted` on 8 sequences of 64 random tokens, layers as `thin`
+ones at a quarter of their rank, in one file, or the folder `zipped` with another one of its shapes, into one file, on 8
+sequences of 64 tokens or by the weights alone (`zipped-by-weights`).
 
 Writes the folder (once), compiles it in a child process with `graphzip.compile_folder`, and prints the seconds of each,
 the peak of the child's resident memory, and whether `transformers` builds the result from its config, with a tensor of
@@ -38,7 +39,7 @@ def config_of(billions: float) -> Any:
     return transformers.LlamaConfig(vocab_size=32000, dtype="bfloat16", **SHAPES[billions])
 
 
-def write(folder: Path, billions: float) -> None:
+def write(folder: Path, billions: float, seed: int) -> None:
     """A folder with weights that are drawn tensor by tensor."""
     import transformers
 
@@ -50,7 +51,7 @@ def write(folder: Path, billions: float) -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
 
     def drawn(name: str) -> torch.Tensor:
@@ -59,19 +60,33 @@ def write(folder: Path, billions: float) -> None:
     write_shards(folder, shapes, drawn)
 
 
+def other(folder: Path) -> Path:
+    """The folder that one is zipped with."""
+    return folder.with_name(f"{folder.name}-other")
+
+
 def compiled(folder: Path, target: Path, way: str) -> dict[str, float]:
     """Seconds, and the peak of resident memory in GiB, of this process."""
     import graphzip as gz
 
     started = time.perf_counter()
     options: Any = gz.PruneChannels(**PLAN)  # type: ignore[arg-type]
-    data = None
+    data: Any = None
+    source: Any = folder
     if way == "fitted":
         options = options.model_copy(update={"compensate": "data"})
         data = [torch.randint(0, 32000, (8, 64), generator=torch.Generator().manual_seed(0))]
     elif way == "thin":
         options = gz.LowRank(rank=0.25, exclude=["lm_head"])
-    report = gz.compile_folder(folder, gz.Plan([options]), target, calibration=data)
+    elif way == "zipped":
+        options, source = gz.Zip(), {"a": folder, "b": other(folder)}
+        data = {
+            name: [torch.randint(0, 32000, (8, 64), generator=torch.Generator().manual_seed(seed))]
+            for seed, name in enumerate(source)
+        }
+    elif way == "zipped-by-weights":
+        options, source = gz.Zip(metric="euclidean"), {"a": folder, "b": other(folder)}
+    report = gz.compile_folder(source, gz.Plan([options]), target, calibration=data, spill=target.parent)
     return {
         "seconds": time.perf_counter() - started,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -107,18 +122,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--billions", type=float, choices=sorted(SHAPES), default=1)
     parser.add_argument("--folder", type=Path, required=True, help="where the folders are written")
-    parser.add_argument("--way", choices=("dropped", "fitted", "thin"), default="dropped")
+    ways = ("dropped", "fitted", "thin", "zipped", "zipped-by-weights")
+    parser.add_argument("--way", choices=ways, default="dropped")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     source = args.folder / f"llama-{args.billions:g}b"
-    target = args.folder / (f"{source.name}-{args.way}" + (".graphzip" if args.way == "thin" else ""))
+    one_file = args.way == "thin" or args.way.startswith("zipped")
+    target = args.folder / (f"{source.name}-{args.way}" + (".graphzip" if one_file else ""))
     if args.child:
         print(json.dumps(compiled(source, target, args.way)))
         return
-    if not source.exists():
-        started = time.perf_counter()
-        write(source, args.billions)
-        print(f"written in {time.perf_counter() - started:.0f} s")
+    for seed, folder in enumerate((source, other(source)) if args.way.startswith("zipped") else (source,)):
+        if not folder.exists():
+            started = time.perf_counter()
+            write(folder, args.billions, seed)
+            print(f"{folder} written in {time.perf_counter() - started:.0f} s", flush=True)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     command = [sys.executable, __file__, "--billions", f"{args.billions:g}", "--folder", str(args.folder), "--child"]
     command += ["--way", args.way]
