@@ -212,8 +212,8 @@ class Rows:
             if dim == 0:
                 found.append(part.view_as(tensor))
             else:
-                shape = (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
-                found.append(part.view(-1, *shape).movedim(0, dim))
+                shape = (tensor.shape[dim], *tensor.shape[:dim], *tensor.shape[dim + 1 :])
+                found.append(part.view(shape).movedim(0, dim))
         return found
 
     def means(self, rows: torch.Tensor) -> torch.Tensor:
