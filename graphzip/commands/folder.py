@@ -10,7 +10,7 @@ import typer
 from graphzip.commands.options import RunOptions, command
 from graphzip.commands.subject import as_json_text
 from graphzip.commands.terminal import UsageError, at_work, show
-from graphzip.commands.usage import amounts_of, by_name, option
+from graphzip.commands.usage import amounts_of, by_name, option, outputs_of
 
 __all__ = ["register"]
 
@@ -53,6 +53,14 @@ def compile_folder(
         Path | None,
         typer.Option("--spill", metavar="FOLDER", help="keep what layers give on --calibration in files there"),
     ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--outputs",
+            metavar="NAMES",
+            help="results that matter, such as logits; the others are left out, caches too",
+        ),
+    ] = None,
     task: Annotated[
         str | None, typer.Option("--task", help="what the model is for, such as text-generation; default: its config's")
     ] = None,
@@ -79,7 +87,8 @@ def compile_folder(
         source: Any = folders
         if len(folder) == 1:
             source, batches = folders[""], batches and batches[""]
-        report = gz.compile_folder(source, plan, output, task=task, calibration=batches, spill=spill, seed=run.seed)
+        given: Any = {"task": task, "outputs": outputs_of(outputs), "calibration": batches, "spill": spill}
+        report = gz.compile_folder(source, plan, output, seed=run.seed, **given)
         text = as_json_text({"report": report.to_dict(), "folder": str(output)}) if run.as_json else str(report)
     show(text, str(output))
 

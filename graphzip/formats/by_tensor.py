@@ -95,8 +95,9 @@ def compile_folder(
     read. Sequences have the length of the example, by default of the first batch.
 
     Several folders, `{"a": folder, "b": folder}`, become one file for a plan with `Zip`, or with no pass, which packs
-    them side by side; `example_inputs`, `calibration` and `outputs` (where given) are mappings with the same keys.
-    Their tensors are mapped from the files, and what is changed is written into files beside `target` layer by layer.
+    them side by side; `example_inputs` and `calibration` (where given) are mappings with the same keys, `outputs` is
+    one, too, or holds for all. Their tensors are mapped from the files, and what is changed is written into files
+    beside `target` layer by layer.
 
     Raises `ArchiveError` for a folder that holds no such model, or whose files name tensors otherwise than the class
     does, and where the config cannot say the widths; `PlanError` for other passes, for options that look at several
@@ -135,7 +136,9 @@ def _by_name(folders: Mapping[Any, Any], examples: Any, calibration: Any, output
         paths={name: Path(each) for name, each in folders.items()},
         examples=None if examples is None else by_task(examples, folders, "example_inputs"),
         data=data and {name: re_iterable(each, f"calibration[{name!r}]") for name, each in data.items()},
-        outputs=None if outputs is None else by_task(outputs, folders, "outputs"),
+        outputs=by_task(outputs, folders, "outputs")
+        if isinstance(outputs, Mapping)
+        else dict.fromkeys(folders, outputs),
         task=task,
     )
 

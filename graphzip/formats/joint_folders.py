@@ -47,7 +47,7 @@ class Folders:
     paths: Mapping[str, Path]
     examples: Mapping[str, Any] | None
     data: Mapping[str, Iterable[Any]] | None
-    outputs: Mapping[str, Any] | None
+    outputs: Mapping[str, Any]
     task: str | None
 
 
@@ -60,8 +60,7 @@ def compile_folders(folders: Folders, plan: Plan, place: Path, seed: int, worksp
             models[name] = _mapped_model(path, folders.task, workspace)
             calls[name] = _call(models[name], name, folders)
             open_ = "length" if folders.examples is None else None
-            outputs = None if folders.outputs is None else folders.outputs[name]
-            traced[name] = trace(models[name], calls[name], outputs=outputs, dynamic_shapes=open_)
+            traced[name] = trace(models[name], calls[name], outputs=folders.outputs[name], dynamic_shapes=open_)
             data = None if folders.data is None else folders.data[name]
             check_calibration(data, models[name], Signature.of(models[name], calls[name]))
         except GraphZipError as error:

@@ -1,8 +1,8 @@
 """Which channels of several models are the same one: identities that grow as layers are zipped.
 
 Every decided channel of a task has a number in its joint group; channels of equal number are shared. Undecided channels
-and those of outputs are a task's own. What a model reads is matched by position: where one has more inputs, the others
-have no connection to the rest (MTZ, section 3.4).
+and those of outputs are a task's own. What a model reads is matched by position, and so is what its embeddings give:
+where one has more inputs, the others have no connection to the rest (MTZ, section 3.4).
 """
 
 from __future__ import annotations
@@ -114,6 +114,17 @@ class Channels:
         self.ids.setdefault((first, group), np.arange(self.matching.groups[group].size))
         known = [self.ids[task, group] for task in tasks if (task, group) in self.ids]
         return np.array(list(dict.fromkeys(np.concatenate(known).tolist())), dtype=np.int64)
+
+    def match_tables(self, layer: TaskLayer, task: str) -> None:
+        """Match what an embedding gives to a layer of the first task by position, where nothing has paired it before.
+
+        No layer pairs that, as none pairs what a model reads.
+        """
+        for group in set(self.slots(layer, 1)[:, 0].tolist()) & self.matching.tables:
+            partner = self.matching.partners(group).get(task) if group in self.matching.joint else None
+            if partner is not None and (task, group) not in self.ids:
+                self.joint(group, self.tasks[:1])
+                self.ids[task, group] = np.arange(self.matching.groups[partner].size)
 
     def units(self, groups: Sequence[int]) -> list[tuple[int, ...]]:
         """Groups whose blocks change places together, those inside heads of attention; every other one is alone."""

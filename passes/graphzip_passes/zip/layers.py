@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import fx
 
 from graphzip.analysis.channels import Analysis, analyse
@@ -92,9 +93,9 @@ class Matching:
     """`layers[name]` gives the layer of each task that corresponds to layer `name` of the first one.
 
     `slots[param, dim]` says for every slice of a parameter which group, channel and rank it is, `(slices, 3)`, -1 where
-    it has none. `joint[group]` is the group of the first task that a group corresponds to. `every` has all layers of
-    all tasks whose parameters nothing else has, and `places` where their calls stand in the graph. `alone` says of the
-    layers that have no counterpart why, by task and name: `a.up`.
+    it has none. `joint[group]` is the group of the first task that a group corresponds to; `tables` are those that
+    embeddings give. `every` has all layers of all tasks whose parameters nothing else has, and `places` where their
+    calls stand in the graph. `alone` says of the layers that have no counterpart why, by task and name: `a.up`.
     """
 
     groups: ChannelGroups
@@ -106,6 +107,7 @@ class Matching:
     every: tuple[TaskLayer, ...] = ()
     places: dict[str, int] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
+    tables: frozenset[int] = frozenset()
 
     def partners(self, group: int) -> dict[str, int]:
         """The groups that correspond to a group of the first task, by task."""
@@ -145,7 +147,8 @@ def match(traced: Traced, order: tuple[str, ...], given: Mapping[str, Mapping[st
     tied = {*traced.aliases, *traced.aliases.values()}
     every = [layer for own in layers.values() for layer in own.values() if tied.isdisjoint({layer.weight, layer.bias})]
     places = {node.name: place for place, node in enumerate(traced.graph.nodes)}
-    return Matching(groups, matched, slots, joint, outputs, _heads(groups), tuple(every), places, alone)
+    heads, tables = _heads(groups), _tables(traced, slots)
+    return Matching(groups, matched, slots, joint, outputs, heads, tuple(every), places, alone, tables)
 
 
 def _slots(groups: ChannelGroups) -> dict[tuple[str, int], IntArray]:
@@ -289,6 +292,15 @@ def _groups_at(slots: Mapping[tuple[str, int], IntArray], param: str, dim: int) 
     """The groups of a dimension, in order of their first slice."""
     found = slots.get((param, dim))
     return [] if found is None else [number for number in dict.fromkeys(found[:, 0].tolist()) if number >= 0]
+
+
+def _tables(traced: Traced, slots: Mapping[tuple[str, int], IntArray]) -> frozenset[int]:
+    """Groups whose channels are the columns of tables that are looked up."""
+    calls = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+    names = {
+        str(arguments_of(call)["weight"].target) for call in calls if arguments_of(call)["weight"].op == "get_attr"
+    }
+    return frozenset(group for name in names for group in _groups_at(slots, name, 1))
 
 
 def _outputs(traced: Traced, analysis: Analysis, groups: ChannelGroups) -> frozenset[int]:

@@ -28,6 +28,7 @@ class Pairing:
     def decide(self, arrival: Arrival) -> None:
         """Pair the channels that a layer makes, where no layer before it has made them."""
         joint, task = self.joint, arrival.task
+        joint.channels.match_tables(arrival.layers[arrival.prior[0]], task)
         made = joint.channels.made(arrival.layers[arrival.prior[0]])
         waiting = [group for group in made if (task, group) not in joint.channels.ids]
         if not waiting or arrival.own.depthwise:

@@ -182,3 +182,40 @@ def test_a_weight_that_both_have_already_is_named() -> None:
         "last": "its channels are an output of the model",
     }
     assert compiled.report.lossless
+
+
+def reader(seed: int, width: int = 6) -> nn.Module:
+    """A table of embeddings and layers that read it; the second one writes to what the table gives."""
+    torch.manual_seed(seed)
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, width)
+            self.up, self.down, self.head = nn.Linear(width, 8), nn.Linear(8, width), nn.Linear(width, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.table(ids)
+            found: Tensor = self.head((x + self.down(self.up(x).relu())).mean(1))
+            return found
+
+    return Reader().double().eval()
+
+
+@pytest.mark.parametrize("width", [6, 4])
+def test_what_embeddings_give_is_matched_by_position(width: int) -> None:
+    """Else no layer would read anything that is shared, and none could be paired."""
+    models, ids = {"a": reader(0), "b": reader(1, width)}, torch.arange(10).reshape(2, 5)
+    given = dict.fromkeys(models, (ids,))
+    compiled = gz.compile(models, gz.Plan([gz.Zip()]), given, calibration={key: [ids] for key in models})
+    layers = compiled.report.passes[0]["zip"]["layers"]
+    assert {name: layers[name]["channels"].get("b.up") for name in layers} == {"up": 8, "down": None}
+    assert [layers[name]["parameters"] for name in layers] == [
+        [8 * (6 + width) + 16, 8 * 6 + 8],
+        [8 * (6 + width) + 6 + width, 8 * 6 + 6],
+    ]
+    twin = {"a": models["a"], "b": reader(0)}
+    same = gz.compile(twin, gz.Plan([gz.Zip()]), given, calibration={key: [ids] for key in models})
+    with torch.no_grad():
+        for name, model in twin.items():
+            torch.testing.assert_close(same.module.get_submodule(name)(ids), model(ids), rtol=0.0, atol=1e-6)

@@ -3,9 +3,9 @@
     python tools/bench/cost/large_folder.py --billions 1 --folder /tmp/llama
     python tools/bench/cost/large_folder.py --billions 0.2 --folder /tmp/llama --way fitted
 
-`--way` is what is done: `dropped` by magnitude, the same and `fitted` on 8 sequences of 64 random tokens, layers as `thin`
-ones at a quarter of their rank, in one file, or the folder `zipped` with another one of its shapes, into one file, on 8
-sequences of 64 tokens or by the weights alone (`zipped-by-weights`).
+`--way` is what is done: `dropped` by magnitude, the same and `fitted` on 8 sequences of 64 random tokens, layers as
+`thin` ones at a quarter of their rank, in one file, or the folder `zipped` with another one of its shapes, into one
+file, on 8 sequences of 64 tokens or by the weights alone (`zipped-by-weights`).
 
 Writes the folder (once), compiles it in a child process with `graphzip.compile_folder`, and prints the seconds of each,
 the peak of the child's resident memory, and whether `transformers` builds the result from its config, with a tensor of
@@ -86,7 +86,10 @@ def compiled(folder: Path, target: Path, way: str) -> dict[str, float]:
         }
     elif way == "zipped-by-weights":
         options, source = gz.Zip(metric="euclidean"), {"a": folder, "b": other(folder)}
-    report = gz.compile_folder(source, gz.Plan([options]), target, calibration=data, spill=target.parent)
+    outputs = "logits" if isinstance(source, dict) else None
+    report = gz.compile_folder(
+        source, gz.Plan([options]), target, calibration=data, outputs=outputs, spill=target.parent
+    )
     return {
         "seconds": time.perf_counter() - started,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
