@@ -74,13 +74,7 @@ def compile_folder(
         import graphzip as gz
         from graphzip.commands.models import load_calibration
 
-        if (plan_file is None) == (not prune):
-            raise UsageError("give a plan file with --plan, or widths with --prune GLOB=AMOUNT: one of them")
-        if plan_file is not None:
-            plan = gz.Plan.load(plan_file)
-        else:
-            with option("--prune"):
-                plan = gz.Plan([gz.PruneChannels(keep=amounts_of(prune or [], "--prune"))])
+        plan = _plan(plan_file, prune or [])
         folders, data = _sources(folder, calibration or [])
         with option("--calibration"):
             batches: Any = {name: load_calibration(file, by_name=True) for name, file in data.items()} or None
@@ -91,6 +85,18 @@ def compile_folder(
         report = gz.compile_folder(source, plan, output, seed=run.seed, **given)
         text = as_json_text({"report": report.to_dict(), "folder": str(output)}) if run.as_json else str(report)
     show(text, str(output))
+
+
+def _plan(file: Path | None, prune: list[str]) -> Any:
+    """What `--plan` or `--prune` says. Raises `UsageError` for neither, and for both."""
+    import graphzip as gz
+
+    if (file is None) == (not prune):
+        raise UsageError("give a plan file with --plan, or widths with --prune GLOB=AMOUNT: one of them")
+    if file is not None:
+        return gz.Plan.load(file)
+    with option("--prune"):
+        return gz.Plan([gz.PruneChannels(keep=amounts_of(prune, "--prune"))])
 
 
 def _sources(folders: list[str], calibration: list[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -126,12 +126,12 @@ def trained(case: Case, how: str) -> dict[str, Any]:
 def zipped(how: str) -> dict[str, Any]:
     """A model that was zipped, trained as any other."""
     nets = {"a": network(0), "b": network(1)}
-    data = dict.fromkeys(nets, batches()[:1])
+    rank, world = place()
+    data = {name: batches()[:1][rank::world] for name in nets}
     zipped = gz.compile(nets, gz.Plan([gz.Zip()]), dict.fromkeys(nets, (batches()[0],)), calibration=data).module
     model: nn.Module = (
         fully_shard(zipped) if how == "fsdp" else DistributedDataParallel(zipped) if how == "ddp" else zipped
     )
-    rank, world = (dist.get_rank(), dist.get_world_size()) if how != "alone" else (0, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for batch in batches():
         part = batch.chunk(world)[rank]
