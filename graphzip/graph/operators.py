@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["CONVOLUTIONS", "COPIES", "TRANSPOSED", "argument_of", "arguments_of", "set_argument"]
+__all__ = ["CONVOLUTIONS", "COPIES", "TRANSPOSED", "argument_of", "arguments_of", "is_view", "set_argument"]
 
 aten = torch.ops.aten
 
@@ -36,6 +36,12 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 def argument_of(node: fx.Node, name: str) -> Any:
     """One of them."""
     return arguments_of(node)[name]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether it is a call that may give its input's own memory, seen in another way."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(each.alias_info is not None for each in schema.returns)
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

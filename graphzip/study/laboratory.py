@@ -75,7 +75,7 @@ class Laboratory:
         if self.narrowing.refits:
             self.fitting = _just_before(start, self.fitting)
             old, new = self.fitting.fork(self.traced), self.fitting.fork(merged.traced)
-            refit(old, new, merged.layout, merged.means, only=self._nearby(name), effort=_QUICK)
+            refit(old, new, merged, only=self._nearby(name), effort=_QUICK)
         self.judging = _just_before(start, self.judging)
         return _relative(self.wanted, _flat(self.judging.fork(merged.traced).outputs()))
 
@@ -131,9 +131,12 @@ class Laboratory:
         return first
 
     def _nearby(self, name: str) -> set[str]:
-        """The layers that read the group, those that make it after that, and the first ones that follow."""
+        """The layers that read the group, those that make it after that, and the first ones that follow; where no layer
+        reads it, those that make it and what follows them.
+        """
         readers = self.narrowing.params(name, "consumer")
-        first = min((number for number, layer in enumerate(self.layers) if layer in readers), default=0)
+        begins = readers or self.narrowing.params(name, "producer")
+        first = min((number for number, layer in enumerate(self.layers) if layer in begins), default=0)
         return {*self.layers[first : first + _FOLLOWING], *readers, *self.narrowing.params(name, "producer")}
 
 

@@ -23,6 +23,7 @@ from graphzip.analysis.cost import batch_of
 from graphzip.analysis.layers import Layer, calls_of_layers
 from graphzip.export.latency import RowLayer, kernel_milliseconds
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.operators import is_view
 from graphzip.progress import counted
 from graphzip.study.cost_model import Axes, Dims, Price, WidthTable, operations, price_of
 from graphzip.study.units import Units
@@ -117,13 +118,8 @@ def _written(units: Units, axes: Axes) -> Iterator[tuple[float, Dims]]:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
-        if node not in computed and not _is_view(node) and not _is_fused(node, computed):
+        if node not in computed and not is_view(node) and not _is_fused(node, computed):
             yield float(math.prod(concrete_shape(value))), axes.of([node])
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema: Any = getattr(node.target, "_schema", None)
-    return schema is not None and any(each.alias_info is not None for each in schema.returns)
 
 
 def _is_fused(node: fx.Node, computed: set[fx.Node]) -> bool:

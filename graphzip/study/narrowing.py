@@ -96,7 +96,7 @@ class Narrowing(ABC):
         found = self.narrowed(widths)
         if self.refits:
             old, new = (Values(each, batches) for each in (self.traced, found.traced))
-            refit(old, new, found.layout, found.means, effort=effort)
+            refit(old, new, found, effort=effort)
         return found.traced
 
 
@@ -227,7 +227,8 @@ class Factorising(Narrowing):
     def fitted(self, widths: Mapping[str, int], batches: Given, effort: Effort) -> Traced:
         found, nothing = self._cut(widths, batches), Layout.of(self.analysis, [])
         if self.refits and found is not self.traced:
-            refit(Values(self.traced, batches), Values(found, batches), nothing, nothing, effort=effort)
+            old, new = (Values(each, batches) for each in (self.traced, found))
+            refit(old, new, Narrowed(found, nothing, nothing), effort=effort)
         return found
 
     def at(self, widths: Mapping[str, int]) -> LowRank:

@@ -270,8 +270,13 @@ class Survey:
         names = self._groups
         least = {name: min(subject.widths(name)) for name in names}
         return known_of(
-            subject.options, subject.traced, subject.analysis, subject.groups, names, subject.batches, least=least
+            subject.options, subject.traced, subject.analysis, subject.groups, names, self._some, least=least
         )
+
+    @property
+    def _some(self) -> Batches:
+        """As much of the data as a measurement takes."""
+        return self.subject.batches.cut(MEASURED_ON[self.effort])
 
     def _get(self, name: str, width: int) -> float | None:
         return self._kept.get((name, width)) if self.cache is None else self.cache.get(name, width)
@@ -296,7 +301,7 @@ class Survey:
         if len(kept) < len(wanted):
             step("which channels every group needs least")
             widths = {name: subject.widths(name) for name in names}
-            eliminated = eliminations(subject.traced, subject.groups, subject.batches, names, widths)
+            eliminated = eliminations(subject.traced, subject.groups, self._some, names, widths)
             self._orders = {name: each.order for name, each in eliminated.items()}
             batches = leading(subject.batches, _SAMPLES)
             kept = first_order_losses(

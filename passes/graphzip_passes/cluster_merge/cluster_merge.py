@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ from graphzip_passes.parts.compensation import Narrowed, Refit, refit
 from graphzip_passes.parts.evidence import Evidence
 from graphzip_passes.parts.group_view import GroupView
 from graphzip_passes.parts.pacesetter import layers_in_front
+from graphzip_passes.parts.score_pairs import groups_of_scores, score_pairs
+from graphzip_passes.parts.slices import duplicates
 from graphzip_passes.parts.tied_slices import Partition, Place, Slices, Tying, features_of, pull, rows_of, slices_of
 from graphzip_passes.parts.widths import Clusters, WidthOptions, resolve
 
@@ -140,7 +142,16 @@ class ClusterMergePass(Tying):
         """What clusters a group until data decides: the cheapest there is, where it is known that data will."""
         if self.known is not None and (name in self.known.orders or name in self.known.features):
             return "even"
+        if name in self._turned and len(np.unique(duplicates(group := self.groups[name], self.traced))) == group.size:
+            return "even"  # any channels will do, where none are alike
         return "kmeans" if name in self._to_order else self.options.clustering
+
+    @cached_property
+    def _turned(self) -> set[str]:
+        """The groups of queries and keys, whose basis is changed."""
+        if self.options.compensate != "data" or self.options.clustering != RECONSTRUCTION:
+            return set()
+        return groups_of_scores(score_pairs(self.traced, self.analysis), self.groups)
 
     def _decide(self) -> None:
         self._slices = slices_of(self.groups, self.clusters, self.traced)
@@ -230,7 +241,7 @@ class ClusterMergePass(Tying):
         merged = self.merged(traced)
         batches = shared(self._batches).mapped(lambda batch: as_inputs(batch, traced))
         old, new = (Values(each, batches) for each in (traced, merged.traced))
-        self._refit = refit(old, new, merged.layout, merged.means)
+        self._refit = refit(old, new, merged)
         return merged
 
     @torch.no_grad()
@@ -249,7 +260,8 @@ class ClusterMergePass(Tying):
             result = self._slim(traced)
         merges = [self._merge(name) for name in self.clusters]
         means = [self._merge(name) for name in self.clusters if name not in self.kept]
-        return Narrowed(result, Layout.of(self.analysis, merges), Layout.of(self.analysis, means))
+        turns = self.options.clustering == RECONSTRUCTION
+        return Narrowed(result, Layout.of(self.analysis, merges), Layout.of(self.analysis, means), turns)
 
     def _centre(self, traced: Traced) -> None:
         """Set the channels of a cluster to the one that was chosen to stay; where none was, to their mean."""

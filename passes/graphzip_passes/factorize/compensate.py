@@ -16,7 +16,7 @@ from graphzip.graph.traced import Traced
 from graphzip.plan.problems import plan_error
 from graphzip.rewrite.layout import Layout
 from graphzip_passes.base import PassContext
-from graphzip_passes.parts.compensation import refit
+from graphzip_passes.parts.compensation import Narrowed, refit
 
 __all__ = ["compensated"]
 
@@ -39,7 +39,7 @@ def compensated(
     if not batches:
         return made
     nothing = Layout.of((context.known or Analysed.of(given)).analysis, [])
-    refit(Values(given, batches), Values(traced, batches), nothing, nothing)
+    refit(Values(given, batches), Values(traced, batches), Narrowed(traced, nothing, nothing))
     own = dict(named_state(model))
     for name, tensor in named_state(traced.module):
         if name in own and own[name] is not tensor:

@@ -70,7 +70,7 @@ def low_rank(traced: Traced, options: LowRank, context: PassContext) -> Outcome:
     result, _ = _rewritten(traced, cuts)
     if batches and options.compensate != "none":
         nothing = Layout.of((context.known or Analysed.of(traced)).analysis, [])
-        refit(Values(traced, batches), Values(result, batches), nothing, nothing)
+        refit(Values(traced, batches), Values(result, batches), Narrowed(result, nothing, nothing))
     times = [_milliseconds(traced, cut) for cut in cuts] if options.timed else []
     return _outcome(traced, result, cuts, left, times)
 

@@ -75,5 +75,5 @@ def refitted(
     kept = context.workspace.kept()
     old = Streamed(traced, batches, weights[0], context.workspace)
     new = Streamed(found.traced, batches, weights[1], context.workspace, kept)
-    done = refit(old, new, found.layout, found.means)
+    done = refit(old, new, found)
     return done, kept.over(weights[1])

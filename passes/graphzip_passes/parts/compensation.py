@@ -11,6 +11,8 @@ a layer is the last term of a residual sum, `T` and `P` are the sums. Where a Re
 both sides are right as they are: `T` is replaced by `min(P, 0)` where it is negative, and the fit is repeated. So it is
 with every activation that is constant below or above a value (`ReLU6`, `Hardtanh`, `Hardswish`, `clamp`).
 
+Queries and keys of attention are fitted to what serves their scores best (`score_pairs`), where that is asked for.
+
 A batch norm that has no fitted layer of its own before it gets the statistics of what it reads now. Where nothing
 moved, `T - P` is zero and nothing changes.
 
@@ -32,11 +34,13 @@ from torch import fx
 from graphzip.analysis.layers import Layer, has_statistics, left_alone, norm_behind, only_reader, own_layers
 from graphzip.graph.interpreter import Values
 from graphzip.graph.operators import arguments_of
+from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.numeric.solvers import Fit, RowParts, centred, check_finite
 from graphzip.progress import told
 from graphzip.rewrite.layout import Layout
+from graphzip_passes.parts.score_pairs import ScorePair, score_pairs, turned
 
 __all__ = ["Effort", "Narrowed", "Refit", "refit", "sampled_rows"]
 
@@ -64,11 +68,15 @@ _ROUNDING = 16.0  # steps to the next number
 
 @dataclass(frozen=True)
 class Narrowed:
-    """A slimmer model, and which channels are left: those of `means` stand for the mean of their cluster."""
+    """A slimmer model, and which channels are left: those of `means` stand for the mean of their cluster.
+
+    With `turns` it does not matter which channels of queries and keys are left: their basis is changed.
+    """
 
     traced: Traced
     layout: Layout
     means: Layout
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,18 +122,17 @@ class Effort:
 def refit(
     old: Values,
     new: Values,
-    layout: Layout,
-    means: Layout,
+    found: Narrowed,
     *,
     only: Collection[str] | None = None,
     effort: Effort | None = None,
 ) -> Refit:
     """Fit the layers of the graph of `new`, in place, to what `old` gives; both run as far as they have to.
 
-    `layout` says which channels of the original are left, `means` which of these stand for the mean of their cluster.
-    With `only`, the layers whose weights have these names in the original are fitted and nothing else.
+    `found` says what is left of the original. With `only`, the layers whose weights have these names in the original
+    are fitted and nothing else.
     """
-    return _Walk(old, new, layout, means, only, effort or Effort()).run()
+    return _Walk(old, new, found, only, effort or Effort()).run()
 
 
 class _Walk:
@@ -133,14 +140,13 @@ class _Walk:
         self,
         old: Values,
         new: Values,
-        layout: Layout,
-        means: Layout,
+        found: Narrowed,
         only: Collection[str] | None,
         effort: Effort,
     ) -> None:
         self.old, self.new, self.effort = old, new, effort
         self.processes = new.shared.processes
-        self.layout, self.means = layout, means
+        self.layout, self.means = found.layout, found.means
         twins = {node.name: node for node in self.old.nodes}
         layers, before = own_layers(new.traced), own_layers(old.traced)
         self.targets: dict[fx.Node, _Target] = {}
@@ -161,6 +167,7 @@ class _Walk:
                 self.twin[node] = arguments_of(twins[node.name])["input"]
                 self.old.hold(self.twin[node])
         self.fitted: list[str] = []
+        self.turns = _Turns(old, self.layout, [*self.targets], self.twin) if found.turns else None
 
     @torch.no_grad()
     def run(self) -> Refit:
@@ -203,6 +210,8 @@ class _Walk:
 
     def _fit(self, target: _Target) -> None:
         layer, new = target.layer, self.new
+        if self.turns is not None and layer.node in self.turns.pairs:
+            self._begin_turned(layer, self.turns)
         rows = sampled_rows(layer, new, self.effort.rows)
         wanted, given = self._rows(target, rows)
         if self._are_equal(wanted, given):
@@ -234,6 +243,9 @@ class _Walk:
             return [layer.picked(value, chosen) for value, chosen in zip(values, rows, strict=True)]
 
         original = self._original(target.node)
+        if self.turns is not None and layer.node in self.turns.pairs:
+            turn = self.turns.matrix(layer.node)
+            return [each @ turn.to(each) for each in picked(original)], picked(new[layer.node])
         wanted = self._left(target.node, layer.dim % original[0].dim(), picked(original))
         given = picked(new[layer.node])
         if norm is not None:
@@ -243,6 +255,16 @@ class _Walk:
         if target.sum is not None:
             given = [one + other for one, other in zip(given, picked(new[target.other]), strict=True)]
         return wanted, given
+
+    def _begin_turned(self, layer: Layer, turns: _Turns) -> None:
+        """Let a layer of queries or keys give what is wanted of what the original's reads."""
+        turn, (pair, side) = turns.matrix(layer.node), turns.pairs[layer.node]
+        twin = pair.layers[side]
+        for mine, its in ((layer.weight, twin.weight), (layer.bias, twin.bias)):
+            if mine is not None and its is not None:
+                tensor = get_tensor(self.old.traced.module, str(its.target)).detach().double()
+                self.new.set_tensor(mine, turn.to(tensor).mT @ tensor)
+        self.new.run(layer.node)
 
     def _scale(self, norm: fx.Node) -> torch.Tensor:
         args = arguments_of(norm)
@@ -281,6 +303,38 @@ class _Walk:
         counted = torch.cat(self.new.shared.counted(rows) or [rows[0][:, :0]], 1).double()
         mean = centred(counted, lie)[0, 0]
         return mean, lie.sum(lambda each: each.square().sum(1), counted)[0] / max(lie.count(), 1)
+
+
+class _Turns:
+    """What the layers of queries and keys are fitted to, by their calls in the slim model."""
+
+    def __init__(
+        self, old: Values, layout: Layout, targets: Sequence[fx.Node], twins: Mapping[fx.Node, fx.Node]
+    ) -> None:
+        self.old, self.layout = old, layout
+        nodes = {twins[node]: node for node in targets if node in twins}
+        self.pairs: dict[fx.Node, tuple[ScorePair, int]] = {}
+        self._known: dict[ScorePair, tuple[torch.Tensor, torch.Tensor]] = {}
+        for pair in score_pairs(old.traced, layout.analysis):
+            both = [layer.node for layer in pair.layers]
+            if not layout.shrinks(both[0], both[0].meta["val"].dim() - 1) or not all(each in nodes for each in both):
+                continue
+            for side, each in enumerate(both):
+                self.pairs[nodes[each]] = pair, side
+                old.hold(each)
+
+    def matrix(self, node: fx.Node) -> torch.Tensor:
+        """(outputs of the original, outputs of the slim layer)."""
+        pair, side = self.pairs[node]
+        if pair not in self._known:
+            for layer in pair.layers:
+                self.old.up_to(layer.node)
+            here = self.old.shared.counted
+            values = here(self.old[pair.query.node]), here(self.old[pair.key.node])
+            self._known[pair] = turned(pair, self.layout, values, self.old.shared.processes)
+            for layer in pair.layers:
+                self.old.release(layer.node)
+        return self._known[pair][side]
 
 
 def _target_of(layer: Layer, place: Mapping[fx.Node, int]) -> _Target:

@@ -125,7 +125,7 @@ class PruneChannelsPass(Constraint):
         fitted = None
         if self.options.compensate == "data" and self.gone:
             batches = self.batches(context)
-            fitted = refit(Values(traced, batches), Values(found.traced, batches), found.layout, found.means)
+            fitted = refit(Values(traced, batches), Values(found.traced, batches), found)
         return self.outcome(found.traced, fitted)
 
     def batches(self, context: PassContext) -> Given:
