@@ -26,16 +26,16 @@ __all__ = ["drop_channels", "merge_channels", "rewritten"]
 
 
 def merge_channels(
-    traced: Traced, analysis: Analysis, merges: Iterable[Merge], *, plain_norms: bool = False
+    traced: Traced, analysis: Analysis, merges: Iterable[Merge], *, plain_norms: bool = False, proven: bool = True
 ) -> tuple[Traced, list[str]]:
     """Keep the first channel of every part and add up the consumers' slices of the others.
 
     Returns a new graph, and the norms that no longer compute the same because `plain_norms` lets them count every
     channel once. The given graph and its tensors stay as they are. Raises `RewriteError` where the result would not
-    compute the same.
+    compute the same; whether it would is not looked at of what is `proven` later, where it is carried out.
     """
     layout = Layout.of(analysis, merges, plain_norms=plain_norms)
-    return _shrunk(traced, layout), layout.left_plain
+    return _shrunk(traced, layout, proven=proven), layout.left_plain
 
 
 def drop_channels(traced: Traced, layout: Layout) -> Traced:
@@ -46,14 +46,14 @@ def drop_channels(traced: Traced, layout: Layout) -> Traced:
     return _shrunk(traced, layout)
 
 
-def _shrunk(traced: Traced, layout: Layout) -> Traced:
+def _shrunk(traced: Traced, layout: Layout, *, proven: bool = True) -> Traced:
     if layout.unchanged:
         return traced
     tensors = {axis.param: get_tensor(traced.module, axis.param) for axis in layout.analysis.propagation.params}
-    return rewritten(traced, layout, shrink_parameters(layout, tensors))
+    return rewritten(traced, layout, shrink_parameters(layout, tensors), proven=proven)
 
 
-def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor]) -> Traced:
+def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor], *, proven: bool = True) -> Traced:
     """A copy of the graph with other parameters, its constants patched for the widths that `layout` gives.
 
     Raises `RewriteError` where an operator does not fit them.
@@ -65,7 +65,7 @@ def rewritten(traced: Traced, layout: Layout, changed: Mapping[str, torch.Tensor
     for name, value in changed.items():
         for alias in [name, *(alias for alias, first in traced.aliases.items() if first == name)]:
             attach(edit.module, alias, value, persistent=is_persistent(traced.module, alias))
-    return edit.done(unread=bool(vanished), check=lambda: _prove(edit.traced, layout))
+    return edit.done(unread=bool(vanished), check=(lambda: _prove(edit.traced, layout)) if proven else None)
 
 
 def _patch(edit: Edit, layout: Layout) -> list[fx.Node]:

@@ -146,7 +146,7 @@ class Merging(_OfChannels):
         return self.known.groups[name]
 
     def narrowed(self, widths: Mapping[str, int]) -> Narrowed:
-        return self._bound(widths).merged(self.traced)
+        return self._bound(widths).merged(self.traced, proven=False)
 
     def carried_out(self, widths: Mapping[str, int]) -> Traced:
         merging = self._bound(widths)

@@ -55,7 +55,8 @@ FRACTIONS: Final = (0.75, 0.5, 0.25, 0.125)
 """Widths that a loss is found at, and the smallest one of a group; in between, losses lie on straight lines."""
 
 _FITTED_AT: Final = (0.5, 0.125)
-_FITTED: Final = 12  # groups of a kind, at most
+_FITTED: Final = 12  # groups of all kinds, about
+_LEAST: Final = 3  # of a kind
 _SAMPLES: Final = 128  # of the calibration data, for losses to first order
 MEASURED_ON: Final = {"fast": 192, "normal": 192, "thorough": 384}
 """Samples of the calibration data for a measurement; a plan is carried out with all of it."""
@@ -200,9 +201,10 @@ class Survey:
         """Two widths of some of each kind that is `fitted`, and all widths of what is of no kind."""
         known: set[str] = set().union(*kinds)
         some: set[str] = set()
+        every = sum(map(len, fitted))
         for kind in fitted:
-            names = list(kind)
-            chosen = np.linspace(0, len(names) - 1, min(_FITTED, len(names))).round().astype(int)
+            names, share = list(kind), round(_FITTED * len(kind) / max(every, 1))
+            chosen = np.linspace(0, len(names) - 1, min(max(share, _LEAST), len(names))).round().astype(int)
             some |= {names[number] for number in chosen}
         found = []
         for name in self.subject.choices:

@@ -245,19 +245,19 @@ class ClusterMergePass(Tying):
         return merged
 
     @torch.no_grad()
-    def _slim(self, traced: Traced) -> Traced:
+    def _slim(self, traced: Traced, *, proven: bool = True) -> Traced:
         """The slimmer model; `traced` is left with every channel at its centre."""
         self._centre(traced)
         merges = [self._merge(name) for name in self.clusters]
         plain = self.options.norms == "plain"
-        result, self.left_plain = merge_channels(traced, self.analysis, merges, plain_norms=plain)
+        result, self.left_plain = merge_channels(traced, self.analysis, merges, plain_norms=plain, proven=proven)
         return result
 
     @torch.no_grad()
-    def merged(self, traced: Traced) -> Narrowed:
+    def merged(self, traced: Traced, *, proven: bool = True) -> Narrowed:
         """The slimmer model before it is compensated with data; `traced` stays as it is."""
         with own_tensors(traced.module):
-            result = self._slim(traced)
+            result = self._slim(traced, proven=proven)
         merges = [self._merge(name) for name in self.clusters]
         means = [self._merge(name) for name in self.clusters if name not in self.kept]
         turns = self.options.clustering == RECONSTRUCTION
