@@ -13,6 +13,7 @@ from torch.nn import functional
 import graphzip as gz
 from graphzip.analysis.groups import Analysed
 from graphzip.tracing.trace import trace
+from graphzip_passes.parts import compensation
 from graphzip_passes.parts.score_pairs import groups_of_scores, score_pairs
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -154,3 +155,14 @@ def test_pruned_queries_and_keys_stay_what_they_are() -> None:
     slim = gz.compile(model, plan, (calibration[0],), calibration=calibration).module
     rows = {tuple(row) for row in model.get_parameter("q.weight").tolist()}
     assert {tuple(row) for row in slim.get_parameter("q.weight").tolist()} < rows
+
+
+def test_heads_that_go_leave_the_basis_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(compensation, "turned")
+    model, calibration = net(), data()
+    plan = gz.Plan([gz.ClusterMerge(keep={"q#2": 1})])
+    slim = gz.compile(model, plan, (calibration[0],), calibration=calibration).module
+    assert slim.get_submodule("q").out_features == WIDTH
+    assert error(model, slim, calibration[0]) < 1.0
+    with pytest.raises(gz.GraphZipError, match="turned"):
+        compiled(model, 8, calibration)

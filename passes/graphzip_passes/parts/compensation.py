@@ -317,7 +317,7 @@ class _Turns:
         self._known: dict[ScorePair, tuple[torch.Tensor, torch.Tensor]] = {}
         for pair in score_pairs(old.traced, layout.analysis):
             both = [layer.node for layer in pair.layers]
-            if not layout.shrinks(both[0], both[0].meta["val"].dim() - 1) or not all(each in nodes for each in both):
+            if not pair.narrows(layout) or not all(each in nodes for each in both):
                 continue
             for side, each in enumerate(both):
                 self.pairs[nodes[each]] = pair, side

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from graphzip.analysis.channels import Analysis
@@ -56,6 +57,19 @@ class ScorePair:
     @property
     def layers(self) -> tuple[Layer, Layer]:
         return self.query, self.key
+
+    def staying(self, layout: Layout) -> NDArray[np.bool_]:
+        """Which of the channels (heads, c) are left."""
+        return np.isin(self.places[0][:, :, 0], _kept(self.query, layout))
+
+    def narrows(self, layout: Layout) -> bool:
+        """Whether heads that are left have fewer channels."""
+        left = self.staying(layout).sum(1)
+        return bool(((left > 0) & (left < self.channels.shape[1])).any())
+
+
+def _kept(layer: Layer, layout: Layout) -> IntArray:
+    return layout.kept(layer.node, layer.node.meta["val"].dim() - 1)
 
 
 def score_pairs(traced: Traced, analysis: Analysis) -> list[ScorePair]:
@@ -121,7 +135,7 @@ def turned(
     `outputs` are what they give on the batches that count. Where a channel that stays stands for several, their scores
     are counted as often.
     """
-    stays = layout.keeper[pair.channels] == pair.channels
+    stays = pair.staying(layout)
     counts = np.bincount(layout.keeper, minlength=len(layout.keeper))
     about = [_moments(values, places, processes) for values, places in zip(outputs, pair.places, strict=True)]
     roots = [_roots(_second(*about[0], centred=False)), _roots(_second(*about[1], centred=True))]
@@ -129,7 +143,7 @@ def turned(
     bases = [roots[0][1] @ left * values[:, None].sqrt(), roots[1][1] @ right.mT * values[:, None].sqrt()]
     found = []
     for side, (layer, basis, places) in enumerate(zip(pair.layers, bases, pair.places, strict=True)):
-        kept = layout.kept(layer.node, layer.node.meta["val"].dim() - 1)
+        kept = _kept(layer, layout)
         matrix = basis.new_zeros(layer.shape[0], len(kept))
         for head, rows in enumerate(places):
             staying = np.flatnonzero(stays[head])
