@@ -20,7 +20,7 @@ from graphzip.boundary import tell_user
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Bar", "Progress", "Watcher", "counted", "step", "told", "unwatched", "watched"]
+__all__ = ["Bar", "Progress", "Watcher", "counted", "duration", "step", "told", "unwatched", "watched"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,14 @@ def counted(things: Collection[T], text: str, names: Iterable[str] | None = None
         told(number, len(things), what)
         yield each
     told(len(things), len(things), text)
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    for size, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{max(seconds, 1.0):.0f} s"
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,11 +33,12 @@ from torch import nn
 
 from graphzip.analysis.channels import Analysis
 from graphzip.analysis.groups import ChannelGroups
-from graphzip.graph.batches import Batches, leading
+from graphzip.graph.batches import Batches, leading, samples_in
+from graphzip.graph.interpreter import Values
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import RECONSTRUCTION, ClusterMerge, LowRank, PruneChannels
 from graphzip.process_groups import Processes
-from graphzip.progress import counted, step, told, unwatched
+from graphzip.progress import counted, duration, step, told, unwatched
 from graphzip.study.first_order import first_order_losses
 from graphzip.study.laboratory import Laboratory
 from graphzip.study.measurements import Measurements
@@ -57,6 +59,9 @@ FRACTIONS: Final = (0.75, 0.5, 0.25, 0.125)
 _FITTED_AT: Final = (0.5, 0.125)
 _FITTED: Final = 12  # groups of all kinds, about
 _LEAST: Final = 3  # of a kind
+_PASSES: Final = {"estimates": 17.0, "measurement": 1.6, "try": 8.5}
+"""What they were seen to take on a ResNet-20, an EfficientNet-Lite0 and an encoder of sentences, in forward passes."""
+_FIXED: Final = 0.3  # seconds of a measurement, however few the data are
 _SAMPLES: Final = 128  # of the calibration data, for losses to first order
 MEASURED_ON: Final = {"fast": 192, "normal": 192, "thorough": 384}
 """Samples of the calibration data for a measurement; a plan is carried out with all of it."""
@@ -140,6 +145,7 @@ class Survey:
 
     def run(self) -> tuple[Sensitivity, ...]:
         """Estimate and measure what is not kept."""
+        self._say_time()
         estimates = self._estimates()
         powers = [self._shapes(estimates)] if estimates or self._shapes_alone else []
         kinds = [estimates, *powers, self._energies]
@@ -165,6 +171,23 @@ class Survey:
             logger.info("all groups together, %d channels: the outputs move by %.3g", total, loss)
             self._put(name, total, loss)
         return loss
+
+    def _say_time(self) -> None:
+        """About how long it takes: what was seen to, in forward passes over the data that measurements are made on."""
+        if self.subject.evaluate is not None or not self.subject.batches.here:
+            return
+        start = time.perf_counter()
+        batch = self.subject.batches.here[0]
+        Values(self.subject.traced, [batch]).outputs()
+        samples = sum(samples_in(each) for each in self._some.here)
+        once = (time.perf_counter() - start) * samples / samples_in(batch)
+        groups = len(self.subject.choices)
+        count = {"fast": 0, "normal": 2 * min(groups, _FITTED), "thorough": (len(FRACTIONS) + 1) * groups}[self.effort]
+        tries = CHECKS[self.effort]
+        first = 0.0 if self.effort == "thorough" else _PASSES["estimates"]
+        passes = first + _PASSES["measurement"] * count + _PASSES["try"] * tries
+        seconds = passes * once + _FIXED * (count + 4 * tries)
+        step(f"measuring {count} times and trying {tries} plans, in about {duration(seconds)}")
 
     # --------------------------------------------------------------------------------------------- measurements
 

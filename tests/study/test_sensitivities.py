@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import graphzip as gz
+from graphzip.progress import duration
 from graphzip.study import first_order, sensitivities
 from graphzip.study.laboratory import Laboratory
 from graphzip.tracing.trace import trace
@@ -258,3 +260,19 @@ def test_a_batch_that_is_fixed_is_not_parted(monkeypatch: pytest.MonkeyPatch) ->
     layers = [node for node in fixed.graph.nodes if node.target is torch.ops.aten.linear.default]
     x = torch.randn(8, 6)
     assert list(output_slopes.parts_of(fixed, layers, (x,))) == [(x,)]
+
+
+@pytest.mark.parametrize(("effort", "counts"), [("fast", (0, 0)), ("normal", (6, 4)), ("thorough", (15, 12))])
+def test_how_long_it_takes_is_said_first(effort: str, counts: tuple[int, int]) -> None:
+    said: list[str] = []
+    calibration = data()
+    made = gz.WidthStudy(stack(3), (calibration[0],), calibration=calibration, effort=effort)
+    made.measure(lambda _, __, what: said.append(what))
+    assert re.fullmatch(rf"measuring {counts[0]} times and trying {counts[1]} plans, in about \d+ (s|min|h)", said[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (59, "59 s"), (119, "119 s"), (150, "2 min"), (7199, "120 min"), (9000, "2 h")]
+)
+def test_durations_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
