@@ -16,9 +16,9 @@ import torch
 from torch.export import ExportedProgram
 
 from graphzip.errors import ExportError
-from graphzip.export.attention import with_four_dimensions
 from graphzip.export.capture import Captured, first_line, renamed
 from graphzip.export.optional_packages import require
+from graphzip.export.program_forms import with_four_dimensions, with_sums_as_convolutions
 from graphzip.files import companion
 from graphzip.numeric.grouped_mm import grouped_mm
 
@@ -52,6 +52,7 @@ def convert(captured: Captured, *, version: FileVersion, shared: Collection[str]
     that cannot be converted, and for a version that cannot be written.
     """
     with_four_dimensions(captured.program)
+    with_sums_as_convolutions(captured.program)
     model = _convert(captured.program, version.opset, shared)
     _tidy(model, captured.inputs, captured.outputs, captured.symbols)
     if version.ir is not None:
