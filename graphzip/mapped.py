@@ -6,6 +6,7 @@ A safetensors file is its length, a header in JSON that says where each tensor l
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import mmap
 import warnings
@@ -66,6 +67,12 @@ class MappedFiles:
         """Give the memory of all back; what is read from here on is read from the files again."""
         for each in list(self._open) if hasattr(mmap, "MADV_DONTNEED") else ():
             each.madvise(mmap.MADV_DONTNEED)
+
+    @staticmethod
+    def trim() -> None:
+        """Give back what tensors that are gone left in the heap; only the C library of GNU keeps it, and can."""
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _mapped(self, file: Path) -> mmap.mmap:
         with file.open("rb") as opened:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from graphzip.commands.judging import Judge
-from graphzip.commands.options import CardOption, RunOptions, SaveOptions, command
+from graphzip.commands.options import CardOption, DeviceOption, RunOptions, SaveOptions, command
+from graphzip.commands.ranks import device_here
 from graphzip.commands.subject import BuiltModel, finish
 from graphzip.commands.terminal import Tell, UsageError, at_work
 from graphzip.commands.usage import (
@@ -76,6 +77,7 @@ class JointOptions:
         ),
     ] = None
     card: CardOption = True
+    device: DeviceOption = None
     per_task: Annotated[
         bool, typer.Option("--per-task", help="a file for each model, and one file of weights that all read")
     ] = False
@@ -182,7 +184,10 @@ def _joined(
     batches = None if batches is None else {name: own_share(each, f" {name}") for name, each in batches.items()}
     tell(f"joining {', '.join(specs)}")
     with of_inputs("--input" if given.inputs else None):
-        compiled = gz.compile(modules, plan, examples, calibration=batches, evaluate=judge.here, seed=run.seed)
+        compiled = gz.compile(
+            modules, plan, examples, calibration=batches, evaluate=judge.here, seed=run.seed,
+            device=device_here(given.device),
+        )  # fmt: skip
     subject = BuiltModel(", ".join(specs), modules, examples, None)
     return finish(
         compiled,

@@ -133,10 +133,13 @@ def _accuracy(module: nn.Module, batches: Sequence[Any], labels: Sequence[Tensor
     """The share of samples whose class has the highest of the logits (n, classes)."""
     import torch
 
-    right = 0
+    right, place = 0, next((parameter.device for parameter in module.parameters()), None)
     with torch.no_grad():
         for batch, wanted in zip(batches, labels, strict=True):
-            given = module(**batch) if isinstance(batch, Mapping) else module(*batch)
+            if isinstance(batch, Mapping):
+                given = module(**{name: value.to(place) for name, value in batch.items()})
+            else:
+                given = module(*(value.to(place) for value in batch))
             logits = _logits(given)
             if logits is None or len(logits) != len(wanted):
                 raise UsageError("--labels: the model gives no logits (n, classes); give a score of yours, --evaluate")

@@ -24,6 +24,7 @@ __all__ = [
     "BudgetOptions",
     "CardOption",
     "DataOptions",
+    "DeviceOption",
     "EffortLevel",
     "Mode",
     "ModelArgument",
@@ -72,6 +73,12 @@ ModelArgument = Annotated[
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write")]
 CardOption = Annotated[
     bool, typer.Option("--card/--no-card", help="measure latency and memory in onnxruntime, before and after")
+]
+
+
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="where --calibration is run: cuda, cuda:1; under torchrun cuda is each rank's own"),
 ]
 
 

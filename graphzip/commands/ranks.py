@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from graphzip.errors import ProcessesError
 
-__all__ = ["joined", "leads", "ranks", "share"]
+__all__ = ["device_here", "joined", "leads", "ranks", "share"]
 
 T = TypeVar("T")
 
@@ -38,6 +38,14 @@ def share(batches: Sequence[T]) -> Sequence[T]:
     """The batches that this process reads."""
     rank, count = ranks()
     return batches[rank::count]
+
+
+def device_here(device: str | None) -> str | None:
+    """The device of an option; among several processes `cuda` is the one that has the number of this process on its
+    machine.
+    """
+    local = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{local}" if device == "cuda" and ranks()[1] > 1 and local.isdecimal() else device
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from graphzip.commands.judging import Judge
 from graphzip.commands.options import (
     BudgetOptions,
     DataOptions,
+    DeviceOption,
     ModelArgument,
     OpsetOptions,
     OutputOption,
@@ -23,7 +24,7 @@ from graphzip.commands.options import (
     WidthRuleOptions,
     command,
 )
-from graphzip.commands.ranks import leads, ranks
+from graphzip.commands.ranks import device_here, leads, ranks
 from graphzip.commands.subject import BuiltModel, as_json_text, built, checked, data_of, finish, view
 from graphzip.commands.terminal import Tell, UsageError, at_work, show
 from graphzip.commands.usage import amounts_of, budget_of, check_files, check_writable, find, option, tuning_of
@@ -94,6 +95,7 @@ def plan(
         Path | None,
         typer.Option("--plot", metavar="FILE", help="also draw sensitivities and frontier: .svg, .png, .pdf"),
     ] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Find the widths that meet a budget and move the outputs least, and write them as a plan.
 
@@ -109,7 +111,8 @@ def plan(
         check_writable(output=output, cache=budget.cache, plot=plot)
         batches, judge = data_of(data, source)
         subject = built(model, source, shown.scope, run.seed, tell)
-        study = _measured(subject, batches, amounts, (budget, widths, shown), run.seed, tell)
+        place = device_here(device)
+        study = _measured(subject, batches, amounts, (budget, widths, shown), run.seed, tell, device=place)
         tell("splitting the budget")
         found = study.plan(**amounts)
         text = ""
@@ -122,7 +125,7 @@ def plan(
             tell("carrying the plan out for its card")
             compiled = gz.compile(
                 subject.module, found, subject.example, calibration=batches, evaluate=judge.here, seed=run.seed,
-                **view(shown),
+                device=place, **view(shown),
             )  # fmt: skip
             judge.entitle(compiled)
             if leads():
@@ -146,6 +149,7 @@ def compile_(
     tune: TuneOption = False,
     distill: DistillOption = None,
     imports: ImportOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Carry out a plan, or the best one for a budget, and export the slim model as verified ONNX."""
     with at_work(run.verbose, "compile") as tell:
@@ -160,17 +164,21 @@ def compile_(
         named = f"{plan_file}: inputs" if found.inputs else None
         subject = built(model, source, shown.scope, run.seed, tell, spec=spec, plan_inputs=named)
         traced: Any = subject.module
-        example, sees, study = subject.example, view(shown), None
-        if amounts:
+        example, sees, study, place = subject.example, view(shown), None, device_here(device)
+        if amounts and place is None:
             with subject.inputs_told():
                 traced = gz.trace(subject.module, subject.example, **sees)
             study = _measured(subject, batches, amounts, (budget, widths, None), run.seed, tell, traced)
             found, example, sees = study.plan(**amounts), None, {}
+        elif amounts:  # a trace has its model where that is
+            study = _measured(subject, batches, amounts, (budget, widths, shown), run.seed, tell, device=place)
+            found = study.plan(**amounts)
         tell(f"compiling {model}")
         with subject.inputs_told():
             compiled = gz.compile(
-                traced, found, example, calibration=batches, evaluate=judge.here, seed=run.seed, tune=tuning, **sees
-            )
+                traced, found, example, calibration=batches, evaluate=judge.here, seed=run.seed, tune=tuning,
+                device=place, **sees,
+            )  # fmt: skip
         if study is not None:
             compiled.report = replace(compiled.report, study=study.summary())
         if distill is not None:
@@ -219,6 +227,7 @@ def factorize(
         str | None, typer.Option("--share", help="who shares coefficients of --atoms: net, block or layer")
     ] = None,
     tune: TuneOption = False,
+    device: DeviceOption = None,
 ) -> None:
     """Store the weights as products of smaller ones, low rank or atoms times coefficients, and export verified ONNX."""
     with at_work(run.verbose, "factorize") as tell:
@@ -238,7 +247,8 @@ def factorize(
         with subject.inputs_told():
             compiled = gz.compile(
                 subject.module, gz.Plan([factors]), subject.example, calibration=batches, evaluate=judge.here,
-                seed=run.seed, tune=tuning_of(data.calibration) if tune else None, **view(shown),
+                seed=run.seed, tune=tuning_of(data.calibration) if tune else None, device=device_here(device),
+                **view(shown),
             )  # fmt: skip
         done = finish(compiled, subject, output, saved, tell, judge=judge, card=data.card, as_json=run.as_json)
     done.show()
@@ -343,6 +353,8 @@ def _measured(
     seed: int,
     tell: Tell,
     traced: Any = None,
+    *,
+    device: str | None = None,
 ) -> WidthStudy:
     """A study of the model that has measured all that a plan for the budget needs."""
     import graphzip as gz
@@ -362,6 +374,7 @@ def _measured(
             cache=budget.cache,
             effort=budget.effort.value,
             seed=seed,
+            device=device,
             **rules,
             **({} if shown is None else view(shown)),
         )

@@ -28,7 +28,9 @@ from graphzip.progress import Bar, step, watched
 __all__ = ["ExitCode", "Tell", "UsageError", "at_work", "in_flags", "own_process", "say", "show"]
 
 _PLAIN: Final = str.maketrans({"─": "-", "━": "=", "╌": ".", "±": "~", "…": "."})
-_ARGUMENTS: Final = "macs|params|bytes|latency|calibration|cache|seed|scope|mode|opset|tune|target|evaluate|error"
+_ARGUMENTS: Final = (
+    "macs|params|bytes|latency|calibration|cache|seed|scope|mode|opset|tune|target|evaluate|error|device"
+)
 
 
 _IN_PYTHON: Final = (

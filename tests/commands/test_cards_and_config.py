@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import graphzip as gz
 from graphzip.commands import cli
+from graphzip.commands.ranks import device_here
 
 NETWORK = """
 import torch
@@ -262,3 +263,23 @@ def test_every_help_has_an_example(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"graphzip {command}" in result.stdout.partition("Examples:")[2]
+
+
+def test_a_device_is_where_data_is_run(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(folder / "y.npy", classes(folder))
+    options = ["--input", "2x3x8x8", "--calibration", "x.npy", "--labels", "y.npy", "--macs", "0.7"]
+    files = []
+    for place in ([], ["--device", "cpu"]):
+        result = run("compile", "network.py:net", *options, "--no-card", "-o", "slim.onnx", *place)
+        assert result.exit_code == 0, result.stderr
+        files.append((folder / "slim.onnx").read_bytes())
+    assert files[0] == files[1]
+    for command in ("plan", "compile"):
+        result = run(command, "network.py:net", *options, "-o", "none", "--device", "fast")
+        assert result.exit_code == 2
+        assert "--device: 'fast' is no device; write 'cuda', 'cuda:1' or 'cpu'" in result.stderr
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_here("cuda") == "cuda"
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (device_here("cuda"), device_here("cuda:0"), device_here(None)) == ("cuda:1", "cuda:0", None)

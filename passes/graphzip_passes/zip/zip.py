@@ -160,6 +160,7 @@ class ZipPass:
         self.refitting.behind(result, name, feeds)
         if context.workspace is not None:
             context.workspace.store(result)
+            context.workspace.files.trim()
         self.left = dict(named_state(result.module))
         if any(len(layer.nodes) > 1 for layer in layers.values()):
             readings.forget()  # a layer that reads what it made itself
