@@ -38,16 +38,17 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """CIFAR ResNet (He et al. 2016, section 4.2): three stages of `blocks` blocks, widths 16, 32, 64."""
+    """CIFAR ResNet (He et al. 2016, section 4.2): three stages of `blocks` blocks, widths 16, 32, 64 or other ones."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, width: int = 16, classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        for stage, (inner, outer) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for stage, (inner, outer) in enumerate(((1, 1), (1, 2), (2, 4)), start=1):
+            inner, outer = inner * width, outer * width
             blocks_of = [Block(inner if index == 0 else outer, outer) for index in range(blocks)]
             self.add_module(f"layer{stage}", nn.Sequential(*blocks_of))
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))

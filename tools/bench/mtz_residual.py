@@ -105,9 +105,8 @@ def zipped(nets: dict[str, nn.Module], tasks: Tasks, options: argparse.Namespace
     """All networks in one, trained jointly after the last layer."""
     examples = {name: (tasks.train[name][0][:2],) for name in nets}
     calibration = {name: list(tasks.train[name][0][: options.calibration].split(100)) for name in nets}
-    prepared = gz.prepare(
-        nets, gz.Plan([gz.Zip(share=options.share, alpha=options.alpha)]), examples, calibration=calibration
-    )
+    zipping = gz.Zip(share=options.share, alpha=options.alpha, refit=options.refit)
+    prepared = gz.prepare(nets, gz.Plan([zipping]), examples, calibration=calibration)
     for stage in prepared.steps():
         print(f"  {stage}", file=sys.stderr)
     if options.retrain:
@@ -137,6 +136,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=len(NAMES), help="how many of the tasks")
     parser.add_argument("--alpha", type=float, default=0.95, help="weight of the first task's error when zipping")
     parser.add_argument("--share", type=float, default=0.96, help="share of the channels that is shared")
+    parser.add_argument(
+        "--refit", action=argparse.BooleanOptionalAction, default=True, help="fit again what a task has alone"
+    )
     parser.add_argument("--images", type=int, default=20_000, help="training images of each task")
     parser.add_argument("--tests", type=int, default=10_000, help="test images of each task")
     parser.add_argument("--epochs", type=int, default=2, help="epochs in which a network is trained")

@@ -185,8 +185,8 @@ class _Seen:
         self.missing[task].add(lacking, rows)
 
     def sums(self, task: str) -> tuple[Tensor, Tensor, int]:
-        """`X^T X` and `X^T (T - P)` of one task, and the number of rows, of all processes."""
-        read, missing = self.read[task], self.missing[task]
+        """`X^T X` and `X^T (T - P)` of one task, and the number of rows, of all processes; they are held no longer."""
+        read, missing = self.read.pop(task), self.missing.pop(task)
         read.add_up(self.processes)
         missing.add_up(self.processes)
         cross = missing.among(np.arange(self.layer.outs), np.arange(read.inputs))

@@ -1,6 +1,6 @@
 """Whether networks that share weights across domains get faster as multiply-adds get fewer: two VGG in onnxruntime.
 
-    python tools/bench/cross_domain_latency.py --clusters 0.5 0.25
+    python tools/bench/cost/cross_domain_latency.py --clusters 0.5 0.25
 
 Two networks of convolutions with one linear layer go through CrossDomainShare, without training. Each is exported as it
 was and as it is, and both files take turns on one thread of the processor. Time should fall as far as multiply-adds do;
@@ -22,7 +22,6 @@ from typing import Any
 import onnxruntime
 import torch
 import torchvision
-from common.side_by_side import side_by_side
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,6 +29,9 @@ from torch import nn
 import graphzip as gz
 from graphzip.analysis.cost import cost_of
 from graphzip.rewrite.join_models import task_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.side_by_side import side_by_side
 
 TASKS = ("rgb", "flow")
 
