@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +30,15 @@ from graphzip import errors
 from graphzip.errors import ProcessesError
 from graphzip.graph.torch_private import pytree
 
-__all__ = ["ALONE", "Processes", "present", "processes", "sharing"]
+__all__ = ["ALONE", "ATTEMPT", "Processes", "present", "processes", "sharing"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+ATTEMPT: Final = "TORCHELASTIC_RESTART_COUNT"
+"""In the environment: how often `torchrun` has started the processes anew."""
 
 _MEETING: Final = 50.0  # seconds that processes wait for each other at first
 _SOON: Final = 5.0  # seconds after which that is said
@@ -172,7 +176,7 @@ class Processes:
 
     def _meet(self, what: str) -> None:
         """Wait until all are there; the first time, connect them."""
-        store, key = self.group.get_group_store(), f"graphzip/{self._meetings}"
+        store, key = self.group.get_group_store(), self._key()
         try:
             store.set(f"{key}/{self.rank}", what)
             if store.add(f"{key}/came", 1) >= self.size:
@@ -201,6 +205,10 @@ class Processes:
             self._link = self._wait(
                 lambda: dist.ProcessGroupGloo(prefix, self.rank, self.size, timedelta(seconds=_PATIENCE)), wait=False
             )
+
+    def _key(self) -> str:
+        """Of what this meeting has in the store of the group, which `torchrun` keeps when it starts all anew."""
+        return f"graphzip/{os.environ.get(ATTEMPT, '0')}/{self._meetings}"
 
     def _tell(self, error: Exception) -> None:
         """Let the others raise this, too."""
@@ -256,7 +264,7 @@ class Processes:
 
     def _gone(self) -> str:
         """Which processes do not answer any more."""
-        store, key = self.group.get_group_store(), f"graphzip/{self._meetings}/broken"
+        store, key = self.group.get_group_store(), f"{self._key()}/broken"
         try:
             store.set(f"{key}/{self.rank}", "")
             others = [rank for rank in range(self.size) if rank != self.rank]

@@ -55,11 +55,15 @@ def joined(command: str) -> Iterator[None]:
         yield
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    from graphzip.process_groups import present, processes
+    from graphzip.process_groups import ATTEMPT, present, processes
 
     try:
-        dist.init_process_group("gloo")
+        # torchrun --max-restarts keeps its store, where torch would find the addresses of processes that are gone
+        kept, rank, size = next(rendezvous("env://"))
+        store = dist.distributed_c10d.PrefixStore(f"graphzip/{os.environ.get(ATTEMPT, '0')}", kept)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(f"the processes that torchrun started cannot be connected: {error}") from error
     try:

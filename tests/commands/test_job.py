@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import onnx
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -222,8 +224,15 @@ def test_the_job_of_the_manual_is_one(home: Path, carried: list[list[str]]) -> N
 
 
 def test_what_schedulers_get_is_well_formed(tmp_path: Path) -> None:
-    (tmp_path / "job.sbatch").write_text(blocks()["job.sbatch"])
-    subprocess.run(["bash", "-n", str(tmp_path / "job.sbatch")], check=True)
+    for name in ("job.sbatch", "plan.sbatch"):
+        text = blocks()[name]
+        assert text.startswith("#!/bin/bash\n#SBATCH --")
+        assert "set -euo pipefail" in text
+        (tmp_path / name).write_text(text)
+        subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
+    words = shlex.split(blocks()["plan.sbatch"].partition("-m graphzip ")[2].partition("\ngraphzip run")[0])
+    command = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    assert command.make_context("plan", words[1:], resilient_parsing=True).params["macs"] == 0.5
     spec = yaml.safe_load(blocks()["job.k8s.yaml"])
     pod = spec["spec"]["template"]["spec"]
     assert (spec["apiVersion"], spec["kind"], pod["restartPolicy"]) == ("batch/v1", "Job", "OnFailure")
