@@ -47,6 +47,11 @@ class Batches:
         return sum(map(len, self._counts))
 
     @property
+    def samples(self) -> int:
+        """How many of them all batches have."""
+        return sum(map(sum, self._counts))
+
+    @property
     def run(self) -> list[tuple[Any, ...]]:
         """Those that a graph is run on: the ones that are here; where there are none another process's first, so that
         shapes are known, of which nothing counts.

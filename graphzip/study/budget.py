@@ -42,7 +42,7 @@ from graphzip.study.laboratory import CONSTANTS
 from graphzip.study.latency import Stopwatch
 from graphzip.study.measurements import Measurements, identity, key_of
 from graphzip.study.planned import planned_passes
-from graphzip.study.sensitivities import CHECKS, EFFORTS, MEASURED_ON, Sensitivity, Subject, Survey
+from graphzip.study.sensitivities import CHECKS, EFFORTS, Sensitivity, Subject, Survey, measured_on
 from graphzip.study.units import Units, ranked_layers
 from graphzip.study.widths import WidthRules
 from graphzip.traces import Trace, of_trace
@@ -225,7 +225,7 @@ class WidthStudy:
 
     def _look(self, known: Analysed, cache: str | os.PathLike[str] | None, evaluate_name: str | None) -> None:
         """See what may shrink, and what was measured of it before."""
-        batches = leading(self.batches, MEASURED_ON[self.effort])
+        batches = leading(self.batches, measured_on(self.effort, self.batches))
         layers = ranked_layers(self.traced, self.low_rank, self.rules, batches, self._where(self.low_rank))
         self.units = Units(self.traced, known, self.options, layers, self.rules)
         self.choices, self.prices, self.kinds = self.units.choices, self.units.prices, self.units.kinds
@@ -437,6 +437,6 @@ class WidthStudy:
                     return None
         options = None if self.options is None else self.options.model_copy(update={"keep": 1.0}).to_dict()
         low_rank = None if self.low_rank is None else [self.low_rank.to_dict(), *(map(str, self.units.layers))]
-        constants = [*CONSTANTS, MEASURED_ON[self.effort]]
+        constants = [*CONSTANTS, measured_on(self.effort, self.batches)]
         versions = [__version__, torch.__version__]
         return key_of(self.traced, self.batches, options, low_rank, self.seed, self.has_data, constants, versions, told)

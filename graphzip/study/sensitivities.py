@@ -47,7 +47,7 @@ from graphzip_passes.base import PassContext
 from graphzip_passes.cluster_merge.cluster_merge import Known, known_of
 from graphzip_passes.cluster_merge.elimination import eliminations, readable_groups
 
-__all__ = ["CHECKS", "EFFORTS", "FRACTIONS", "MEASURED_ON", "Sensitivity", "Subject", "Survey"]
+__all__ = ["CHECKS", "EFFORTS", "FRACTIONS", "Sensitivity", "Subject", "Survey", "measured_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ EFFORTS: Final = ("fast", "normal", "thorough")
 FRACTIONS: Final = (0.75, 0.5, 0.25, 0.125)
 """Widths that a loss is found at, and the smallest one of a group; in between, losses lie on straight lines."""
 
+_SHARE: Final = 1 / 3  # of all samples
+_FEWEST: Final = 64  # samples
 _FITTED_AT: Final = (0.5, 0.125)
 _FITTED: Final = 12  # groups of all kinds, about
 _LEAST: Final = 3  # of a kind
@@ -63,7 +65,7 @@ _PASSES: Final = {"estimates": 17.0, "measurement": 1.6, "try": 8.5}
 """What they were seen to take on a ResNet-20, an EfficientNet-Lite0 and an encoder of sentences, in forward passes."""
 _FIXED: Final = 0.3  # seconds of a measurement, however few the data are
 _SAMPLES: Final = 128  # of the calibration data, for losses to first order
-MEASURED_ON: Final = {"fast": 192, "normal": 192, "thorough": 384}
+_MEASURED_ON: Final = {"fast": 192, "normal": 192, "thorough": 384}
 """Samples of the calibration data for a measurement; a plan is carried out with all of it."""
 
 CHECKS: Final = {"fast": 0, "normal": 4, "thorough": 12}
@@ -133,6 +135,12 @@ class Subject:
     def widths(self, name: str) -> list[int]:
         """The widths of a group that losses are found at, the largest first."""
         return self.near(name, (*FRACTIONS, 0.0))
+
+
+def measured_on(effort: str, batches: Batches) -> int:
+    """How many samples of the data measurements take: some, so that others are left to judge plans by."""
+    most = _MEASURED_ON[effort]
+    return most if effort == "thorough" else max(min(most, int(_SHARE * batches.samples)), _FEWEST)
 
 
 class Survey:
@@ -264,7 +272,7 @@ class Survey:
     @cached_property
     def _laboratory(self) -> Laboratory:
         subject = self.subject
-        samples = MEASURED_ON[self.effort]
+        samples = measured_on(self.effort, subject.batches)
         return Laboratory(self._narrowing, subject.batches, evaluate=subject.evaluate, samples=samples)
 
     @property
@@ -272,7 +280,7 @@ class Survey:
         subject, low_rank = self.subject, self.subject.low_rank
         ranks = None
         if low_rank is not None:
-            batches = leading(subject.batches, MEASURED_ON[self.effort])
+            batches = leading(subject.batches, measured_on(self.effort, subject.batches))
             known = subject.traced, subject.analysis, subject.context
             ranks = Factorising(low_rank, *known, subject.layers, batches)
         if subject.options is None:
@@ -301,7 +309,7 @@ class Survey:
     @property
     def _some(self) -> Batches:
         """As much of the data as a measurement takes."""
-        return self.subject.batches.cut(MEASURED_ON[self.effort])
+        return self.subject.batches.cut(measured_on(self.effort, self.subject.batches))
 
     def _get(self, name: str, width: int) -> float | None:
         return self._kept.get((name, width)) if self.cache is None else self.cache.get(name, width)

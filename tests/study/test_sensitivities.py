@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import graphzip as gz
+from graphzip.graph.batches import Batches
 from graphzip.progress import duration
 from graphzip.study import first_order, sensitivities
 from graphzip.study.laboratory import Laboratory
@@ -276,3 +277,13 @@ def test_how_long_it_takes_is_said_first(effort: str, counts: tuple[int, int]) -
 )
 def test_durations_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("effort", "samples", "some"),
+    [("normal", 600, 192), ("fast", 360, 120), ("normal", 120, 64), ("normal", 20, 64), ("thorough", 120, 384)],
+)
+def test_measurements_leave_samples_to_judge_by(effort: str, samples: int, some: int) -> None:
+    batches = Batches([(torch.zeros(20, 1),) for _ in range(samples // 20)])
+    assert batches.samples == samples
+    assert sensitivities.measured_on(effort, batches) == some
