@@ -6,7 +6,7 @@ the place `s` of a group in the depth of the network, from -1 to 1, its loss is 
 
     loss^power * exp(tilt * s),
 
-and the widths that this leads to are carried out together and judged. From `power = 1` and `tilt = 0` on, the one and
+and the widths that this leads to are carried out together and judged. From a usual power and `tilt = 0` on, the one and
 then the other is changed by a step, up or down, as long as that does better (coordinate search; Hooke and Jeeves,
 "Direct Search", 1961). Steps are halved where neither direction does.
 """
@@ -27,6 +27,7 @@ __all__ = ["bent", "corrected"]
 Widths = NDArray[np.int64]
 
 _STEPS: Final = (math.log(1.4), 0.7)
+_BEGIN: Final = (math.log(1.4), 0.0)  # the logarithm of the power, and the tilt
 _LEAST: Final = 0.2  # of the first steps
 
 
@@ -53,9 +54,9 @@ def corrected(
 
     It is asked `most` times and told how many it was asked for before. Nothing where nothing can be allocated.
     """
-    first = allocate(curves)
+    first = allocate(bent(curves, math.exp(_BEGIN[0]), _BEGIN[1], order))
     if first is None or most < 1:
-        return first
+        return allocate(curves)
     search = _Search(curves, allocate, judge, most, order)
     search.run(first)
     return search.best
@@ -76,7 +77,7 @@ class _Search:
         self.loss = math.inf
 
     def run(self, first: Widths) -> None:
-        at, share = np.zeros(2), 1.0
+        at, share = np.array(_BEGIN), 1.0
         self._tried(first)
         while share >= _LEAST and len(self.known) < self.most:
             moved = False
