@@ -308,7 +308,9 @@ class Survey:
 
     @property
     def _some(self) -> Batches:
-        """As much of the data as a measurement takes."""
+        """As much of the data as a measurement takes; all of it where effort is no matter."""
+        if self.effort == "thorough":
+            return self.subject.batches
         return self.subject.batches.cut(measured_on(self.effort, self.subject.batches))
 
     def _get(self, name: str, width: int) -> float | None:
