@@ -17,7 +17,7 @@ from graphzip.progress import duration
 from graphzip.study import first_order, sensitivities
 from graphzip.study.laboratory import Laboratory
 from graphzip.tracing.trace import trace
-from graphzip_passes.cluster_merge.elimination import eliminations
+from graphzip_passes.cluster_merge.elimination import Elimination, eliminations
 from graphzip_passes.parts import output_slopes
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -56,13 +56,18 @@ def study(depth: int, effort: str, **options: Any) -> gz.WidthStudy:
     return made
 
 
+def one_layer(calibration: list[torch.Tensor]) -> tuple[gz.WidthStudy, dict[str, Elimination]]:
+    """A study of a net with one inner layer, and what is taken out of it."""
+    made = gz.WidthStudy(stack(1), (calibration[0],), calibration=calibration)
+    widths = {name: made.subject.widths(name) for name in made.choices}
+    return made, eliminations(made.traced, made.groups, made.batches, list(made.choices), widths)
+
+
 def test_a_loss_to_first_order_is_that_of_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the outputs are linear in what changes, the estimate is the loss, but for the noise of its directions."""
     monkeypatch.setattr(first_order, "_DIRECTIONS", 2000)
     calibration = data()
-    made = gz.WidthStudy(stack(1), (calibration[0],), calibration=calibration)
-    widths = {name: made.subject.widths(name) for name in made.choices}
-    eliminated = eliminations(made.traced, made.groups, made.batches, list(made.choices), widths)
+    made, eliminated = one_layer(calibration)
     estimates = first_order.first_order_losses(made.traced, eliminated, made.batches)
     net = made.model
     x = torch.cat(calibration)
@@ -239,10 +244,7 @@ def test_what_all_groups_do_together_is_judged_on_samples_that_were_not_fitted()
 def test_slopes_of_parts_are_taken_where_all_would_be_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions are others then, so that estimates are about the same."""
     monkeypatch.setattr(first_order, "_DIRECTIONS", 400)
-    calibration = data()
-    made = gz.WidthStudy(stack(1), (calibration[0],), calibration=calibration)
-    widths = {name: made.subject.widths(name) for name in made.choices}
-    eliminated = eliminations(made.traced, made.groups, made.batches, list(made.choices), widths)
+    made, eliminated = one_layer(data())
     at_once = first_order.first_order_losses(made.traced, eliminated, made.batches)
     monkeypatch.setattr(output_slopes, "_MOST", 400 * 5 * 12)
     layers = {change.layer.node for each in eliminated.values() for change in each.changes[1]}
