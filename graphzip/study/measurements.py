@@ -51,6 +51,10 @@ class Measurements:
             self._read()
         self._losses = processes.agreed(self._losses)
 
+    def __len__(self) -> int:
+        """How many of this study are known."""
+        return len(self._losses)
+
     def get(self, group: str, width: int) -> float | None:
         """The loss, where it is known."""
         return self._losses.get((group, width))

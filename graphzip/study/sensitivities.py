@@ -181,8 +181,11 @@ class Survey:
         return loss
 
     def _say_time(self) -> None:
-        """About how long it takes: what was seen to, in forward passes over the data that measurements are made on."""
-        if self.subject.evaluate is not None or not self.subject.batches.here:
+        """About how long it takes: what was seen to, in forward passes over the data that measurements are made on.
+
+        Of a study that goes on from where one was stopped nothing is said.
+        """
+        if self.subject.evaluate is not None or not self.subject.batches.here or self.cache:
             return
         start = time.perf_counter()
         batch = self.subject.batches.here[0]
