@@ -39,6 +39,7 @@ from graphzip.ops import OPS
 from graphzip.ops.site import Site
 
 __all__ = [
+    "Axes",
     "Dims",
     "Multiplication",
     "Point",

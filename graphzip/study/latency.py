@@ -75,9 +75,10 @@ class Stopwatch:
         """What latency is steered by: times of layers where widths alone are chosen, else multiply-accumulates."""
         if self.units.layers:
             return self.units.prices.macs
+        whole = self.whole  # all processes meet for that
         with self.processes.together("latency"):
             first = self.processes.rank == 0
-            return self.processes.agreed(latency_price(self.units, self.whole) if first else self.units.prices.macs)
+            return self.processes.agreed(latency_price(self.units, whole) if first else self.units.prices.macs)
 
     def found(self, curves: Sequence[Curve], amount: float) -> dict[str, int]:
         """The widths with the least loss that are measured to take no more: the price they may have is bisected."""
