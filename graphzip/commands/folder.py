@@ -106,7 +106,4 @@ def _sources(folders: list[str], calibration: list[str]) -> tuple[dict[str, str]
             raise UsageError("--calibration: one folder has one file of data; give it once")
         return {"": folders[0]}, {"": calibration[0]} if calibration else {}
     named = by_name(folders, "FOLDER")
-    data = by_name(calibration, "--calibration", named)
-    if data and len(data) < len(named):
-        raise UsageError(f"--calibration: {next(n for n in named if n not in data)!r} has none; give all or none")
-    return named, data
+    return named, by_name(calibration, "--calibration", named, all_or_none=True)

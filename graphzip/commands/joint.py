@@ -160,9 +160,8 @@ def _joined(
         raise UsageError(f"give several models by name, a=MODEL b=MODEL; got {len(specs)}")
     weights = {name: Path(path) for name, path in by_name(given.weights, "--weights", specs).items()}
     keys = by_name(given.weights_key, "--weights-key", specs)
-    data = {name: Path(path) for name, path in by_name(given.calibration, "--calibration", specs).items()}
-    if data and len(data) < len(specs):
-        raise UsageError(f"--calibration: {next(n for n in specs if n not in data)!r} has none; give all or none")
+    calibration = by_name(given.calibration, "--calibration", specs, all_or_none=True)
+    data = {name: Path(path) for name, path in calibration.items()}
     labels = {name: Path(path) for name, path in by_name(given.labels, "--labels", specs).items()}
     reads = {f"--weights {name}": path for name, path in weights.items()}
     reads |= {f"--calibration {name}": path for name, path in data.items()}

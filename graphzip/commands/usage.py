@@ -103,8 +103,13 @@ def amounts_of(texts: Sequence[str], flag: str) -> dict[str, float | int]:
     return found
 
 
-def by_name(texts: Sequence[str] | None, what: str, known: Sequence[str] | dict[str, str] = ()) -> dict[str, str]:
-    """`name=value` each; of `known` names alone where there are any. Raises `UsageError`."""
+def by_name(
+    texts: Sequence[str] | None, what: str, known: Sequence[str] | dict[str, str] = (), *, all_or_none: bool = False
+) -> dict[str, str]:
+    """`name=value` each; of `known` names alone where there are any, and of every one with `all_or_none`, if of some.
+
+    Raises `UsageError`.
+    """
     found: dict[str, str] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
@@ -115,6 +120,9 @@ def by_name(texts: Sequence[str] | None, what: str, known: Sequence[str] | dict[
         if name in found:
             raise UsageError(f"{what}: {name!r} is given twice; leave one out")
         found[name] = value
+    missing = [name for name in known if name not in found]
+    if all_or_none and found and missing:
+        raise UsageError(f"{what}: {missing[0]!r} has none; give all or none")
     return found
 
 
