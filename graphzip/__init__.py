@@ -67,7 +67,8 @@ if TYPE_CHECKING:
     from graphzip.report.picture import draw_groups, draw_sharing, draw_study
     from graphzip.report.report import Report
     from graphzip.runtime.inference import OnnxModule
-    from graphzip.study.budget import Sensitivity, WidthStudy, plan_for
+    from graphzip.study.budget import Sensitivity, WidthStudy
+    from graphzip.study.plans import plan_for
     from graphzip.traces import Trace, trace
     from graphzip.training.distill import distill
     from graphzip.training.expand import expand
@@ -168,7 +169,8 @@ _HOMES: Final = {
     "graphzip.analysis.explain": ("Explanation",),
     "graphzip.analysis.groups": ("ChannelGroup", "ChannelGroups", "ParamSlice"),
     "graphzip.api": ("Compiled", "Prepared", "channel_groups", "compile", "cost", "load", "prepare"),
-    "graphzip.study.budget": ("Sensitivity", "WidthStudy", "plan_for"),
+    "graphzip.study.budget": ("Sensitivity", "WidthStudy"),
+    "graphzip.study.plans": ("plan_for",),
     "graphzip.training.distill": ("distill",),
     "graphzip.export.generator": ("save_generator",),
     "graphzip.runtime.inference": ("OnnxModule",),

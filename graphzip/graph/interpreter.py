@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -53,9 +54,10 @@ def stream(
 class Values:
     """The values of a graph's nodes on batches of inputs: `values[node]` is a list with one value per batch.
 
-    Nodes run in order, when `run` or `up_to` is told to. A value is dropped once every reader has run, unless it is
-    held. `batches` have one entry per placeholder of the graph. Where they are divided among processes, values are
-    those of this one: `shared` tells which count, and adds up.
+    Nodes run in order, when `run` or `up_to` is told to; those that nobody waits for batch by batch, so that no more
+    than one batch of what lies between is in memory. A value is dropped once every reader has run, unless it is held.
+    `batches` have one entry per placeholder of the graph. Where they are divided among processes, values are those of
+    this one: `shared` tells which count, and adds up.
     """
 
     def __init__(self, traced: Traced, batches: Given) -> None:
@@ -92,6 +94,7 @@ class Values:
     @torch.no_grad()
     def run(self, node: fx.Node) -> None:
         """Compute a node, again where it has run before."""
+        self._values.pop(node, None)
         self._values[node] = self.computed(node)
 
     def fork(self, traced: Traced) -> Values:
@@ -112,16 +115,55 @@ class Values:
             if left and node.op == "get_attr":
                 other.run(node)
             elif left:
-                other._values[node] = here[node.name]
+                other._values[node] = list(here[node.name])
         return other
 
-    def steps(self, last: int) -> Iterator[fx.Node]:
-        """The nodes that have not run, up to the one at place `last`: each has run when it comes, and is finished."""
-        while self._done <= last and (node := self.nodes[self._done]).op != "output":
-            self.run(node)
-            yield node
-            self.finish(node)
+    def steps(self, last: int, stops: Collection[fx.Node] = ()) -> Iterator[fx.Node]:
+        """Run the nodes that have not run, up to the one at place `last`, and come by `stops` on the way.
+
+        A node of these has run when it comes, and is finished when the next one is asked for.
+        """
+        end = min(last + 1, len(self.nodes) - 1)
+        for place in sorted(place for each in stops if self._done <= (place := self.place[each]) < end):
+            self._pass(place)
+            self.run(self.nodes[place])
+            yield self.nodes[place]
+            self.finish(self.nodes[place])
             self._done += 1
+        self._pass(end)
+
+    def _pass(self, end: int) -> None:
+        """Run and finish the nodes before place `end`."""
+        nodes = self.nodes[self._done : end]
+        self._done = max(self._done, end)
+        spent: dict[fx.Node, list[fx.Node]] = {}
+        for node in nodes:
+            self._readers.subtract(node.all_input_nodes)
+            spent[node] = [source for source in node.all_input_nodes if self._readers[source] <= 0]
+        kept: dict[fx.Node, list[Any]] = {node: [] for node in nodes if self._readers[node] > 0}
+        for number in range(len(self.batches)):
+            self._run_batch(number, spent, kept)
+        for source in itertools.chain(*spent.values()):
+            self._values.pop(source, None)
+        self._values |= kept
+
+    @torch.no_grad()
+    def _run_batch(
+        self, number: int, spent: Mapping[fx.Node, Sequence[fx.Node]], kept: Mapping[fx.Node, list[Any]]
+    ) -> None:
+        """Run the nodes that `spent` has, with what they are the last to read, on one batch; add to what is `kept`."""
+        made: dict[fx.Node, Any] = {}
+        for node, sources in spent.items():
+            if node.op == "placeholder":
+                made[node] = self.batches[number][self._inputs.index(node)]
+            else:
+                here = {each: made[each] if each in made else self[each][number] for each in node.all_input_nodes}
+                made[node] = self._value(node, here)
+            for source in sources:
+                if made.pop(source, self) is self:
+                    self._values[source][number] = None
+        for node, values in kept.items():
+            values.append(made[node])
 
     @torch.no_grad()
     def outputs(self) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -90,8 +91,17 @@ def machine() -> str:
     """Where things are measured: processor, cores, runtime."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     runtime = require("onnxruntime").__version__
-    named = platform.processor() or platform.machine()
-    return f"{named} with {cores} {'core' if cores == 1 else 'cores'}, onnxruntime {runtime} on the CPU"
+    return f"{_processor()} with {cores} {'core' if cores == 1 else 'cores'}, onnxruntime {runtime} on the CPU"
+
+
+def _processor() -> str:
+    """As its maker calls it, where the system tells."""
+    with contextlib.suppress(OSError):
+        told = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in told.items()}.get("model name", "")
+        if named and named != "unknown":
+            return named
+    return platform.processor() or platform.machine()
 
 
 def latency_of(traced: Traced) -> float:

@@ -1,4 +1,4 @@
-"""Plans that meet a budget: measure what narrowing each group does to the outputs, then split the budget over them."""
+"""Measure what narrowing each group does to the outputs, then split budgets over them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,11 +20,12 @@ from graphzip.arguments import check_callable, check_name, check_seed, check_tra
 from graphzip.boundary import call_user, public
 from graphzip.calibration import Calibration, Trained, check_alike, check_calibration, with_submodule
 from graphzip.calls import Signature, call_of, example_of
-from graphzip.devices import device_of, fitting, moved, on_device
+from graphzip.devices import device_of, moved, on_device
 from graphzip.errors import PlanError
 from graphzip.files import check_target
 from graphzip.graph.batches import leading
 from graphzip.graph.copies import share_copy
+from graphzip.graph.traced import Traced
 from graphzip.plan.criteria import CRITERIA
 from graphzip.plan.options import PassOptions
 from graphzip.plan.passes import ClusterMerge
@@ -35,9 +37,10 @@ from graphzip.report.page import study_fragment
 from graphzip.report.tables import preformatted
 from graphzip.rewrite.join_modes import trace_in
 from graphzip.study.allocation import Budget, Curve, cheapest
-from graphzip.study.amounts import LATENCY, absolute, checked, given, shown
+from graphzip.study.amounts import LATENCY, absolute, checked, shown
 from graphzip.study.correction import corrected
 from graphzip.study.cost_model import Price
+from graphzip.study.earlier import begun
 from graphzip.study.laboratory import CONSTANTS
 from graphzip.study.latency import Stopwatch
 from graphzip.study.measurements import Measurements, identity, key_of
@@ -52,68 +55,11 @@ from graphzip_passes.base import PassContext
 from graphzip_passes.cluster_merge.cluster_merge import Known
 from graphzip_passes.parts.clustering import BUILT_IN, clustering_of
 
-__all__ = ["Sensitivity", "WidthStudy", "plan_for"]
+__all__ = ["Sensitivity", "WidthStudy"]
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-
-@public
-def plan_for(
-    model: nn.Module | Trace,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
-    *,
-    macs: float | None = None,
-    params: float | None = None,
-    bytes: float | None = None,
-    latency: float | None = None,
-    calibration: Iterable[Any] | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
-    evaluate_name: str | None = None,
-    passes: Sequence[PassOptions] = (),
-    cache: str | os.PathLike[str] | None = None,
-    seed: int = 0,
-    scope: str | None = None,
-    dynamic_shapes: Any | None = None,
-    outputs: Outputs | None = None,
-    mode: str = "eval",
-    effort: str = "normal",
-    round_to: int | None = None,
-    min_width: int | None = None,
-    target: str | None = None,
-    uniform: bool = False,
-    device: str | torch.device | None = None,
-    progress: Progress = None,
-) -> Plan:
-    """A plan that brings the model within a budget and moves its outputs as little as possible.
-
-    `macs`, `params` and `bytes` (of parameters and buffers) may be given together, and all are met; or `latency` (of
-    one sample in onnxruntime here) alone. A float of at most 1 is a share, anything else absolute (a latency in
-    milliseconds). The other arguments are those of `WidthStudy`, and `progress` is that of `compile`. Compile the plan
-    with the same data. Where the memory is not enough for the batches of `calibration`, the measurements begin anew, as
-    if batches of half the size had been given.
-
-    Raises `PlanError` where no budget is given, or one is out of reach: before anything is measured, with what can be
-    reached. Other errors are those of `compile`.
-    """
-    budgets = given(macs=macs, params=params, bytes=bytes, latency=latency)
-    place = device_of(device)
-    source, inputs = moved(model, example_inputs, place)
-    judged: dict[str, Any] = {"evaluate": evaluate, "evaluate_name": evaluate_name, "cache": cache, "seed": seed}
-    view: dict[str, Any] = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs, "mode": mode}
-    rules: dict[str, Any] = {"round_to": round_to, "min_width": min_width, "target": target, "uniform": uniform}
-    asked = {"passes": passes, "effort": effort, **judged, **view, **rules}
-
-    def measured(data: Iterable[Any] | None) -> Plan:
-        with sharing(data).together("plan_for"):
-            study = WidthStudy(source, inputs, calibration=data, **asked)
-            study.check(**budgets)
-            study.measure()
-            return study.plan(**budgets)
-
-    with watched(progress):
-        return fitting(measured, calibration, place)
 
 
 def _together(method: Callable[..., R]) -> Callable[..., R]:
@@ -135,7 +81,8 @@ class WidthStudy:
     the better; with it, widths are judged by the score instead of by the outputs. `passes` are the plan's; the first
     `ClusterMerge` or `PruneChannels` of them gets its `keep` here, and a `LowRank` without `rank` and `energy` its
     `rank`. With both a layer is narrowed, thinned, both or neither; as good as widths or ranks alone on that part of
-    the data on which splits of the budget are tried.
+    the data on which splits of the budget are tried. Passes in front of these are carried out first: widths are found
+    for what they leave, and budgets are shares of the original.
 
     `scope`, `dynamic_shapes`, `outputs` and `mode` are those of `compile`, or a `Trace` has them. The budget is the
     scope's, and its outputs count; with the mode "train" those of both forms, and the cost of the eval form.
@@ -161,6 +108,9 @@ class WidthStudy:
 
     chosen: tuple[str, float, float] | None = None
     """What `plan` chose: what the budget was of, the cost, a share of the original's, and the loss that is expected."""
+
+    widths: Mapping[str, int] = MappingProxyType({})
+    """What `plan` left of groups and layers, by name."""
 
     @public
     def __init__(
@@ -211,34 +161,45 @@ class WidthStudy:
             check_calibration(calibration, source, signature, self.processes)
             whole = share_copy(source)
             if given is not None:
-                self.traced, known = given.for_copy(whole, borrowed=True)
+                traced, known = given.for_copy(whole, borrowed=True)
             else:
                 step(f"tracing {type(source).__name__}")
-                self.traced = trace_in(mode, whole, call, **view)
-                known = Analysed.of(self.traced)
-            self.analysis, self.groups = known.analysis, known.groups
+                traced = trace_in(mode, whole, call, **view)
+                known = Analysed.of(traced)
             told = [each.to_dict() for each in self.passes], seed, effort, rules
-            check_alike(self.processes, self.traced, *told)
-            self._feed([self.example_inputs] if calibration is None else calibration, signature, whole, known)
-            self._look(known, cache, evaluate_name)
+            check_alike(self.processes, traced, *told)
+            self._begin(given, traced, known, {"calibration": calibration, "seed": seed}, {**view, "mode": mode})
+            whole = whole if self.begun.compiled is None else self.begun.compiled.module
+            self._feed([self.example_inputs] if calibration is None else calibration, signature, whole)
+            self._look(cache, evaluate_name)
         self.sensitivities: tuple[Sensitivity, ...] = ()
 
-    def _look(self, known: Analysed, cache: str | os.PathLike[str] | None, evaluate_name: str | None) -> None:
+    def _begin(
+        self, given: Trace | None, traced: Traced, known: Analysed, data: Mapping[str, Any], view: Mapping[str, Any]
+    ) -> None:
+        """Carry out the passes in front of those whose widths and ranks are found."""
+        first = min(self.passes.index(each) for each in (self.options, self.low_rank) if each is not None)
+        own: dict[str, Any] = {} if given is not None else {"example_inputs": self.example_inputs, **view}
+        self.begun = begun(self.passes[:first], given or self.model, traced, known, {**data, **own})
+        self.passes[:first] = self.begun.passes
+        self.traced, self.analysis, self.groups = self.begun.traced, self.begun.known.analysis, self.begun.known.groups
+
+    def _look(self, cache: str | os.PathLike[str] | None, evaluate_name: str | None) -> None:
         """See what may shrink, and what was measured of it before."""
         batches = leading(self.batches, measured_on(self.effort, self.batches))
         layers = ranked_layers(self.traced, self.low_rank, self.rules, batches, self._where(self.low_rank))
-        self.units = Units(self.traced, known, self.options, layers, self.rules)
+        self.units = Units(self.traced, self.begun.known, self.options, layers, self.rules)
         self.choices, self.prices, self.kinds = self.units.choices, self.units.prices, self.units.kinds
         key = None if cache is None else self._key(evaluate_name)
         self.cache = None if cache is None or key is None else Measurements(cache, key, self.processes)
 
-    def _feed(self, data: Iterable[Any], signature: Signature, whole: nn.Module, known: Analysed) -> None:
+    def _feed(self, data: Iterable[Any], signature: Signature, whole: nn.Module) -> None:
         """Read what layers are fitted and outputs judged on; passes are told of it where it is the user's data."""
         trained = Trained(whole, self.traced)
         fed = Calibration({"": data}, {"": signature}, trained, processes=self.processes)
         self.batches = fed.graph_inputs()
         where = self._where(self.options or self.low_rank)
-        self.context = PassContext(where, self.seed, trained, fed if self.has_data else None, known)
+        self.context = PassContext(where, self.seed, trained, fed if self.has_data else None, self.begun.known)
 
     def _where(self, options: PassOptions | None) -> str:
         """The path of one of the passes in the plan."""
@@ -252,8 +213,8 @@ class WidthStudy:
             if what == LATENCY:
                 whole, least = self.stopwatch.whole, self.stopwatch.milliseconds(self.stopwatch.least())
             else:
-                price = self._price(what)
-                whole, least = price.whole, price.at(cheapest([*self.choices.values()], price).astype(np.float64))
+                price, whole = self._price(what), self._whole(what)
+                least = price.at(cheapest([*self.choices.values()], price).astype(np.float64))
             if absolute(amount, whole) < least:
                 raise PlanError(
                     f"{what}: {shown(amount, what)} is out of reach; with every {self.units.smallest} the model "
@@ -279,22 +240,25 @@ class WidthStudy:
         Some ways to split it are tried, unless the effort is "fast" or a latency is asked for; `progress` is told.
         """
         amounts = checked(budget)
+        with watched(progress):
+            self.widths = self._found(amounts)
+        return self._plan_of(self.widths, timed=LATENCY in amounts)
+
+    def _found(self, amounts: Mapping[str, float]) -> dict[str, int]:
+        """The widths and ranks for budgets. Raises `PlanError` where there are none."""
         curves = self._curves()
         if LATENCY in amounts:
-            with watched(progress):
-                return self._plan_of(self.stopwatch.found(curves, amounts[LATENCY]), timed=True)
-        prices = {what: self._price(what) for what in amounts}
-        limits = [Budget(price, absolute(amounts[what], price.whole)) for what, price in prices.items()]
-        with watched(progress):
-            found = [self._split(each, limits) for each in self.units.alone(curves)]
-            splits = [gone for gone in found if gone is not None]
-            if not splits:
-                raise PlanError(f"{', '.join(amounts)}: out of reach; call check() to see what can be reached")
-            gone = splits[0]
-            if len(splits) > 1:
-                gone = min(splits, key=lambda each: self.survey.together(self.units.widths(each)))
+            return self.stopwatch.found(curves, amounts[LATENCY])
+        limits = [Budget(self._price(what), absolute(amount, self._whole(what))) for what, amount in amounts.items()]
+        found = [self._split(each, limits) for each in self.units.alone(curves)]
+        splits = [gone for gone in found if gone is not None]
+        if not splits:
+            raise PlanError(f"{', '.join(amounts)}: out of reach; call check() to see what can be reached")
+        gone = splits[0]
+        if len(splits) > 1:
+            gone = min(splits, key=lambda each: self.survey.together(self.units.widths(each)))
         self.chosen = self._point(next(iter(amounts)), curves, gone)
-        return self._plan_of(self.units.widths(gone))
+        return self.units.widths(gone)
 
     def _split(self, curves: Sequence[Curve], limits: Sequence[Budget]) -> NDArray[np.int64] | None:
         return corrected(
@@ -314,7 +278,7 @@ class WidthStudy:
         whole(steps, "steps", least=2, most=10_000)
         curves = self._curves()
         for fraction in np.linspace(0.1, 1.0, steps):
-            gone = self.kinds.allocate(curves, [Budget(price, fraction * price.whole)])
+            gone = self.kinds.allocate(curves, [Budget(price, fraction * self._whole(what))])
             if gone is not None:
                 found.append(self._point(what, curves, gone)[1:])
         return found
@@ -323,7 +287,7 @@ class WidthStudy:
         """Of a split: its cost, a share of the original's, and the sum of losses that is expected there."""
         price = self._price(what)
         each = (float(np.interp(count, curve.gone, curve.loss)) for count, curve in zip(gone, curves, strict=True))
-        return what, float(price.at(gone.astype(np.float64)) / price.whole), sum(each)
+        return what, float(price.at(gone.astype(np.float64)) / self._whole(what)), sum(each)
 
     # ------------------------------------------------------------------------------------------------- widths
 
@@ -361,6 +325,11 @@ class WidthStudy:
         price: Price = getattr(self.prices, what)
         return price
 
+    def _whole(self, what: str) -> float:
+        """What the original costs."""
+        price: Price = getattr(self.begun.prices, what)
+        return price.whole
+
     def _plan_of(self, widths: Mapping[str, int], *, timed: bool = False) -> Plan:
         inputs: Any = () if isinstance(self.example_inputs, Mapping) else self.example_inputs
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
@@ -387,6 +356,7 @@ class WidthStudy:
         """What is measured."""
         return Subject(
             self.traced,
+            self.begun.original,
             self.analysis,
             self.groups,
             self.choices,
@@ -409,7 +379,8 @@ class WidthStudy:
     def stopwatch(self) -> Stopwatch:
         """Measures how long the model takes."""
         known = Known(self.analysis, self.groups, {}, {})
-        return Stopwatch(self.units, self.options, self.low_rank, known, self.processes)
+        path = None if self.cache is None else self.cache.path
+        return Stopwatch(self.units, self.options, self.low_rank, known, self.processes, self.begun.original, path)
 
     def _key(self, evaluate_name: str | None) -> str | None:
         """What the measurements of this study are kept under; nothing where it cannot be told from another one."""
@@ -437,6 +408,7 @@ class WidthStudy:
                     return None
         options = None if self.options is None else self.options.model_copy(update={"keep": 1.0}).to_dict()
         low_rank = None if self.low_rank is None else [self.low_rank.to_dict(), *(map(str, self.units.layers))]
-        constants = [*CONSTANTS, measured_on(self.effort, self.batches)]
+        earlier = [options.to_dict() for options in self.begun.passes]
+        constants = [*CONSTANTS, measured_on(self.effort, self.batches), *earlier]
         versions = [__version__, torch.__version__]
         return key_of(self.traced, self.batches, options, low_rank, self.seed, self.has_data, constants, versions, told)

@@ -44,10 +44,11 @@ class Laboratory:
         narrowing: Narrowing,
         batches: Batches,
         *,
+        original: Traced,
         evaluate: Callable[[nn.Module], float] | None,
         samples: int,
     ) -> None:
-        self.traced, self.narrowing = narrowing.traced, narrowing
+        self.traced, self.original, self.narrowing = narrowing.traced, original, narrowing
         self.batches, self.evaluate, self.samples = batches, evaluate, samples
         self.score = self._scored(self.traced) if evaluate is not None else 0.0
         self.layers = [layer.name for layer in own_layers(self.traced).values()]
@@ -97,7 +98,7 @@ class Laboratory:
 
     @cached_property
     def _wanted_together(self) -> torch.Tensor:
-        return self._outputs_together(self.traced)
+        return self._outputs_together(self.original)
 
     def _outputs_together(self, traced: Traced) -> torch.Tensor:
         found = [_flat(Values(traced, [batch]).outputs()) for batch in self._together[1].here]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -15,7 +16,7 @@ from graphzip.runtime.inference import latency_of
 from graphzip.study.allocation import Budget, Curve, cheapest
 from graphzip.study.amounts import absolute
 from graphzip.study.cost_model import Price
-from graphzip.study.latency_price import latency_price
+from graphzip.study.latency_price import latency_price, layer_times
 from graphzip.study.narrowing import Narrows, RankedLayer
 from graphzip.study.units import Units
 from graphzip_passes.cluster_merge.cluster_merge import ClusterMergePass, Known
@@ -34,10 +35,20 @@ class Stopwatch:
     """
 
     def __init__(
-        self, units: Units, merge: Narrows | None, thin: LowRank | None, known: Known, processes: Processes
+        self,
+        units: Units,
+        merge: Narrows | None,
+        thin: LowRank | None,
+        known: Known,
+        processes: Processes,
+        original: Traced,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        """`known` is the analysis, which passes need not repeat, and nothing of the data."""
+        """`known` is the analysis, which passes need not repeat, and nothing of the data. `original` is the graph of
+        which latencies are shares, `cache` a file for what layers take here.
+        """
         self.units, self.merge, self.thin, self.known, self.processes = units, merge, thin, known, processes
+        self.original, self.cache = original, cache
         self._taken: dict[tuple[tuple[str, int], ...], float] = {}
 
     def milliseconds(self, widths: Mapping[str, int]) -> float:
@@ -52,10 +63,13 @@ class Stopwatch:
                 self._taken[key] = self.processes.agreed(found)
         return self._taken[key]
 
-    @property
+    @cached_property
     def whole(self) -> float:
-        """Milliseconds with nothing narrowed."""
-        return self.milliseconds({})
+        """Milliseconds of the original."""
+        if self.original is self.units.traced:
+            return self.milliseconds({})
+        with self.processes.together("latency"):
+            return self.processes.agreed(latency_of(self.original) if self.processes.rank == 0 else 0.0)
 
     def least(self) -> dict[str, int]:
         """The widths and ranks with which least is multiplied, where no layer is thin that is slower so."""
@@ -75,18 +89,20 @@ class Stopwatch:
         """What latency is steered by: times of layers where widths alone are chosen, else multiply-accumulates."""
         if self.units.layers:
             return self.units.prices.macs
-        whole = self.whole  # all processes meet for that
+        whole = self.milliseconds({})  # all processes meet for that
         with self.processes.together("latency"):
-            first = self.processes.rank == 0
-            return self.processes.agreed(latency_price(self.units, whole) if first else self.units.prices.macs)
+            if self.processes.rank != 0:
+                return self.processes.agreed(self.units.prices.macs)
+            times = None if self.cache is None else layer_times(self.cache)
+            return self.processes.agreed(latency_price(self.units, whole, times))
 
     def found(self, curves: Sequence[Curve], amount: float) -> dict[str, int]:
         """The widths with the least loss that are measured to take no more: the price they may have is bisected."""
         wanted = absolute(amount, self.whole)
-        if wanted >= self.whole:
+        if wanted >= self.milliseconds({}):
             return {}
         low, high, best = 0.0, 1.0, self.least()
-        curves, middle = self.units.faster(curves, self.fast_ranks), wanted / self.whole
+        curves, middle = self.units.faster(curves, self.fast_ranks), wanted / self.milliseconds({})
         for _ in counted(range(_TRIES), "measuring latency"):
             gone = self.units.kinds.allocate(curves, [Budget(self.price, middle * self.price.whole)])
             widths = None if gone is None else self.units.widths(gone)

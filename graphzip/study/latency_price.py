@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,10 +26,12 @@ from graphzip.export.latency import RowLayer, kernel_milliseconds
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.operators import is_view
 from graphzip.progress import counted
+from graphzip.runtime.inference import machine
 from graphzip.study.cost_model import Axes, Dims, Price, WidthTable, operations, price_of
+from graphzip.study.measurements import Measurements
 from graphzip.study.units import Units
 
-__all__ = ["latency_price"]
+__all__ = ["latency_price", "layer_times"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +44,27 @@ _FINE: Final = 8  # numbers of channels that are measured of a layer with few
 _FUSED: Final = {aten.relu.default, aten.clamp.default, aten.hardtanh.default, aten.batch_norm.default}
 
 
-def latency_price(units: Units, whole: float) -> Price:
-    """Milliseconds for one sample, `whole` of them before anything is narrowed."""
+Times = Callable[[tuple[int, ...], RowLayer], float]
+
+
+def layer_times(path: str | os.PathLike[str]) -> Times:
+    """What measures a layer once on this machine: a file of measurements keeps it for other models, too."""
+    kept = Measurements(path, f"layers on {machine()}", beside=True)
+
+    def measured(image: tuple[int, ...], layer: RowLayer) -> float:
+        name = f"{layer} of {image}"
+        taken = kept.get(name, 1)
+        if taken is None:
+            taken = kernel_milliseconds(image, layer)
+            kept.put(name, 1, taken)
+        return taken
+
+    return measured
+
+
+def latency_price(units: Units, whole: float, measured: Times | None = None) -> Price:
+    """Milliseconds for one sample, `whole` of them before anything is narrowed; of a layer alone as `measured`."""
+    measured = measured or kernel_milliseconds
     traced, columns = units.traced, len(units.choices)
     groups = [units.groups[name] for name in units.choices]
     layers = {layer.node: layer for layer in calls_of_layers(traced) if _is_measured(layer)}
@@ -54,7 +76,7 @@ def latency_price(units: Units, whole: float) -> Price:
         if layer is None:
             others.append((each.macs, each.dims))
             continue
-        table, taken = _table(layer, batch_of(traced))
+        table, taken = _table(layer, batch_of(traced), measured)
         found.append((taken, {0: each.dims.get(0, np.zeros(columns)), 1: each.dims.get(1, np.zeros(columns))}, table))
         timed += each.macs
     rate = sum(taken for taken, *_ in found) / timed if timed else whole / max(sum(macs for macs, _ in others), 1.0)
@@ -74,11 +96,12 @@ def _is_measured(layer: Layer) -> bool:
     return not layer.transposed and (layer.groups == 1 or (layer.depthwise and layer.shape[0] == layer.groups))
 
 
-def _table(layer: Layer, samples: int) -> tuple[WidthTable, float]:
+def _table(layer: Layer, samples: int, measured: Times) -> tuple[WidthTable, float]:
     """What a layer takes at some of its widths, and milliseconds at all of them."""
     outs, ins = (layer.shape[0], 1) if layer.depthwise else layer.shape[:2]
     grids = _grid(outs), _grid(ins)
-    taken = np.array([[_milliseconds(layer, out, in_, samples) for in_ in grids[1]] for out in grids[0]])
+    cases = [[_case(layer, out, in_, samples) for in_ in grids[1]] for out in grids[0]]
+    taken = np.array([[measured(*case) for case in row] for row in cases])
     taken = np.minimum.accumulate(np.minimum.accumulate(taken[::-1, ::-1], 0), 1)[::-1, ::-1]  # no more for less
     return WidthTable((_places(outs, grids[0]), _places(ins, grids[1])), taken / taken[-1, -1]), float(taken[-1, -1])
 
@@ -99,16 +122,17 @@ def _places(count: int, grid: list[int]) -> NDArray[np.float64]:
     return np.interp(np.minimum(-(-each // _BLOCK) * _BLOCK, count), grid, np.arange(len(grid)))
 
 
-def _milliseconds(layer: Layer, outs: int, ins: int, samples: int) -> float:
+def _case(layer: Layer, outs: int, ins: int, samples: int) -> tuple[tuple[int, ...], RowLayer]:
+    """The input and the layer that are measured for so many channels."""
     first, *others = concrete_shape(layer.input.meta["val"])
     first = first // samples if first % samples == 0 else first
     if layer.is_linear:
-        return kernel_milliseconds((math.prod([first, *others[:-1]]), ins), RowLayer((outs, ins)))
+        return (math.prod([first, *others[:-1]]), ins), RowLayer((outs, ins))
     window, groups = layer.window, outs if layer.depthwise else 1
     pads = (*window.pads[::2][::-1], *window.pads[1::2][::-1])
     shape = (outs, 1 if layer.depthwise else ins, *layer.kernel)
     image = (first, outs if layer.depthwise else ins, *others[1:])
-    return kernel_milliseconds(image, RowLayer(shape, window.stride, pads, window.dilation, groups))
+    return image, RowLayer(shape, window.stride, pads, window.dilation, groups)
 
 
 def _written(units: Units, axes: Axes) -> Iterator[tuple[float, Dims]]:

@@ -40,11 +40,13 @@ _OLD: Final = {"fingerprint", "losses"}  # what a file of one study was made of
 
 class Measurements:
     """What was measured of one study before, in a file that may hold others. Of several processes the first reads and
-    writes it.
+    writes it. It is said where the file holds others alone, unless `beside` another study that is what is expected.
     """
 
-    def __init__(self, path: str | os.PathLike[str], key: str, processes: Processes = ALONE) -> None:
-        self.path, self.key, self._writes = Path(path), key, processes.rank == 0
+    def __init__(
+        self, path: str | os.PathLike[str], key: str, processes: Processes = ALONE, *, beside: bool = False
+    ) -> None:
+        self.path, self.key, self._writes, self._beside = Path(path), key, processes.rank == 0, beside
         self._losses: dict[tuple[str, int], float] = {}
         self._old = False
         if self._writes and check_target(path, PlanError).exists():
@@ -96,7 +98,7 @@ class Measurements:
                 others = True
         if damaged:
             logger.warning("%s has %d lines that are damaged or no losses; they are left out", self.path, damaged)
-        if others and not self._losses:
+        if others and not self._losses and not self._beside:
             logger.warning("%s was measured with another model, data or options; it is measured anew", self.path)
 
 

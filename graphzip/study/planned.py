@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from graphzip.errors import PlanError
 from graphzip.plan.options import PassOptions
-from graphzip.plan.passes import ClusterMerge, LowRank, PruneChannels
+from graphzip.plan.passes import ClusterMerge, DropBlocks, LowRank, PruneChannels
 from graphzip.plan.plan import Plan
 from graphzip.study.narrowing import Narrows
 
-__all__ = ["planned_passes"]
+__all__ = ["open_depth", "planned_passes"]
 
 
 def planned_passes(
@@ -21,6 +21,7 @@ def planned_passes(
     Raises `PlanError` where there are none, and where one says a width or a rank itself.
     """
     listed = list(Plan(passes).passes) or [ClusterMerge()]
+    _check_depth(listed)
     widths = next((n for n, options in enumerate(listed) if isinstance(options, Narrows)), None)
     open_ranks = (n for n, each in enumerate(listed) if isinstance(each, LowRank) and not _fixed_ranks(each))
     ranks = next(open_ranks, None)
@@ -45,6 +46,28 @@ def planned_passes(
         if number is not None and options is not None:
             listed[number] = options
     return listed, narrows, low_rank
+
+
+def open_depth(passes: Sequence[PassOptions]) -> int | None:
+    """The place of the pass whose number of residual branches is found, if there is one."""
+    open_ = (n for n, each in enumerate(passes) if isinstance(each, DropBlocks) and "keep" not in each.model_fields_set)
+    return next(open_, None)
+
+
+def _check_depth(listed: Sequence[PassOptions]) -> None:
+    """Raises `PlanError` where blocks would go behind widths, or nobody says how many."""
+    found = next((n for n, options in enumerate(listed) if isinstance(options, Narrows | LowRank)), len(listed))
+    behind = next((n for n in range(found, len(listed)) if isinstance(listed[n], DropBlocks)), None)
+    if behind is not None:
+        raise PlanError(
+            f"passes[{behind}].{DropBlocks.kind}: widths and ranks are found for the blocks that stay; put it in front "
+            f"of passes[{found}].{listed[found].kind}"
+        )
+    if (place := open_depth(listed)) is not None:
+        raise PlanError(
+            f"passes[{place}].{DropBlocks.kind}.keep: a study is of one number of blocks; say how many stay, or call "
+            "plan_for, which finds it"
+        )
 
 
 def _fixed_ranks(options: PassOptions) -> str | None:

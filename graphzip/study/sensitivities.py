@@ -97,11 +97,13 @@ class Sensitivity:
 class Subject:
     """A model, how much may go of each of its groups and layers (0 first, ascending), and how they are narrowed.
 
+    What all of them together do is judged by the outputs of the `original`, of which other passes have made the model.
     `options` are for its groups and `low_rank` for its `layers`, by name, either of which there may be none of.
     `batches` are the inputs of its graph on the calibration data, or the example where there is none.
     """
 
     traced: Traced
+    original: Traced
     analysis: Analysis
     groups: ChannelGroups
     choices: Mapping[str, tuple[int, ...]]
@@ -276,7 +278,9 @@ class Survey:
     def _laboratory(self) -> Laboratory:
         subject = self.subject
         samples = measured_on(self.effort, subject.batches)
-        return Laboratory(self._narrowing, subject.batches, evaluate=subject.evaluate, samples=samples)
+        return Laboratory(
+            self._narrowing, subject.batches, original=subject.original, evaluate=subject.evaluate, samples=samples
+        )
 
     @property
     def _narrowing(self) -> Narrowing:

@@ -47,7 +47,7 @@ from graphzip.rewrite.bypass import Affine, Bypass, bypass
 from graphzip_passes.base import Decision, PassContext, register_pass
 from graphzip_passes.parts.widths import matches
 
-__all__ = ["drop_blocks"]
+__all__ = ["chosen_blocks", "drop_blocks"]
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ Batches = Sequence[tuple[Any, ...]]
 @register_pass(DropBlocks, decides=True, only_reads=True)
 def drop_blocks(traced: Traced, options: DropBlocks, context: PassContext) -> Decision:
     """See that there are such branches; which of them go is decided on the weights that the training leaves."""
-    _chosen(traced, options, context.where)
+    chosen_blocks(traced, options, context.where)
     return Decision(_Finish(options))
 
 
@@ -73,7 +73,7 @@ class _Finish:
 
     @torch.no_grad()
     def __call__(self, traced: Traced, context: PassContext) -> Outcome:
-        blocks = _chosen(traced, self.options, context.where)
+        blocks = chosen_blocks(traced, self.options, context.where)
         count = len(blocks) - _kept(self.options, len(blocks), context.where)
         data = None if context.calibration is None or traced.tasks else context.calibration.graph_inputs()
         norms = {block.name: _norm(traced, block.branch) for block in blocks}
@@ -106,7 +106,7 @@ class _Finish:
         return Outcome(result, changed=True, lossless=not lossy, loss=loss, tables=(table,), details=details)
 
 
-def _chosen(traced: Traced, options: DropBlocks, where: str) -> list[Residual]:
+def chosen_blocks(traced: Traced, options: DropBlocks, where: str) -> list[Residual]:
     """The branches that may go. Raises `PlanError` where there are none, or a glob matches none."""
     if traced.forms is not None:
         raise PlanError(

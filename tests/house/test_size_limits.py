@@ -30,7 +30,7 @@ BY_CONTRACT = {
     "graphzip.compiled.Compiled.export",
     "graphzip.commands.slim.factorize",
     "graphzip.study.budget.WidthStudy.__init__",
-    "graphzip.study.budget.plan_for",
+    "graphzip.study.plans.plan_for",
 }
 """Functions with more parameters, which users know by name: each is an option of the command line, or of a budget."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,25 @@ def test_layers_cost_what_they_are_measured_to_take() -> None:
     assert saved(stem_0=32) > saved(stem_0=33) == 0.0
     assert saved(last=144) > saved(last=145) > 0  # the mean behind it has one channel less
     assert saved(stem_0=16, last=16) > saved(stem_0=16) + 0.1
+
+
+def test_layers_are_measured_once_for_all_studies_with_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[RowLayer] = []
+
+    def counted(image: tuple[int, ...], layer: RowLayer) -> float:
+        measured.append(layer)
+        return in_blocks(image, layer)
+
+    monkeypatch.setattr("graphzip.study.latency_price.kernel_milliseconds", counted)
+    monkeypatch.setattr("graphzip.study.latency.latency_at", lambda *_: 1.0)
+    cache = tmp_path / "cache"
+    first = study(round_to=1, cache=cache)
+    first.measure()
+    price, count = first.stopwatch.price, len(measured)
+    again = study(round_to=2, cache=cache)
+    gone = np.zeros(price.groups)
+    assert again.stopwatch.price.at(gone + 4) == pytest.approx(price.at(gone + 4))
+    assert count == len(measured) > 0
 
 
 @pytest.mark.usefixtures("pretended")

@@ -37,6 +37,15 @@ def test_what_is_put_is_there_again(tmp_path: Path) -> None:
     assert Measurements(tmp_path / "cache", "other").get("conv1", 4) is None
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_file_of_other_studies_alone_is_said_where_that_is_not_expected(
+    beside: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text(line() + "\n")
+    assert not len(Measurements(tmp_path / "cache", "other", beside=beside))
+    assert ("measured with another model" in caplog.text) != beside
+
+
 # ------------------------------------------------------------------------------------------------- damage
 
 DAMAGED: dict[str, str] = {

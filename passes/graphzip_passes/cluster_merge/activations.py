@@ -65,8 +65,8 @@ def activations(
     for name, param in readers.items():
         wanted.setdefault(layers[param.param].node, []).append(name)
     found: dict[str, Features] = {}
-    for node in values.steps(max((values.place[node] for node in wanted), default=-1)):
-        for name in wanted.get(node, ()):
+    for node in values.steps(max((values.place[node] for node in wanted), default=-1), wanted):
+        for name in wanted[node]:
             param = readers[name]
             layer = layers[param.param]
             check_finite(layer.name, *values[layer.input])

@@ -189,15 +189,12 @@ def _moments(traced: Traced, layers: Sequence[Layer], batches: Given) -> Iterato
     sensitivity = _sensitivities(traced, by_node, batches)
     values = Values(traced, batches)
     known: dict[fx.Node, Statistics] = {}
-    for node in values.steps(max(values.place[node] for node in by_node)):
-        if node in by_node:
-            layer = by_node[node]
-            same = (each.covariance for other, each in known.items() if _reads_alike(layer, by_node[other]))
-            covariance = next(same, None)
-            known[node] = Statistics(
-                _covariance(layer, values) if covariance is None else covariance, sensitivity[node]
-            )
-            yield known
+    for node in values.steps(max(values.place[node] for node in by_node), by_node):
+        layer = by_node[node]
+        same = (each.covariance for other, each in known.items() if _reads_alike(layer, by_node[other]))
+        covariance = next(same, None)
+        known[node] = Statistics(_covariance(layer, values) if covariance is None else covariance, sensitivity[node])
+        yield known
 
 
 def _reads_alike(one: Layer, other: Layer) -> bool:

@@ -325,9 +325,7 @@ def _products(traced: Traced, layers: Sequence[Layer], values: Values) -> Iterat
     """Mean products (O, O) of what layers give, without their bias, in the order in which they run."""
     wanted = {layer.node: layer for layer in layers}
     with torch.no_grad():
-        for node in values.steps(max((values.place[node] for node in wanted), default=-1)):
-            if node not in wanted:
-                continue
+        for node in values.steps(max((values.place[node] for node in wanted), default=-1), wanted):
             layer, outputs = wanted[node], values[node]
             check_finite(layer.name, *outputs)
             rows = sampled_rows(layer, values, _ROWS)

@@ -173,15 +173,14 @@ class _Walk:
     def run(self) -> Refit:
         last = max((self.new.place[node] for node in (*self.targets, *self.estimated)), default=-1)
         done = 0
-        for node in self.new.steps(last):
+        for node in self.new.steps(last, {*self.targets, *self.estimated}):
             if node in self.targets:
                 told(done, len(self.targets), f"fitting {self.targets[node].layer.name}")
                 done += 1
                 self._fit(self.targets[node])
-                self.new.run(node)
-            elif node in self.estimated:
+            else:
                 self._estimate(node)
-                self.new.run(node)
+            self.new.run(node)
         left = left_alone(self.new.traced)
         for name, reason in left.items():
             logger.info("%s is not fitted: it %s", name, reason)

@@ -291,8 +291,8 @@ class Evidence:
         values = Values(self.traced, leading(self.batches, _HELD))
         found: dict[str, Tensor] = {}
         with torch.no_grad():
-            for node in values.steps(max(map(self._order.__getitem__, readers), default=-1)):
-                for name, indices, layer in readers.get(node, ()):
+            for node in values.steps(max(map(self._order.__getitem__, readers), default=-1), readers):
+                for name, indices, layer in readers[node]:
                     moments, weight = self._read(layer, values)
                     part = measured(moments, weight, _columns(indices, layer), layer.name)
                     found[name] = found[name] + part if name in found else part

@@ -135,6 +135,12 @@ class Streamed(Values):
         if node.op != "get_attr":
             super().run(node)
 
+    def _pass(self, end: int) -> None:
+        for node in self.nodes[self._done : end]:  # each tensor is read once, and not once for every batch
+            self.run(node)
+            self.finish(node)
+        self._done = max(self._done, end)
+
     def finish(self, node: fx.Node) -> None:
         super().finish(node)
         for each in node.all_input_nodes:
