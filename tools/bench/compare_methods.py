@@ -96,7 +96,7 @@ METHODS: dict[str, Callable[[Bench, float], tuple[str, nn.Module]]] = {
     "graphzip-normal": partial(graphzip, effort="normal"),
     "graphzip-ranks": partial(graphzip, effort="normal", passes=[gz.LowRank()]),
     "graphzip-mixed": partial(graphzip, effort="normal", passes=[gz.ClusterMerge(), gz.LowRank()]),
-    "graphzip-tuned": partial(graphzip, tune=gz.Tune(augment=mirrored)),
+    "graphzip-tuned": partial(graphzip, effort="normal", tune=gz.Tune(augment=mirrored)),
     "torch-pruning": torch_pruning,
     "fold": fold,
     "l1": l1,

@@ -75,14 +75,20 @@ def slim(bench: Bench, entry: Entry, share: float) -> Callable[[str], nn.Module]
         return lambda repair: re_estimated(copy.deepcopy(module), bench.images) if repair == "norms" else module
     trace = gz.trace(bench.model, bench.example)
 
-    def compiled(keep: float, repair: str = "raw") -> gz.Compiled:
+    def compiled(keep: float, repair: str = "raw", criterion: str = entry.criterion) -> gz.Compiled:
         compensate = {"compensated": "data", "free": "free"}.get(repair, "none")
-        options: Any = {"criterion": entry.criterion, "ranking": entry.ranking, "compensate": compensate}
+        options: Any = {"criterion": criterion, "ranking": entry.ranking, "compensate": compensate}
         plan = gz.Plan([gz.PruneChannels(keep={bench.groups: keep}, **options)])
-        return gz.compile(trace, plan, calibration=bench.images)
+        return gz.compile(
+            trace, plan, calibration=bench.images if repair == "compensated" or criterion != "l1" else None
+        )
 
-    keep, found = widest(compiled, share)
-    raw = found.module
+    if entry.ranking == "local":  # the widths are alike for all criteria, so the cheapest finds them
+        keep = widest(lambda each: compiled(each, criterion="l1"), share)[0]
+        raw = compiled(keep).module
+    else:
+        keep, found = widest(compiled, share)
+        raw = found.module
     made = {
         "raw": lambda: raw,
         "free": lambda: compiled(keep, "free").module,

@@ -9,6 +9,9 @@ in the same process. Quality is that of what `compile` makes of the plan: accura
 percent, or of embeddings the mean cosine with the original's and Spearman's correlation of their similarities in
 pairs. `uniform` is the same share of every group, found without measurements and carried out in the same way.
 
+`--by ranks`, `both` and `depth` plan by ranks of layers, by widths and ranks, and by whole branches and widths. With
+`--tune` the slim network's outputs are then fitted to the original's on the same data, without labels.
+
 What the fixed part of planning is, that does not grow with the data, shows in rows of different `--samples`. Rows that
 are in the file are not measured again, so a stopped run goes on where it was. Data is that of the folder GRAPHZIP_DATA
 (default: ../shared/data beside the repository); what is missing is said and skipped.
@@ -41,6 +44,12 @@ from torch import Tensor, nn
 import graphzip as gz
 
 EFFORTS = ("uniform", "fast", "normal", "thorough")
+PASSES: dict[str, list[gz.PassOptions]] = {
+    "widths": [],
+    "ranks": [gz.LowRank()],
+    "both": [gz.ClusterMerge(), gz.LowRank()],
+    "depth": [gz.DropBlocks(), gz.ClusterMerge()],
+}
 DEPTHS = (8, 16, 32, 64)
 HALVINGS = 8
 BATCH = 64
@@ -229,14 +238,16 @@ def forward(subject: Subject) -> None:
         subject.model(*batch) if isinstance(batch, tuple) else subject.model(batch)
 
 
-def planned(subject: Subject, effort: str, share: float) -> tuple[gz.Plan, dict[str, float]]:
+def planned(subject: Subject, effort: str, share: float, by: str = "widths") -> tuple[gz.Plan, dict[str, float]]:
     """A plan, and the seconds of its parts."""
+    given: dict[str, Any] = {"calibration": subject.batches, "effort": effort, "passes": PASSES[by]}
     if effort == "uniform":
         plan, seconds = timed(lambda: uniform(subject, share))
         return plan, {"plan": seconds}
-    study, begun = timed(
-        lambda: gz.WidthStudy(subject.model, subject.example, calibration=subject.batches, effort=effort)
-    )
+    if by == "depth":
+        plan, seconds = timed(lambda: gz.plan_for(subject.model, subject.example, macs=share, progress=told, **given))
+        return plan, {"plan": seconds}
+    study, begun = timed(lambda: gz.WidthStudy(subject.model, subject.example, **given))
     _, measured = timed(lambda: study.measure(told))
     plan, allocated = timed(lambda: study.plan(macs=share))
     return plan, {"begin": begun, "measure": measured, "plan": allocated}
@@ -261,15 +272,17 @@ def uniform(subject: Subject, share: float) -> gz.Plan:
     return gz.Plan([gz.ClusterMerge(keep=found, clustering="reconstruction", compensate="data")])
 
 
-def measure(subject: Subject, effort: str, share: float, *, carried_out: bool) -> dict[str, Any]:
+def measure(subject: Subject, effort: str, share: float, by: str, tune: bool, *, carried_out: bool) -> dict[str, Any]:
     """Cost and quality of one plan."""
     _, before = timed(lambda: forward(subject))
-    plan, parts = planned(subject, effort, share)
+    plan, parts = planned(subject, effort, share, by)
     _, after = timed(lambda: forward(subject))
     once = (before + after) / 2
     row: dict[str, Any] = {"forward": once, "seconds": parts, "passes": sum(parts.values()) / once}
     if carried_out and subject.score is not None:
-        compiled, seconds = timed(lambda: gz.compile(subject.model, plan, subject.example, calibration=subject.batches))
+        compiled, seconds = timed(
+            lambda: gz.compile(subject.model, plan, subject.example, calibration=subject.batches, tune=tune)
+        )
         row["compile"] = seconds / once
         row["macs"] = compiled.report.after.macs / compiled.report.before.macs
         row |= subject.score(compiled.module.eval())
@@ -284,7 +297,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name in options.net:
         kind = SUBJECTS[name]
         samples = options.samples or kind.samples
-        keys = [(name, effort, share, samples) for share in options.share for effort in options.effort]
+        how = options.by, options.tune
+        keys = [(name, effort, share, samples, *how) for share in options.share for effort in options.effort]
         wanted += keys
         left = [key for key in keys if key not in rows]
         if not left:
@@ -297,20 +311,23 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         forward(subject)  # once for what only the first run costs
         for key in left:
             print(" ".join(map(str, key)), file=sys.stderr, flush=True)
-            told_of = dict(zip(("net", "effort", "share", "samples"), key, strict=True))
-            rows[key] = told_of | measure(subject, key[1], key[2], carried_out=not options.cost_alone)
+            told_of = dict(zip(KEY, key, strict=True))
+            rows[key] = told_of | measure(subject, *key[1:3], *key[4:], carried_out=not options.cost_alone)
             with options.rows.open("a") as file:
                 file.write(json.dumps(rows[key]) + "\n")
     return [rows[key] for key in wanted if key in rows]
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, str, float, int]:
-    return row["net"], row["effort"], row["share"], row["samples"]
+KEY = ("net", "effort", "share", "samples", "by", "tune")
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     rendered = Table(title=f"torch {torch.__version__}, one thread, processor time")
-    for column in ("network", "samples", "MACs that stay", "effort", "forward, s", "planning, passes", "quality"):
+    for column in ("network", "samples", "MACs that stay", "effort", "by", "forward, s", "planning, passes", "quality"):
         rendered.add_column(column)
     for row in rows:
         quality = [f"{name} {row[name]:.4g}" for name in ("accuracy", "cosine", "spearman") if name in row]
@@ -319,6 +336,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['samples']:,}",
             f"{row['share']:.0%}",
             row["effort"],
+            row["by"] + row["tune"] * ", tuned",
             f"{row['forward']:.2f}",
             f"{row['passes']:.1f}",
             ", ".join(quality),
@@ -355,6 +373,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--net", nargs="+", choices=[*SUBJECTS], default=[*SUBJECTS])
     parser.add_argument("--effort", nargs="+", choices=EFFORTS, default=["uniform", "normal"])
     parser.add_argument("--share", nargs="+", type=float, default=[0.5], help="of the MACs that stay")
+    parser.add_argument("--by", choices=[*PASSES], default="widths", help="what the budget is met by")
+    parser.add_argument("--tune", action="store_true", help="fit the outputs to the original's after that")
     parser.add_argument("--samples", type=int, help="of calibration data; for each network its own number by default")
     parser.add_argument("--tests", type=int, help="test samples")
     parser.add_argument("--cost-alone", action="store_true", help="plans are not carried out")
