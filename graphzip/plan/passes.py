@@ -385,7 +385,8 @@ class Zip(PassOptions):
     - `match`: for a task whose layers have other names, the first model's layers and its own.
     - `places`: how many places of an image, or of a sequence, count of every sample in a Hessian.
     - `refit`: fit the weights that one task has alone to what its own layers gave, on the calibration data: rows before
-      they are paired, what is not shared of a layer, and the layers behind, heads included. `False` leaves them.
+      they are paired, what is not shared of a layer, and the layers behind, heads included, each where that serves
+      samples that it is not fitted to, too. `False` leaves them.
     - `paper`: exactly Algorithm 1 of the paper, to compare with: nothing is re-fitted, pairs are greedy, and shared
       weights do not make up for what their inputs have lost.
 

@@ -28,6 +28,7 @@ __all__ = ["Read", "Readings"]
 logger = logging.getLogger(__name__)
 
 _ROUNDING = 1e-12  # of the largest product with an output: what is taken for nothing
+_APART = 512  # rows, about, that changes of a layer are tried on
 
 Read = list[Moments] | ChannelMoments
 """Moments of what a layer reads, with a one for the bias: of each of its parts, or of each channel by itself."""
@@ -53,6 +54,8 @@ class Readings:
         self._kept = {task: Kept() for task in tasks}
         self._given: dict[str, _Given] | None = None
         self._wanted: dict[str, list[CrossMoments]] = {}
+        self._apart: dict[str, tuple[list[torch.Tensor], torch.Tensor]] = {}
+        self._together: dict[str, int] = {}
         self._batches: dict[str, list[float]] = {}
         self._batches_given: dict[str, list[float]] = {}
 
@@ -70,6 +73,7 @@ class Readings:
         if self._given is not None:
             self._given.pop(layer.weight, None)
         self._wanted.pop(layer.weight, None)
+        self._apart.pop(layer.weight, None)
 
     def note_given(self, traced: Traced, layers: Sequence[TaskLayer], feeds: Feeds) -> None:
         """Remember the outputs of layers in the models as they are given; once."""
@@ -100,13 +104,18 @@ class Readings:
         found = [Moments(layer.features + 1) for _ in range(layer.parts)]
         wanted = [CrossMoments(layer.height, layer.features + 1) for _ in range(layer.parts)]
         given = (self._given or {}).get(layer.weight)
+        tried: list[list[torch.Tensor]] = [[] for _ in found]
+        places: list[torch.Tensor] = []
         for rows in pieces:
             start = found[0].count
+            few = self._few(layer, len(rows))
+            places.append(torch.arange(start, start + few))
             known = None if given is None else given.outputs[start : start + len(rows)]
             for part, flat in enumerate(parted(layer, rows)):
                 if known is not None and len(known) == len(flat):
                     wanted[part].add(known[:, part * layer.height : (part + 1) * layer.height], flat)
                 found[part].add(flat)
+                tried[part].append(flat[:few].clone())
         for moments, cross in zip(found, wanted, strict=True):
             moments.add_up(self.processes)
             cross.add_up(self.processes)
@@ -114,7 +123,14 @@ class Readings:
             logger.warning("task %r: its calibration batches differ from pass to pass; do not shuffle them", layer.task)
         elif wanted[0].count == found[0].count:
             self._wanted[layer.weight] = wanted
+            self._apart[layer.weight] = [torch.cat(each) for each in tried], torch.cat(places)
         return found
+
+    def _few(self, layer: TaskLayer, rows: int) -> int:
+        """How many of the rows of a batch are kept: those of whole samples."""
+        together = self._together.get(layer.weight, 1)
+        share = _APART // (together * max(len(self._batches_given.get(layer.task, ())), 1))
+        return min(together * max(share, 1), rows)
 
     def missed(
         self, traced: Traced, layer: TaskLayer, read: Read, rows: IntArray, columns: IntArray
@@ -131,6 +147,23 @@ class Readings:
         aim = wanted[part].among(rows - part * layer.height, columns)
         lack = aim - now
         return torch.where(lack.abs() > _ROUNDING * aim.abs().amax(1, keepdim=True), lack, 0.0)
+
+    def apart(self, traced: Traced, layer: TaskLayer, rows: IntArray) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Some of what a part of a layer reads, `(samples, places, features + 1)`, and what its `rows` lack there of
+        their outputs at first, `(samples, places, rows)`; behind a batch norm, which takes in their mean, without that.
+        """
+        if layer.weight not in self._apart or self._given is None:
+            return None
+        read, places = self._apart[layer.weight]
+        own = read[int(rows[0]) // layer.height]
+        wanted = self._given[layer.weight].outputs[places][:, torch.from_numpy(rows)]
+        missed = wanted - own @ augmented(traced, layer, rows).T
+        both = [torch.cat(found) for found in zip(*self.processes.gathered((own, missed)), strict=True)]
+        if layer.norm is not None:
+            both[1] -= both[1].mean(0)
+        together = self._together.get(layer.weight, 1)
+        one, other = (each.reshape(-1, together, each.shape[1]) for each in both)
+        return one, other
 
     def spread(self, layer: TaskLayer) -> Spread | None:
         """Mean and variance of a layer's outputs at first, where they are known."""
@@ -182,6 +215,7 @@ class Readings:
             for (layer, call), value in zip(calls, values, strict=True):
                 rows = rows_of(call, value, self.places, draws[layer.name])
                 check_finite(layer.name, rows)
+                self._together[layer.weight] = 1 if call.is_linear else len(rows) // max(len(value), 1)
                 yield layer, rows.detach().to("cpu", torch.float64)
         self._batches[task] = sums or self._batches.get(task, sums)
 

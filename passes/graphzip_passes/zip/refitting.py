@@ -5,6 +5,10 @@ the weights `f` that nobody else has it is least for
 
     dw_f = (H_ff + lambda I)^-1 E[(t - w x) x_f],    H = E[x x^T].
 
+`lambda` is as large as in the Hessians by which rows are joined: with a smaller one weights grow along directions that
+the samples hardly show, and networks that are trained afterwards end up worse than without. What a row would gain is
+estimated on samples that its change is not fitted to; one that gains nothing there stays as it is.
+
 So it goes with all rows of a layer before its channels are paired (what is paired are then the rows that fit best, and
 Eq. 12 between them is the increase of both tasks' errors over what each has at best), with what stays a task's own of a
 layer that is shared in part, and with every layer behind that is not shared, heads included. Weights of a sparse layer
@@ -18,13 +22,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from graphzip.calibration import Feeds
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.numeric.moments import ChannelMoments
-from graphzip.numeric.solvers import damping_share
 from graphzip_passes.zip.joining import Joining
 from graphzip_passes.zip.joint import Inputs, Joint, joins_bias
 from graphzip_passes.zip.layers import TaskLayer
@@ -118,16 +122,26 @@ class Refitting:
                     continue
                 if fit is None:
                     among = read[part].among(free, np.arange(free.size), free.size)
-                    damping = damping_share(among.count, free.size)
-                    fit = LeastSquares(among, damping=damping, what=f"layer {layer.name!r}")
+                    fit = LeastSquares(among, damping=self.joint.options.damping, what=f"layer {layer.name!r}")
                 now = augmented(traced, layer, some)[:, free]
                 taken = now != 0.0
                 taken[:, free == layer.features] = True
-                found = now + fit.change(lack, taken)
+                change = fit.change(lack, taken)
+                change[~self._serves(traced, layer, fit, some, free, change)] = 0.0
                 inner = (free < layer.features) | _fits_bias(layer)
-                write(traced, layer, some, free[inner], found[:, inner])
+                write(traced, layer, some, free[inner], (now + change)[:, inner])
                 changed = True
         return changed
+
+    def _serves(
+        self, traced: Traced, layer: TaskLayer, fit: LeastSquares, rows: IntArray, free: IntArray, change: torch.Tensor
+    ) -> torch.Tensor:
+        """Which of some rows of a part are better off changed, on samples that the change is not fitted to."""
+        apart = self.joint.readings.apart(traced, layer, rows)
+        if apart is None:
+            return torch.ones(len(rows), dtype=torch.bool)
+        read, missed = apart
+        return fit.serves(change, read[..., torch.from_numpy(free)], missed)
 
     def _free(self, layer: TaskLayer, columns: NDArray[np.bool_], *, bias: bool = True) -> IntArray:
         """Features of the columns that are true; with the one for the bias where there is one, or a running mean."""

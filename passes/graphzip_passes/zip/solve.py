@@ -30,6 +30,7 @@ BLOCK = 512
 """Rows of weights that are worked on at once, so that the memory that takes does not grow with the layer."""
 
 _ROUNDS = 100  # of conjugate gradients, at most
+_GAIN = 1e-6  # of what is missed: what a change has to bring, so that rounding changes nothing
 _SOLVED = 1e-20  # of the squared right-hand side: what may be left of it
 
 Pairs = tuple[IntArray, IntArray]
@@ -92,6 +93,7 @@ class LeastSquares:
     """Damped least squares of rows of weights on what they read; the damping is relative, as in `Solver`."""
 
     def __init__(self, moments: Moments, *, damping: float, what: str) -> None:
+        self.count, self.what = moments.count, what
         self.hessian = _hessian([moments], [1.0], damping)
         self.inverse = _Inverse([self.hessian], what)
 
@@ -105,6 +107,20 @@ class LeastSquares:
         if bool(bound.any()):
             found[bound] = self._among_free(missed[bound], free[bound])
         return found
+
+    def serves(self, change: torch.Tensor, read: torch.Tensor, missed: torch.Tensor) -> torch.Tensor:
+        """For each row whether a change found here, `(rows, inputs)`, serves samples that it is not fitted to.
+
+        At all places of some samples, `read` `(samples, places, inputs)`, outputs lacked `missed` `(samples, places,
+        rows)` before and `e` after it. Fitted to all samples but one, of which `X` is read, it would leave
+        `(I - S)^-1 e` of that one with `S = X (n H)^-1 X^T` (Allen, "The Relationship between Variable Selection and
+        Data Augmentation and a Method for Prediction", 1974).
+        """
+        inner = self.inverse.solve(read.flatten(0, 1).T).T.reshape(read.shape)
+        inner = read @ inner.transpose(1, 2) / max(self.count, 1)
+        eye = torch.eye(read.shape[1], dtype=torch.float64)
+        left = factorised(eye - inner, what=self.what).solve(missed - read @ change.T)
+        return left.square().sum((0, 1)) < (1.0 - _GAIN) * missed.square().sum((0, 1))
 
     def _among_free(self, missed: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
         found, left = torch.zeros_like(missed), missed * free

@@ -51,7 +51,7 @@ def test_a_head_is_the_least_squares_fit_to_what_the_task_gave() -> None:
         read = torch.cat([hidden, torch.ones(200, 1, dtype=torch.float64)], 1)
         lack = (nets[name](x) - plain.task(name)(x)).T @ read / 200
         hessian = read.T @ read / 200
-        hessian += 1e-4 * hessian.diagonal().mean() * torch.eye(9, dtype=torch.float64)
+        hessian += 0.03 * hessian.diagonal().mean() * torch.eye(9, dtype=torch.float64)
         change = torch.linalg.solve(hessian, lack.T).T
         old, new = (each.task(name).get_submodule("2") for each in (plain, fitted))
         torch.testing.assert_close(new.weight, old.weight + change[:, :-1], rtol=1e-8, atol=1e-10)
@@ -66,6 +66,14 @@ def test_outputs_move_less(share: Any) -> None:
     plain, fitted = (zipped(nets, data, refit=refit, share=share) for refit in (False, True))
     assert error(fitted, nets, data) < 0.7 * error(plain, nets, data)
     assert fitted.report.after.params == plain.report.after.params
+
+
+@pytest.mark.parametrize("count", [1, 20, 60])
+def test_few_samples_make_nothing_worse(count: int) -> None:
+    nets, unseen = nets_of(16, 24, 16, 3), data_of(2000, 16)
+    few = {name: x[:count] for name, x in unseen.items()}
+    plain, fitted = (zipped(nets, few, refit=refit, share=0.75) for refit in (False, True))
+    assert error(fitted, nets, unseen) < 1.02 * error(plain, nets, unseen)
 
 
 def test_zeros_of_layers_that_are_not_shared_stay_zero() -> None:
@@ -97,6 +105,25 @@ def test_rows_with_bound_weights_are_solved_on_their_free_ones() -> None:
     for row, own in enumerate(free):
         expected[row, own] = torch.linalg.solve(hessian[own][:, own], missed[row, own])
     torch.testing.assert_close(fit.change(missed, free), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_change_serves_if_it_helps_samples_that_it_is_not_fitted_to() -> None:
+    torch.manual_seed(0)
+    rows, noise = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 40, dtype=torch.float64)
+    missed = rows @ torch.randn(5, 40, dtype=torch.float64) * 0.3 + noise
+    moments = Moments(5)
+    moments.add(rows)
+    fit = LeastSquares(moments, damping=1e-2, what="a layer")
+    change = fit.change((missed.T @ rows) / 30, torch.ones(40, 5, dtype=torch.bool))
+    damping = 1e-2 * rows.square().mean() * torch.eye(5, dtype=torch.float64) * 30
+    left = torch.zeros(40, dtype=torch.float64)
+    for own in torch.arange(30).split(3):
+        others = torch.ones(30, dtype=torch.bool).index_fill(0, own, False)
+        fitted = torch.linalg.solve(rows[others].T @ rows[others] + damping, rows[others].T @ missed[others])
+        left += (missed[own] - rows[own] @ fitted).square().sum(0)
+    expected = left < missed.square().sum(0)
+    assert torch.equal(fit.serves(change, rows.reshape(10, 3, 5), missed.reshape(10, 3, 40)), expected)
+    assert 0 < int(expected.sum()) < 40
 
 
 def algorithm_1(nets: dict[str, nn.Module], data: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
