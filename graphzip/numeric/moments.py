@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,50 @@ from numpy.typing import NDArray
 from graphzip.numeric.solvers import products, relative_damping
 from graphzip.process_groups import Processes
 
-__all__ = ["ChannelMoments", "CrossMoments", "Moments", "Spread"]
+__all__ = ["ChannelMoments", "CrossMoments", "Moments", "Spread", "SteadySum", "mean_products"]
 
 IntArray = NDArray[np.int64]
+
+_EXACT = 50  # binary digits of the largest sum that are added up without rounding
+
+
+class SteadySum:
+    """A sum in float64 with the same bits in whatever order its parts come, and whichever process adds which of them.
+
+    For what magnifies rounding: directions in which hardly anything varies. Every part is cut at one place: what stands
+    before it is added up without rounding, and what stands behind it is so small that its rounding does not show.
+    `bound` is that of all processes: no sum of parts is larger.
+
+    Source: Demmel and Nguyen, "Fast Reproducible Floating-Point Summation" (ARITH 2013), the pre-rounding.
+    """
+
+    def __init__(self, bound: float, *shape: int) -> None:
+        self._shift = math.ldexp(1.5, math.frexp(bound)[1] + 52 - _EXACT)
+        self._parts = torch.zeros(2, *shape, dtype=torch.float64)
+
+    def add(self, part: torch.Tensor) -> None:
+        """Add a tensor of the sum's shape."""
+        part = part.detach().to("cpu", torch.float64)
+        before = part.add(self._shift).sub_(self._shift)
+        self._parts[0] += before
+        self._parts[1] += part.sub(before)
+
+    def total(self, processes: Processes) -> torch.Tensor:
+        """What all processes added, in each of them."""
+        (parts,) = processes.summed(self._parts)
+        found: torch.Tensor = parts[0] + parts[1]
+        return found
+
+
+def mean_products(rows: Sequence[torch.Tensor], size: int, processes: Processes) -> torch.Tensor:
+    """`E[y y^T]`, `(size, size)`, over rows `(samples, size)` of every batch here and in other processes."""
+    own = max((float(each.abs().max()) for each in rows if each.numel()), default=0.0)
+    largest, counts = zip(*processes.gathered((own, sum(map(len, rows)))), strict=True)
+    found = SteadySum(max(largest) ** 2 * sum(counts), size, size)
+    for each in rows:
+        found.add(each.T @ each)
+    mean: torch.Tensor = found.total(processes) / max(sum(counts), 1)
+    return mean
 
 
 class Moments:

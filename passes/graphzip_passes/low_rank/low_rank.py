@@ -25,6 +25,7 @@ from graphzip.graph.operators import arguments_of, set_argument
 from graphzip.graph.state import attach, get_tensor, joined, like
 from graphzip.graph.traced import Traced
 from graphzip.numeric.im2col import per_dimension
+from graphzip.numeric.moments import mean_products
 from graphzip.numeric.solvers import check_finite, checked
 from graphzip.plan.passes import LowRank
 from graphzip.plan.problems import plan_error
@@ -329,11 +330,9 @@ def _products(traced: Traced, layers: Sequence[Layer], values: Values) -> Iterat
             layer, outputs = wanted[node], values[node]
             check_finite(layer.name, *outputs)
             rows = sampled_rows(layer, values, _ROWS)
-            given = torch.cat([layer.picked(value, chosen) for value, chosen in zip(outputs, rows, strict=True)])
-            given = given.double() if layer.bias is None else given.double() - values[layer.bias][0].double()
-            own = torch.tensor(float(len(given)), dtype=torch.float64)
-            products, count = values.shared.processes.summed(given.T @ given, own)
-            yield layer, (products / count).cpu()
+            bias = 0.0 if layer.bias is None else values[layer.bias][0].double()
+            given = [layer.picked(value, chosen).double() - bias for value, chosen in zip(outputs, rows, strict=True)]
+            yield layer, mean_products(given, layer.shape[0], values.shared.processes)
 
 
 def _cut(traced: Traced, layer: Layer, weight: Tensor, options: LowRank, outputs: Tensor | None) -> _Cut:

@@ -30,6 +30,7 @@ from graphzip.analysis.layers import Layer, only_reader, own_layers
 from graphzip.graph.operators import argument_of, is_view
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray, support
+from graphzip.numeric.moments import SteadySum
 from graphzip.numeric.solvers import singular, squared, symmetric_eigen
 from graphzip.process_groups import Processes
 from graphzip.rewrite.layout import Layout
@@ -160,16 +161,17 @@ def _moments(values: list[Tensor], places: IntArray, processes: Processes) -> tu
     """How many rows there are of every head, their sums (heads, c, 1), and those of their products (heads, c, c)."""
     heads, width, times = places.shape
     at = torch.from_numpy(places.transpose(0, 2, 1).reshape(-1))
-    count = torch.zeros((), dtype=torch.float64)
-    sums, products = torch.zeros(heads, width, 1, dtype=torch.float64), torch.zeros(heads, width, width).double()
+    here = sum(value.numel() // value.shape[-1] for value in values) * times
+    own = max((float(value.abs().max()) for value in values if value.numel()), default=0.0)
+    largest, counts = zip(*processes.gathered((own, here)), strict=True)
+    count, most = sum(counts), max(largest)
+    sums, products = SteadySum(most * count, heads, width, 1), SteadySum(most**2 * count, heads, width, width)
     for value in values:
         rows = value.reshape(-1, value.shape[-1])[:, at.to(value.device)].reshape(-1, heads, times, width)
         rows = rows.permute(1, 0, 2, 3).reshape(heads, -1, width)
-        count += rows.shape[1]
-        sums += rows.sum(1, dtype=torch.float64)[:, :, None].cpu()
-        products += squared(rows if rows.dtype == torch.float64 else rows.float()).cpu()
-    found = processes.summed(count, sums, products)
-    return found[0], found[1], found[2]
+        sums.add(rows.sum(1, dtype=torch.float64)[:, :, None])
+        products.add(squared(rows if rows.dtype == torch.float64 else rows.float()))
+    return torch.tensor(float(count)), sums.total(processes), products.total(processes)
 
 
 def _second(count: Tensor, sums: Tensor, products: Tensor, *, centred: bool) -> Tensor:
