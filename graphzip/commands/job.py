@@ -8,11 +8,14 @@ import datetime as dt
 import hashlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Annotated, Any, Final
+from types import FrameType
+from typing import IO, Annotated, Any, Final, NoReturn
 
 import typer
 
@@ -100,10 +103,17 @@ def _folder(options: Mapping[Any, Any], job: Path) -> Path:
         if not isinstance(options.get(name), str):
             raise UsageError(f"{job}: {name!r} is missing; write {what}")
     folder: Path = job.resolve().parent / options["output"]
-    if folder.exists() and not (folder / _STATE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / _STATE).is_file() and not _is_unused(folder):
         raise UsageError(f"{job}: output: {folder} exists and no job made it; give the name of a new folder")
     check_target(folder / _STATE if folder.exists() else folder, UsageError)
     return folder
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether a folder has nothing in it, or what a job that was killed at its first step leaves."""
+    names = {each.name for each in folder.iterdir()} if folder.is_dir() else {""}
+    begun = {each for each in names if each in (_LOCK, _LOG) or each.startswith(f".{_STATE}.")}
+    return not names or (names == begun and _LOCK in names)
 
 
 def _stages(options: Mapping[Any, Any], command: Any, job: Path, folder: Path, said: list[str]) -> list[_Stage]:
@@ -175,15 +185,39 @@ def _carry_out(stage: _Stage, home: Path, log: IO[str]) -> int:
     )
     assert child.stdout is not None
     try:
-        for line in child.stdout:
-            log.write(line)
-            log.flush()
-            print(line, end="", file=sys.stderr, flush=True)
-        return child.wait()
-    except BaseException:
+        with _told_to_stop():
+            for line in child.stdout:
+                log.write(line)
+                log.flush()
+                print(line, end="", file=sys.stderr, flush=True)
+            return child.wait()
+    except BaseException as reason:
         child.terminate()
         child.wait()
+        if isinstance(reason, _Stopped):
+            return 128 + signal.SIGTERM
         raise
+
+
+class _Stopped(Exception):
+    """A scheduler ends the job."""
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """Inside, SIGTERM raises `_Stopped`: a process that it ended at once would leave its command at work."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped
 
 
 # ------------------------------------------------------------------------------------------------- the folder

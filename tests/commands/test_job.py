@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -186,6 +187,39 @@ def test_two_processes_do_not_work_in_one_folder(home: Path, carried: list[list[
         done = run(job)
     assert done.exit_code == 2
     assert f"is being worked on by process {os.getpid()} on " in done.stderr.replace("\n", " ")
+
+
+def test_a_job_that_was_killed_before_its_first_step_goes_on(home: Path, carried: list[list[str]]) -> None:
+    """Its folder has a lock, and perhaps a log and the place where the state is written, and no state."""
+    out = home / "out"
+    (out / ".job.json.x").mkdir(parents=True)
+    (out / "log.txt").touch()
+    assert "exists and no job made it" in run(written(home)).stderr
+    (out / "job.lock").touch()
+    assert run(written(home)).exit_code == 0
+    assert [each[0] for each in carried] == ["compile", "report"]
+
+
+def test_a_job_that_is_told_to_stop_takes_its_command_along(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler tells it: what went on would work beside the job that is started next."""
+    command = home / "command"
+    command.write_text(f"#!/bin/sh\necho $$ > {home}/number\nexec sleep 60\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(jobs.sys, "executable", str(command))
+
+    def tell() -> None:
+        while not (home / "number").exists() or not (home / "number").read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    done = run(written(home))
+    teller.join()
+    assert done.exit_code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((home / "number").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.slow
