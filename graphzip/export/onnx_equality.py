@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from graphzip.export.optional_packages import require
 
-__all__ = ["constant_of", "constants", "difference", "interface"]
+__all__ = ["constant_of", "constants", "difference", "interface", "rest"]
 
 _ROUNDING = 16.0
 
@@ -32,8 +33,15 @@ def constant_of(value: Any) -> Any:
     return require("onnx_ir").convenience.get_const_tensor(value)
 
 
+def rest(tensor: Any) -> None:
+    """Give the memory back that a constant was read into from a file beside the model; it can be read again."""
+    mapped = getattr(tensor, "raw", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def constants(model: Any) -> Iterator[tuple[str, Any]]:
-    """Name and tensor of every constant that an output can read, subgraphs included."""
+    """Name and tensor of every constant that an output can read, subgraphs included; each rests before the next."""
     seen: set[int] = set()
     waiting = list(model.graph.outputs)
     while waiting:
@@ -44,6 +52,7 @@ def constants(model: Any) -> Iterator[tuple[str, Any]]:
         tensor = constant_of(value)
         if tensor is not None:
             yield str(value.name), tensor
+            rest(tensor)
         elif (node := value.producer()) is not None:
             waiting.extend(node.inputs)
             for graph in _subgraphs(node):
@@ -125,6 +134,8 @@ class _Comparison:
         if wanted is not None and there is not None:
             free = not self.weights and wanted.dtype.is_floating_point() and wanted.size > 1
             _same_tensor(str(one.name), wanted, there, rounded=one.name in self.computed, free=free)
+            rest(wanted)
+            rest(there)
             return
         if not self.pair(one, other):
             return

@@ -7,18 +7,20 @@ bfloat16 may be compared in float32, which shows more than bfloat16 could: its r
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured
 from graphzip.export.example import Case, Wish, make_case, tensor_leaves, wishes
+from graphzip.export.onnx_equality import rest
 from graphzip.export.optional_packages import require
 from graphzip.export.outputs import CHANGE, Reference
 from graphzip.graph.torch_private import pytree
@@ -48,6 +50,18 @@ _WITH_TAILS = {
     *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.scaled_dot_product_attention.default),
 }
 """What comes ever closer to zero or to a bound, and is computed to so many digits behind the point."""
+
+_LARGE: Final = 1 << 20
+"""Bytes of a weight from which on a twin does not hold one of its own."""
+
+_Tensor: Any = torch.Tensor
+_SHAPES: Final = frozenset(
+    {
+        *(each.__get__ for each in (_Tensor.shape, _Tensor.device, _Tensor.requires_grad)),
+        *(_Tensor.size, _Tensor.dim, _Tensor.numel, _Tensor.is_floating_point),
+    }
+)
+"""What is asked of a tensor without reading its numbers."""
 
 
 @dataclass(frozen=True)
@@ -163,16 +177,19 @@ def _exactly(module: nn.Module, runs: Sequence[Run]) -> list[list[torch.Tensor]]
     """All calls in float64; `None` where the module does not run in it, or computes in it anyway."""
     if any(tensor.dtype == torch.float64 for tensor in [*module.parameters(), *module.buffers(), *runs[0].outputs]):
         return None
-    double = _in_float64(module)
-    if double is None:
+    try:
+        with _twin(module, lambda leaf, number: leaf.double(), torch.float64) as double:
+            return _widened(double, runs)
+    except Exception:
         return None
+
+
+def _widened(double: nn.Module, runs: Sequence[Run]) -> list[list[torch.Tensor]] | None:
+    """What a module in float64 gives; `None` where that has other shapes."""
     found = []
     for run in runs:
         args, kwargs = pytree.tree_map(_widen, (run.case.args, run.case.kwargs))
-        try:
-            found.append(_call(double, Case(args, kwargs)))
-        except Exception:
-            return None
+        found.append(_call(double, Case(args, kwargs)))
         if [each.shape for each in found[-1]] != [each.shape for each in run.outputs]:
             return None
     return found
@@ -182,21 +199,49 @@ def _widen(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
 
-def _in_float64(module: nn.Module) -> nn.Module | None:
-    try:
-        return in_dtype(module, torch.float64)
-    except Exception:
-        return None
-
-
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in another floating dtype, also where a traced graph spells out the one that it had."""
-    memo: dict[int, Any] = {}  # so that nothing is copied before it is converted
-    for each in (*module.parameters(), *module.buffers()):
-        if each.is_floating_point():
-            made = each.detach().to(dtype, copy=True)
+    return _copied(module, lambda leaf, number: leaf.to(dtype, copy=True), dtype)
+
+
+Change: TypeAlias = "Callable[[torch.Tensor, int], torch.Tensor]"
+"""Makes another tensor of a weight, with its number among those of the module."""
+
+
+@contextmanager
+def _twin(module: nn.Module, change: Change, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    """A copy of which every floating weight is what `change` makes of it, with the `dtype` that it gives them.
+
+    Large ones are the module's own, and changed when an operator reads them: a twin takes no memory to speak of.
+    """
+    numbers = {id(each): number for number, each in enumerate(_floating(module))}
+    large = {id(each): each for each in _floating(module) if isinstance(each, nn.Parameter) and each.nbytes >= _LARGE}
+
+    def changed(leaf: torch.Tensor) -> torch.Tensor:
+        return change(leaf, numbers[id(leaf)])
+
+    with _Changing(large, changed, dtype):
+        yield _copied(module, change, dtype, shared=large)
+
+
+def _floating(module: nn.Module) -> list[torch.Tensor]:
+    return [each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
+
+
+def _copied(
+    module: nn.Module, change: Change, dtype: torch.dtype | None, shared: Mapping[int, torch.Tensor] | None = None
+) -> nn.Module:
+    """A copy with changed weights, also where a traced graph spells out their dtype; it has those that are `shared`."""
+    memo: dict[int, Any] = dict(shared or {})  # so that nothing is copied before it is changed
+    for number, each in enumerate(_floating(module)):
+        if id(each) not in memo:
+            made = change(each.detach(), number)
             memo[id(each)] = nn.Parameter(made, each.requires_grad) if isinstance(each, nn.Parameter) else made
-    twin = copy.deepcopy(module, memo).to(dtype)
+    twin = copy.deepcopy(module, memo)
+    if dtype is None:
+        return twin
+    if not shared:
+        twin = twin.to(dtype)  # what a module holds besides
 
     def changed(value: Any) -> Any:
         return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
@@ -210,26 +255,48 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
+class _Changing(TorchFunctionMode):
+    """Inside, some tensors, by their `id`, are what `change` makes of them wherever an operator reads them."""
+
+    def __init__(
+        self, tensors: Mapping[int, torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor], dtype: Any
+    ) -> None:
+        super().__init__()
+        self.tensors, self.change, self.dtype = tensors, change, dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _Tensor.dtype.__get__ and id(args[0]) in self.tensors:
+            return self.dtype or args[0].dtype
+        if func in _SHAPES:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _read(self, leaf: torch.Tensor) -> torch.Tensor:
+        return self.change(leaf) if id(leaf) in self.tensors else leaf
+
+
 def _rounding(tensor: torch.Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
 
 
 def _jittered(module: nn.Module, case: Case, by: Any, seed: int) -> list[torch.Tensor]:
     """A call in which every weight and every input is off by a share of itself, up or down."""
-    generator = torch.Generator().manual_seed(_SEED + seed)
 
-    def jitter(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
-            return leaf
-        sign = torch.randint(2, leaf.shape, generator=generator).to(leaf.device, leaf.dtype) * 2 - 1
-        return leaf * (1 + by(leaf) * sign)
+    def jitter(leaf: torch.Tensor, number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(_SEED + seed + 16 * number)
+        made = torch.randint(2, leaf.shape, generator=generator, dtype=torch.int8).to(leaf.device, leaf.dtype)
+        return made.mul_(2 * by(leaf)).add_(1 - by(leaf)).mul_(leaf)
 
-    other = copy.deepcopy(module)
-    with torch.no_grad():
-        for tensor in [*other.parameters(), *other.buffers()]:
-            tensor.copy_(jitter(tensor))
-    args, kwargs = pytree.tree_map(jitter, (case.args, case.kwargs))
-    return _call(other, Case(args, kwargs))
+    leaves, spec = pytree.tree_flatten((case.args, case.kwargs))
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            leaves[place] = jitter(leaf, -1 - place)
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    with _twin(module, jitter) as other:
+        return _call(other, Case(args, kwargs))
 
 
 def _changed(module: nn.Module, run: Run) -> list[torch.Tensor]:
@@ -268,11 +335,16 @@ def _eps(module: nn.Module, output: torch.Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def session_of(source: Path | bytes) -> Any:
-    """onnxruntime's own error where it cannot load the model."""
+def session_of(source: Path | bytes, *, slim: bool = False) -> Any:
+    """A `slim` one reads weights from the file alone, and arranges none in an order that is faster.
+
+    Raises onnxruntime's own error where it cannot load the model.
+    """
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    if slim:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     model = source if isinstance(source, bytes) else str(source)
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
@@ -328,8 +400,15 @@ def with_float32_model(model: Any) -> None:
 
 
 def _wide(tensor: Any) -> Any:
+    """The constant in float32, which is made whenever it is read."""
     ir = require("onnx_ir")
-    return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+
+    def made() -> Any:
+        found = ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+        rest(tensor)
+        return found
+
+    return ir.LazyTensor(made, dtype=ir.DataType.FLOAT, shape=tensor.shape, name=tensor.name)
 
 
 def with_float32_example(captured: Captured) -> Captured:

@@ -21,7 +21,7 @@ from graphzip.errors import ExportError, VerificationError
 from graphzip.export.capture import Captured
 from graphzip.export.convert import needs_two_files, save
 from graphzip.export.derandomize import described_draws, is_deterministic, still_model, still_program
-from graphzip.export.onnx_equality import difference, interface
+from graphzip.export.onnx_equality import difference, interface, rest
 from graphzip.export.optional_packages import require
 from graphzip.export.outputs import Judged, judge
 from graphzip.export.rescaled_twin import settled
@@ -73,13 +73,11 @@ def read_model(path: Path) -> Any:
             for value in graph.initializers.values():
                 if value.const_value is not None and value.const_value.size:
                     value.const_value.tobytes()
+                    rest(value.const_value)
     except Exception as error:
         raise VerificationError(f"{path} cannot be read as an ONNX model: {short(error)}") from error
     return model
 
-
-Open: TypeAlias = "Callable[[], Any]"
-"""Gives a session of onnxruntime."""
 
 Convert: TypeAlias = "Callable[[nn.Module], tuple[Captured, Any]]"
 """Captures and converts a twin of a module as the module was."""
@@ -115,7 +113,7 @@ def verify_file(
         _compare_in_float32(there, module, captured, found)
         return found
     try:
-        session = session_of(path)
+        session = session_of(path, slim=needs_two_files(there))
     except Exception as error:
         reason = f"onnxruntime cannot load the model on the CPU: {short(error, path)}"
         if fresh:
@@ -127,9 +125,7 @@ def verify_file(
             raise VerificationError(f"{path.name}: {reason}") from error
         found.unchecked.append(f"the outputs were not compared: {reason}")
         return found
-    opened = _opener(session, path, there)
-    del session
-    _compare_outputs(opened, there, module, captured, found, convert if differs is None else None)
+    _compare_outputs(session, there, module, captured, found, convert if differs is None else None)
     return found
 
 
@@ -152,7 +148,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _compare_outputs(
-    opened: Open, there: Any, module: nn.Module, captured: Captured, found: Verification, convert: Convert | None
+    session: Any, there: Any, module: nn.Module, captured: Captured, found: Verification, convert: Convert | None
 ) -> None:
     draws = described_draws(captured.program)
     reference = module
@@ -162,8 +158,7 @@ def _compare_outputs(
         if still is None or not still_model(there):
             found.unchecked.append(f"the outputs were not compared: they are random ({', '.join(draws)})")
             return
-        session = _session_of(there)
-        reference, opened = still, lambda: session
+        session, reference = _session_of(there), still
         found.unchecked.append(
             f"random operators were held still, so what they draw was not compared: {', '.join(draws)}"
         )
@@ -171,13 +166,13 @@ def _compare_outputs(
             found.notes.append(f"the file draws no random numbers where the module does: {', '.join(draws)}")
     step("comparing outputs in onnxruntime")
     runs = run_all(reference, captured)
-    judged = _judged(opened, reference, captured, runs)
+    judged = _judged(session, reference, captured, runs)
     if convert is not None and not draws and any(each.unchecked for each in judged):
         _look_again(judged, there, module, captured, runs, convert, found)
     _take(judged, found)
     _take_calls(runs.made, captured, found)
     for refusal in runs.refused:
-        _take_refusal(refusal, captured, found, refused=_refuses(opened(), refusal))
+        _take_refusal(refusal, captured, found, refused=_refuses(session, refusal))
 
 
 def _compare_in_float32(there: Any, module: nn.Module, captured: Captured, found: Verification) -> None:
@@ -191,24 +186,15 @@ def _compare_in_float32(there: Any, module: nn.Module, captured: Captured, found
     except Exception as error:
         found.unchecked.append(f"the outputs were not compared: onnxruntime cannot load the model: {short(error)}")
         return
-    _compare_outputs(
-        lambda: session, there, in_dtype(module, torch.float32), with_float32_example(captured), found, None
-    )
+    _compare_outputs(session, there, in_dtype(module, torch.float32), with_float32_example(captured), found, None)
     found.notes.append(
         "onnxruntime has no bfloat16 on the CPU: graph and weights were compared as they are, and outputs with all of "
         "bfloat16 read as float32"
     )
 
 
-def _opener(session: Any, path: Path, model: Any) -> Open:
-    """What gives a session; of a large model a new one, for its weights are not held while references are computed."""
-    if needs_two_files(model):
-        return lambda: session_of(path)
-    return lambda: session
-
-
-def _judged(opened: Open, module: nn.Module, captured: Captured, runs: Runs) -> list[Judged]:
-    wanted, session = references(module, captured, runs.made), opened()
+def _judged(session: Any, module: nn.Module, captured: Captured, runs: Runs) -> list[Judged]:
+    wanted = references(module, captured, runs.made)
     results = [run_session(session, run, call) for run, call in zip(runs.made, wanted[0].calls, strict=True)]
     if any(len(outputs) != len(wanted) for outputs in results):
         raise VerificationError(f"the file has {len(results[0])} outputs, where the module has {len(wanted)}")
@@ -241,7 +227,7 @@ def _look_again(
         logger.debug("outputs could not be compared in a twin", exc_info=True)
         return
     try:
-        second = _judged(lambda: session, twin, of_twin, calls)
+        second = _judged(session, twin, of_twin, calls)
     except VerificationError as error:
         raise VerificationError(f"with batch norms that fit the example, {error}") from error
     settled_ones = [old for old, new in zip(judged, second, strict=True) if old.unchecked and _settles(old, new)]
@@ -270,7 +256,7 @@ def _session_of(model: Any) -> Any:
     if needs_two_files(model):
         with tempfile.TemporaryDirectory() as folder:
             save(model, Path(folder) / "model.onnx", external=True)
-            return session_of(Path(folder) / "model.onnx")
+            return session_of(Path(folder) / "model.onnx", slim=True)
     ir = require("onnx_ir")
     return session_of(bytes(ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString()))
 

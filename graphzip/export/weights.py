@@ -8,6 +8,7 @@ packed in an order of its own, such as the gates of a recurrent layer, must be m
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -131,7 +132,9 @@ def _as_torch(constant: Any) -> torch.Tensor | None:
     if dtype == torch.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(dtype)
     try:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it may not be writable, and nothing is written to it
+            return torch.from_numpy(array)
     except TypeError:
         return None
 
