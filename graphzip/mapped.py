@@ -40,6 +40,7 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._stored: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 
     def tensors(self, file: Path) -> dict[str, torch.Tensor]:
         """The tensors of a safetensors file, which is known to be one. Raises `KeyError` for a dtype of eight bits."""
@@ -61,7 +62,13 @@ class MappedFiles:
         mapped = self._mapped(file)
         with contextlib.suppress(OSError):  # what is mapped goes with the last that reads it; not so on Windows
             file.unlink()
-        return _viewed(mapped, 0, value.dtype, value.shape)
+        found = _viewed(mapped, 0, value.dtype, value.shape)
+        self._stored[mapped] = found.data_ptr()
+        return found
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Whether a tensor is one that was `stored`, or a view of it."""
+        return value.untyped_storage().data_ptr() in self._stored.values()
 
     def rest(self) -> None:
         """Give the memory of all back; what is read from here on is read from the files again."""

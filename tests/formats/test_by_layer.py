@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import graphzip as gz
 from graphzip.commands.cli import app
 from graphzip.formats import shards
+from graphzip.mapped import MappedFiles
 from graphzip_passes.parts import streamed
 from tests.support.folders import llama, tensors
 
@@ -71,20 +72,39 @@ def test_spilled_values_are_the_same(
     folder: Path, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streamed, "_SPILLED", 64)
-    mapped: list[str] = []
-    from_file = torch.from_file
+    mapped: list[Path] = []
+    stored = MappedFiles.stored
 
-    def counted(name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-        mapped.append(name)
-        return from_file(name, *args, **kwargs)
+    def counted(files: MappedFiles, value: torch.Tensor, file: Path) -> torch.Tensor:
+        mapped.append(file)
+        return stored(files, value, file)
 
-    monkeypatch.setattr(torch, "from_file", counted)
+    monkeypatch.setattr(MappedFiles, "stored", counted)
     (tmp_path / "values").mkdir()
     plan = gz.Plan(PLANS["dropped"])
     gz.compile_folder(folder, plan, tmp_path / "spilled", calibration=DATA, spill=tmp_path / "values")
     assert len(mapped) > 100
     assert not list((tmp_path / "values").iterdir())
     assert apart(tmp_path / "spilled", fitted) < 1e-6
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_spilled_values_give_their_memory_back(tmp_path: Path) -> None:
+    """Until they are read again; a view of one is in its file already."""
+
+    def resident() -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().partition("RssFile:")[2].split()[0])
+
+    workspace = streamed.Workspace(tmp_path, tmp_path)
+    value = torch.arange(1 << 22)
+    spilled = workspace.spilled(value)
+    view = spilled.view(2, -1).T
+    assert workspace.spilled(view) is view
+    assert torch.equal(spilled, value)
+    before = resident()
+    workspace.files.rest()
+    assert before - resident() > 0.9 * value.nbytes
+    assert torch.equal(view.T.reshape(-1), value)
 
 
 def test_fitting_helps(folder: Path, fitted: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ The graph was traced on the meta device. What operators make there they make on 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -95,15 +94,9 @@ class Workspace:
         """The same value, mapped from a file where there is a place for these, and memory to gain."""
         if self.spill is None or not isinstance(value, torch.Tensor) or value.nbytes < _SPILLED:
             return value
-        storage = value.untyped_storage()
-        if storage.filename is not None or storage.nbytes() < value.nbytes:
+        if self.files.holds(value) or value.untyped_storage().nbytes() < value.nbytes:
             return value
-        place = self.spill / f"{next(iter(self._numbers))}.values"
-        mapped = torch.from_file(str(place), shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
-        mapped.copy_(value)
-        with contextlib.suppress(OSError):  # what is mapped goes with the last that reads it; not so on Windows
-            place.unlink()
-        return mapped
+        return self.files.stored(value, self.spill / f"{next(iter(self._numbers))}.values")
 
 
 class Streamed(Values):
@@ -143,9 +136,11 @@ class Streamed(Values):
 
     def finish(self, node: fx.Node) -> None:
         super().finish(node)
-        for each in node.all_input_nodes:
-            if each.op == "get_attr":
-                self._values.pop(each, None)
+        weights = [each for each in node.all_input_nodes if each.op == "get_attr"]
+        for each in weights:
+            self._values.pop(each, None)
+        if weights:
+            self._workspace.files.rest()
 
     def set_tensor(self, node: fx.Node, value: torch.Tensor) -> None:
         assert self._kept is not None

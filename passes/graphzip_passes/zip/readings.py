@@ -86,11 +86,13 @@ class Readings:
                 pieces.setdefault(layer.weight, []).append(self._held(_outputs(traced, layer, read)))
             self._batches_given[task] = list(self._batches.get(task, []))
         self._given = {}
-        for key, outs in pieces.items():
-            out = self._held(torch.cat(outs))
+        for key in list(pieces):
+            out = torch.cat(pieces.pop(key))
             rows = torch.tensor(float(len(out)), dtype=torch.float64)
             total, square, count = self.processes.summed(out.sum(0), out.square().sum(0), rows)
-            self._given[key] = _Given(Spread.of(total / count, square / count), out)
+            self._given[key] = _Given(Spread.of(total / count, square / count), self._held(out))
+            if self.workspace is not None:
+                self.workspace.files.rest()
 
     def inputs(self, traced: Traced, layer: TaskLayer, feeds: Feeds) -> Read:
         """What a layer reads in the models as they are now."""
