@@ -3,9 +3,9 @@
     python tools/bench/compare.py --net resnet20 --epochs 0 1 --cells compare.json
 
 Every method gets the same 512 unlabelled images and no training. `graphzip` is `plan_for(effort="thorough")` and
-`compile`, `graphzip-normal` the same at the default effort, `graphzip-ranks` and `graphzip-mixed` that with ranks of
-layers in place of widths and with both, `graphzip-tuned` that with `tune=` on these images, mirrored at random;
-`l1` and `fold` shrink all widths alike (of ResNets the inner ones), by the smallest kernels and by k-means of the
+`compile`, `graphzip-normal` the same at the default effort, and with that effort `graphzip-tuned` has `tune=` on these
+images, mirrored and moved at random, and `graphzip-ranks` and `graphzip-mixed` ranks of layers in place of widths and
+both; `l1` and `fold` shrink all widths alike (of ResNets the inner ones), by the smallest kernels and by k-means of the
 kernels; `torch-pruning` is the best, on 1,000 test images, of five importances (group magnitude L1 and L2, batch norm
 scale, Taylor and Hessian with the model's own answers for labels), each of them local and global. All but graphzip have
 their batch norms re-estimated on the images, for without it they are worse. Accuracy is the share of right answers on

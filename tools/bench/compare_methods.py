@@ -64,9 +64,12 @@ def graphzip(
     return str(compiled.report.tuning or ""), compiled.module
 
 
-def mirrored(images: Tensor) -> Tensor:
-    """Every image mirrored or not."""
-    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+def moved(images: Tensor) -> Tensor:
+    """Every image mirrored or not, all of them moved by up to three pixels."""
+    mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+    down, right = torch.randint(0, 7, (2,)).tolist()
+    padded = nn.functional.pad(mirrored, (3, 3, 3, 3), mode="reflect")
+    return padded[:, :, down : down + images.shape[2], right : right + images.shape[3]]
 
 
 def fold(bench: Bench, share: float) -> tuple[str, nn.Module]:
@@ -96,7 +99,7 @@ METHODS: dict[str, Callable[[Bench, float], tuple[str, nn.Module]]] = {
     "graphzip-normal": partial(graphzip, effort="normal"),
     "graphzip-ranks": partial(graphzip, effort="normal", passes=[gz.LowRank()]),
     "graphzip-mixed": partial(graphzip, effort="normal", passes=[gz.ClusterMerge(), gz.LowRank()]),
-    "graphzip-tuned": partial(graphzip, effort="normal", tune=gz.Tune(augment=mirrored)),
+    "graphzip-tuned": partial(graphzip, effort="normal", tune=gz.Tune(augment=moved)),
     "torch-pruning": torch_pruning,
     "fold": fold,
     "l1": l1,
