@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar import accuracy, drawn
+from cifar import accuracy, augmented, drawn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,11 +65,8 @@ def graphzip(
 
 
 def moved(images: Tensor) -> Tensor:
-    """Every image mirrored or not, all of them moved by up to three pixels."""
-    mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
-    down, right = torch.randint(0, 7, (2,)).tolist()
-    padded = nn.functional.pad(mirrored, (3, 3, 3, 3), mode="reflect")
-    return padded[:, :, down : down + images.shape[2], right : right + images.shape[3]]
+    """Every image mirrored or not, and moved; drawn as PyTorch draws."""
+    return augmented(images, torch.default_generator)
 
 
 def fold(bench: Bench, share: float) -> tuple[str, nn.Module]:
