@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -72,6 +73,24 @@ def test_outputs_come_closer_on_samples_that_were_not_seen() -> None:
     assert tuned.report.to_dict()["tuning"]["epoch"] == found.epoch
     assert type(tuned.report).from_dict(tuned.report.to_dict()) == tuned.report
     assert plain.report.tuning is None
+
+
+def test_what_stays_is_what_was_judged_an_average_that_falls_evenly(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "graphzip.training.tune")
+    model, batches = net(), data()
+    options = gz.Tune(epochs=16, rate=3e-2, patience=16)
+    compiled = compiled_of(model, batches, options)
+    found = compiled.report.tuning
+    assert found is not None
+    signatures = {"": Signature.of(model, gz.trace(model.eval(), (batches[0],)).call)}
+    (held_out,) = divided({"": batches}, signatures, options, splits=True, seed=0).judging[""]
+    outputs = [copy.deepcopy(each).eval()(held_out) for each in (model, compiled.module)]
+    every = model(torch.cat(batches))
+    loss = (outputs[0] - outputs[1]).square().mean() / every.var(correction=0)
+    assert float(loss.detach()) == pytest.approx(found.after, rel=1e-4)
+    told = [float(match[1]) for match in re.finditer(r"epoch \d+, loss (\S+)", caplog.text)]
+    half = told[len(told) // 2 :]
+    assert all(later < 1.05 * earlier for earlier, later in itertools.pairwise(half))
 
 
 def test_what_is_worse_is_not_kept() -> None:
