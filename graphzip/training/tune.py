@@ -62,8 +62,8 @@ class Tune:
     - `batch`: samples in a step. Where samples cannot be told apart (the batch of the model is not free) a step takes
       one of the given batches.
     - `held_out`: the share of the samples that judge, and that nothing is fitted to.
-    - `patience`: it ends after so many epochs in a row without a better one. The first ones are often worse than none, and
-      more is gained where the rate falls.
+    - `patience`: it ends after so many epochs in a row without a better one. The first ones are often worse than none,
+      and more is gained where the rate falls.
     - `augment`: a function of a batch's positional inputs, `augment(x)` or `augment(x, mask)`, that gives inputs to
       train on in their place, such as mirrored images; the original says what is right for them. It may draw from
       PyTorch's random generator, which is seeded for it.
