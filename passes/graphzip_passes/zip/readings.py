@@ -58,6 +58,7 @@ class Readings:
         self._together: dict[str, int] = {}
         self._batches: dict[str, list[float]] = {}
         self._batches_given: dict[str, list[float]] = {}
+        self._batches_of_all: dict[str, int] = {}
 
     def forget(self, task: str | None = None) -> None:
         """Compute values anew from here on, of one task or of all."""
@@ -85,6 +86,9 @@ class Readings:
             for layer, read in self._read(traced, own, feeds, Kept()) if own else ():
                 pieces.setdefault(layer.weight, []).append(self._held(_outputs(traced, layer, read)))
             self._batches_given[task] = list(self._batches.get(task, []))
+            self._batches_of_all[task] = sum(self.processes.gathered(len(self._batches_given[task])))
+        for known in self.processes.gathered(self._together):
+            self._together |= known
         self._given = {}
         for key in list(pieces):
             out = torch.cat(pieces.pop(key))
@@ -131,7 +135,7 @@ class Readings:
     def _few(self, layer: TaskLayer, rows: int) -> int:
         """How many of the rows of a batch are kept: those of whole samples."""
         together = self._together.get(layer.weight, 1)
-        share = _APART // (together * max(len(self._batches_given.get(layer.task, ())), 1))
+        share = _APART // (together * max(self._batches_of_all.get(layer.task, 0), 1))
         return min(together * max(share, 1), rows)
 
     def missed(

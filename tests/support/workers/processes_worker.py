@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import graphzip as gz
 from graphzip.plan.criteria import CRITERIA
 from graphzip_passes.prune import criteria  # noqa: F401 (registers those that graphzip brings)
 from graphzip_passes.registry import BUILT_IN
+from graphzip_passes.zip import readings
 
 SIZES = (6, 6, 6, 6, 3)
 EXAMPLE = (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),)
@@ -86,7 +88,18 @@ def quick(share: Callable[[list[Any]], list[Any]]) -> Found:
     }
     study = gz.WidthStudy(model, calibration=share(batches()))
     losses = {f"{each.group} at {width}": loss for each in study.measure() for width, loss in each.points}
-    return found | {"plan": {"plan": study.plan(macs=0.6).to_dict(), "losses": losses}}
+    return found | {"plan": {"plan": study.plan(macs=0.6).to_dict(), "losses": losses}, "zip": told(zipped(share))}
+
+
+def zipped(share: Callable[[list[Any]], list[Any]]) -> gz.Compiled:
+    """Two models that differ; of the samples that changes are tried on there are more than are kept."""
+    models, draw = alike(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in models["b"].parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    data = {"a": share(batches()), "b": share(batches(3))}
+    with unittest.mock.patch.object(readings, "_APART", 60):
+        return gz.compile(models, gz.Plan([gz.Zip(places=4)]), {"a": EXAMPLE, "b": EXAMPLE}, calibration=data)
 
 
 def plans(share: Callable[[list[Any]], list[Any]]) -> Found:
