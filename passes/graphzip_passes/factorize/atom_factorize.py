@@ -106,11 +106,12 @@ class AtomFactorizePass:
         if self.options.weighted and self.options.init == "fit" and data is not None:
             moments = input_moments({layer.name: model.get_submodule(layer.name) for layer in self.layers}, data)
         made = self._made(traced, model, moments)
-        if self.options.init == "fit":
-            self.errors = {name: self._relative_error(traced, name, made[name]) for name in self.splits}
         result = factor(traced, model, self.layers, made)
-        replaces = self.options.init == "fit" and all(split.count == 1 for split in self.splits.values())
-        return compensated(traced, result, self.options.compensate if replaces else "none", context)
+        if self.options.init == "fit":
+            replaces = all(split.count == 1 for split in self.splits.values())
+            result = compensated(traced, result, self.options.compensate if replaces else "none", context)
+            self.errors = {name: self._relative_error(traced, name, made[name]) for name in self.splits}
+        return result
 
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
         """Build the kernels of some layers, and apply the atoms of others first."""

@@ -82,7 +82,11 @@ class SliceGeneratePass:
             layers = [layer for layer in self.layers if self.scope[layer.name] == scope]
             made.update(self._made(traced, model, layers, random))
         result = factor(traced, model, self.layers, made)
-        return compensated(traced, result, self.options.compensate if self.options.init == "fit" else "none", context)
+        if self.options.init == "fit":
+            result = compensated(traced, result, self.options.compensate, context)
+            for name in self.scope:
+                self._note_error(name, kernel_of(traced, name).detach().double(), made[name].kernel().detach().double())
+        return result
 
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
         """The graph stays as it is: it has had codes and generators since the model was prepared."""
@@ -143,8 +147,6 @@ class SliceGeneratePass:
             code = nn.Parameter(own.to(weight.device, weight.dtype).clone(), requires_grad=weight.requires_grad)
             for holder, conv in convolutions_of(model, layer):
                 made[holder] = factored_conv("Slice", len(layer.shape) - 2)(conv, code, stored, size=self.options.slice)
-            if self.options.init == "fit":
-                self._note_error(layer.name, weight.detach().double(), made[layer.name].kernel().detach().double())
         return made
 
     def _note_error(self, name: str, kernel: torch.Tensor, found: torch.Tensor) -> None:

@@ -27,11 +27,13 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import fx
 
 from graphzip.analysis.layers import Layer, has_statistics, left_alone, norm_behind, only_reader, own_layers
+from graphzip.graph.factored import kernel_nodes
 from graphzip.graph.interpreter import Values
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.state import get_tensor
@@ -42,7 +44,7 @@ from graphzip.progress import told
 from graphzip.rewrite.layout import Layout
 from graphzip_passes.parts.score_pairs import ScorePair, score_pairs, turned
 
-__all__ = ["Effort", "Narrowed", "Refit", "refit", "sampled_rows"]
+__all__ = ["Effort", "Kernels", "Narrowed", "Refit", "refit", "sampled_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,22 @@ class Narrowed:
     layout: Layout
     means: Layout
     turns: bool = False
+
+
+class Kernels(Protocol):
+    """Kernels that are computed from other tensors, such as factors."""
+
+    def layers(self, traced: Traced) -> dict[fx.Node, Layer]:
+        """The layers whose kernels these are, by their calls."""
+        ...
+
+    def bring(self, call: str, wanted: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor) -> None:
+        """Bring the kernel of a call as near to `wanted` (G, I * K, O) as it goes: change what it is computed from.
+
+        What a row of the output is off by is measured by `moments` (G, I * K, I * K) and multiplied by `scale`
+        (G, 1, O).
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -126,13 +144,14 @@ def refit(
     *,
     only: Collection[str] | None = None,
     effort: Effort | None = None,
+    kernels: Kernels | None = None,
 ) -> Refit:
     """Fit the layers of the graph of `new`, in place, to what `old` gives; both run as far as they have to.
 
     `found` says what is left of the original. With `only`, the layers whose weights have these names in the original
-    are fitted and nothing else.
+    are fitted and nothing else. Layers whose kernels are computed are fitted as far as `kernels` can.
     """
-    return _Walk(old, new, found, only, effort or Effort()).run()
+    return _Walk(old, new, found, only, effort or Effort(), kernels).run()
 
 
 class _Walk:
@@ -143,12 +162,14 @@ class _Walk:
         found: Narrowed,
         only: Collection[str] | None,
         effort: Effort,
+        kernels: Kernels | None,
     ) -> None:
-        self.old, self.new, self.effort = old, new, effort
+        self.old, self.new, self.effort, self.kernels = old, new, effort, kernels
         self.processes = new.shared.processes
         self.layout, self.means = found.layout, found.means
         twins = {node.name: node for node in self.old.nodes}
         layers, before = own_layers(new.traced), own_layers(old.traced)
+        layers |= {} if kernels is None else kernels.layers(new.traced)
         self.targets: dict[fx.Node, _Target] = {}
         self.norms: set[fx.Node] = set()
         self.estimated: set[fx.Node] = set()
@@ -222,13 +243,32 @@ class _Walk:
         scale = torch.ones(1, dtype=t.dtype, device=t.device) if target.norm is None else self._scale(target.norm)
         scale = scale.expand(layer.shape[0]).reshape(layer.groups, 1, -1)
         rounds = self.effort.rounds if target.flat else 0
-        weight = layer.plain(new[layer.weight][0]).reshape(layer.groups, -1, x.shape[2]).transpose(1, 2)
+        weight = self._rows_of(layer)
         lie = RowParts([len(chosen) for chosen in rows], self.processes)
-        change = _solved(
-            layer.name, x, t, p, weight, scale, intercept=intercept, rounds=rounds, flat=target.flat, lie=lie
-        )
+        fit = _solved(layer.name, x, t, p, weight, scale, intercept=intercept, rounds=rounds, flat=target.flat, lie=lie)
+        if layer.weight.op != "get_attr":
+            self._bring(layer, fit, weight, scale)
+        change = torch.cat([fit.weights, fit.offset], 1) if intercept else fit.weights
         self._apply(target, self.processes.agreed(change), intercept=intercept)
         self.fitted.append(layer.name)
+
+    def _bring(self, layer: Layer, fit: Fit, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        """Let a computed kernel follow, and the fit hold what it came to: the intercept makes up for the mean."""
+        assert self.kernels is not None
+        lower = fit.factor.lower
+        self.kernels.bring(layer.node.name, weight.double() + fit.weights, lower @ lower.mT, scale)
+        built = kernel_nodes(layer.node)[::-1]
+        for node in built:
+            self.new.hold(node)
+            self.new.run(node)
+        for node in built:
+            self.new.release(node)
+        fit.weights = self._rows_of(layer).double() - weight.double()
+
+    def _rows_of(self, layer: Layer) -> torch.Tensor:
+        """The weight as it multiplies rows, (G, I * K, O)."""
+        weight = layer.plain(self.new[layer.weight][0])
+        return weight.reshape(layer.groups, layer.shape[0] // layer.groups, -1).transpose(1, 2)
 
     def _are_equal(self, wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> bool:
         """Whether nothing moved, in any process."""
@@ -273,9 +313,9 @@ class _Walk:
     def _apply(self, target: _Target, change: torch.Tensor, *, intercept: bool) -> None:
         """Add a change (G, I * K [+ 1], O) to the weight, and to the bias or the running mean."""
         layer, new = target.layer, self.new
-        weight = new[layer.weight][0]
-        moved = change[:, : change.shape[1] - intercept].transpose(1, 2).reshape(layer.shape)
-        new.set_tensor(layer.weight, weight + layer.plain(moved))
+        if layer.weight.op == "get_attr":
+            moved = change[:, : change.shape[1] - intercept].transpose(1, 2).reshape(layer.shape)
+            new.set_tensor(layer.weight, new[layer.weight][0] + layer.plain(moved))
         if intercept and layer.bias is not None:
             new.set_tensor(layer.bias, new[layer.bias][0] + change[:, -1].reshape(-1))
         elif intercept:
@@ -402,8 +442,8 @@ def _solved(
     rounds: int,
     flat: tuple[float, float] | None = None,
     lie: RowParts | None = None,
-) -> torch.Tensor:
-    """The change (G, I * K [+ 1], O) in float64, for rows read (G, R, I * K) and wanted and given ones (G, R, O).
+) -> Fit:
+    """The fit of the change, for rows read (G, R, I * K) and wanted and given ones (G, R, O).
 
     `weight` (G, I * K, O) is that of now. The rows read are changed. Those of a layer that reads a constant, as behind
     a pooling of a norm over one channel alone, are the rounding of it: then only the intercept is fitted.
@@ -417,7 +457,7 @@ def _solved(
         fit.improve(torch.where(usable, (goal - now) / scale, 0.0))
         if _is_rounding(fit, weight, t):
             fit.weights.zero_()
-    return torch.cat([fit.weights, fit.offset], 1) if intercept else fit.weights
+    return fit
 
 
 def _is_rounding(fit: Fit, weight: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -55,7 +55,7 @@ class Readings:
         self._given: dict[str, _Given] | None = None
         self._wanted: dict[str, list[CrossMoments]] = {}
         self._apart: dict[str, tuple[list[torch.Tensor], torch.Tensor]] = {}
-        self._together: dict[str, int] = {}
+        self._together: dict[str, int] = {}  # rows of one sample
         self._batches: dict[str, list[float]] = {}
         self._batches_given: dict[str, list[float]] = {}
         self._batches_of_all: dict[str, int] = {}
@@ -221,7 +221,9 @@ class Readings:
             for (layer, call), value in zip(calls, values, strict=True):
                 rows = rows_of(call, value, self.places, draws[layer.name])
                 check_finite(layer.name, rows)
-                self._together[layer.weight] = 1 if call.is_linear else len(rows) // max(len(value), 1)
+                together = 1 if call.is_linear else len(rows) // max(len(value), 1)
+                if self._together.setdefault(layer.weight, together) != together:
+                    self._together[layer.weight] = 1  # calls with other places
                 yield layer, rows.detach().to("cpu", torch.float64)
         self._batches[task] = sums or self._batches.get(task, sums)
 

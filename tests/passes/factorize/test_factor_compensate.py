@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graphzip as gz
+from graphzip_passes.factorize import compensate
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -59,7 +60,8 @@ def test_outputs_move_less_by_default(options: Any) -> None:
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-def test_what_a_batch_norm_gives_has_the_mean_and_the_spread_it_had() -> None:
+def test_what_a_batch_norm_gives_has_the_mean_and_the_spread_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensate, "_TURNS", 0)  # factors have no turn of their own
     model, data = network(), batches()
     slim = compiled(model, LOSSY[0], data).module
     given = []
@@ -73,6 +75,16 @@ def test_what_a_batch_norm_gives_has_the_mean_and_the_spread_it_had() -> None:
     one, two = (each.transpose(0, 1).flatten(1) for each in given)
     torch.testing.assert_close(two.mean(1), one.mean(1), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(two.var(1), one.var(1), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("options", LOSSY[:2], ids=["atoms", "shared"])
+def test_factors_are_fitted_to_what_the_layers_before_give(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, unseen = network(), batches(), batches()
+    fitted = compiled(model, options, data)
+    monkeypatch.setattr(compensate, "_TURNS", 0)
+    apart = compiled(model, options, data)
+    assert error(fitted.module, model, unseen) < 0.99 * error(apart.module, model, unseen)
+    assert fitted.report.after.params == apart.report.after.params
 
 
 def test_nothing_changes_where_the_fit_is_exact() -> None:
