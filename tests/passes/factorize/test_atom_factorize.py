@@ -91,7 +91,8 @@ def test_weights_of_the_calibration_data_lower_the_error_of_the_output() -> None
     data = [torch.randn(8, 4, 9, 9) for _ in range(2)]
     errors = []
     for weighted in (False, True):
-        module = prepared(model, calibration=data, atoms=4, weighted=weighted, include=["1"]).convert().module
+        options = {"weighted": weighted, "compensate": "none", "include": ["1"]}
+        module = prepared(model, calibration=data, atoms=4, **options).convert().module
         with torch.no_grad():
             errors.append(relative(model[:2](data[0]), nn.Sequential(*list(module.children())[:2])(data[0])))
     assert errors[1] < 0.75 * errors[0]
