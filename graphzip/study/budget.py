@@ -169,7 +169,6 @@ class WidthStudy:
             told = [each.to_dict() for each in self.passes], seed, effort, rules
             check_alike(self.processes, traced, *told)
             self._begin(given, traced, known, {"calibration": calibration, "seed": seed}, {**view, "mode": mode})
-            whole = whole if self.begun.compiled is None else self.begun.compiled.module
             self._feed([self.example_inputs] if calibration is None else calibration, signature, whole)
             self._look(cache, evaluate_name)
         self.sensitivities: tuple[Sensitivity, ...] = ()
@@ -195,7 +194,7 @@ class WidthStudy:
 
     def _feed(self, data: Iterable[Any], signature: Signature, whole: nn.Module) -> None:
         """Read what layers are fitted and outputs judged on; passes are told of it where it is the user's data."""
-        trained = Trained(whole, self.traced)
+        trained = Trained(whole if self.begun.compiled is None else self.begun.compiled.module, self.traced)
         fed = Calibration({"": data}, {"": signature}, trained, processes=self.processes)
         self.batches = fed.graph_inputs()
         where = self._where(self.options or self.low_rank)

@@ -76,8 +76,8 @@ def plan_for(
     A `DropBlocks` without `keep` in front of the other `passes` mixes depth and width: how many residual branches go is
     found, too. That takes as long as plans of the effort "fast" for some numbers of branches, and then one of yours.
 
-    Where the memory is not enough for the batches of `calibration`, the measurements begin anew, as
-    if batches of half the size had been given.
+    Where the memory is not enough for the batches of `calibration`, the measurements begin anew, as if batches of half
+    the size had been given.
 
     Raises `PlanError` where no budget is given, or one is out of reach: before anything is measured, with what can be
     reached. Other errors are those of `compile`.
@@ -89,21 +89,30 @@ def plan_for(
     view: dict[str, Any] = {"scope": scope, "dynamic_shapes": dynamic_shapes, "outputs": outputs, "mode": mode}
     rules: dict[str, Any] = {"round_to": round_to, "min_width": min_width, "target": target, "uniform": uniform}
 
-    example: Any = inputs
-
     def measured(data: Iterable[Any] | None) -> Plan:
         with sharing(data).together("plan_for"):
-            if (place := open_depth(passes)) is None:
-                studied = partial(WidthStudy, source, inputs, calibration=data, **judged, **view, **rules)
-                chosen = passes
-            else:  # many studies of one model
-                known = source if isinstance(source, Trace) else trace(source, example, **view)
-                studied = partial(WidthStudy, known, calibration=data, **judged, **rules)
-                chosen = _with_depth(studied, passes, place, budgets)
-            return _measured(studied(passes=chosen, effort=effort, cache=cache), budgets).plan(**budgets)
+            studied: Callable[..., WidthStudy] = partial(WidthStudy, calibration=data, **judged, **rules)
+            return _planned(studied, source, inputs, view, (passes, effort, cache), budgets)
 
     with watched(progress):
         return fitting(measured, calibration, place)
+
+
+def _planned(
+    studied: Callable[..., WidthStudy],
+    model: nn.Module | Trace,
+    inputs: Any,
+    view: Mapping[str, Any],
+    how: tuple[Sequence[PassOptions], str, str | os.PathLike[str] | None],
+    budgets: Mapping[str, float],
+) -> Plan:
+    passes, effort, cache = how
+    if (place := open_depth(passes)) is None:
+        studied = partial(studied, model, inputs, **view)
+    else:  # many studies of one model
+        studied = partial(studied, model if isinstance(model, Trace) else trace(model, inputs, **view))
+        passes = _with_depth(studied, passes, place, budgets)
+    return _measured(studied(passes=passes, effort=effort, cache=cache), budgets).plan(**budgets)
 
 
 def _measured(study: WidthStudy, budgets: Mapping[str, float]) -> WidthStudy:
