@@ -11,8 +11,10 @@ estimated on samples that its change is not fitted to; one that gains nothing th
 
 So it goes with all rows of a layer before its channels are paired (what is paired are then the rows that fit best, and
 Eq. 12 between them is the increase of both tasks' errors over what each has at best), with what stays a task's own of a
-layer that is shared in part, and with every layer behind that is not shared, heads included. Weights of a sparse layer
-that are zero stay zero. Nothing is added to the parameters, and no labels are needed.
+layer that is shared in part, and with every layer behind that is not shared, heads included. Once the models are
+trained between stages, it is so with the rows that are to be paired alone: what is behind, training brings about better
+from where it is. Weights of a sparse layer that are zero stay zero. Nothing is added to the parameters, and no labels
+are needed.
 
 MTZ itself ("Multi-Task Zipping via Layer-wise Neuron Sharing", Algorithm 1) leaves these weights as they are.
 """
@@ -45,6 +47,8 @@ class Refitting:
     def __init__(self, joint: Joint, joining: Joining, layers: Sequence[str]) -> None:
         self.joint, self.joining, self.layers = joint, joining, tuple(layers)
         self.fitted: list[str] = []
+        self.is_trained = False
+        """Whether the models are given away between stages, to be trained: then only what is to be paired is fitted."""
 
     @property
     def on(self) -> bool:
@@ -67,7 +71,7 @@ class Refitting:
     def rest(self, traced: Traced, layers: Mapping[str, TaskLayer], inputs: Inputs) -> None:
         """Fit what remains of a layer's shared rows: the weights of inputs that are not shared, and biases."""
         keys = self.joint.channels.keys(dict(layers))
-        for task, read in inputs.items() if self.on else ():
+        for task, read in inputs.items() if self.on and not self.is_trained else ():
             layer, (rows, columns) = layers[task], keys[task]
             if layer.groups > 1 or columns is None:
                 continue
@@ -83,7 +87,7 @@ class Refitting:
 
     def behind(self, traced: Traced, name: str, feeds: Feeds) -> None:
         """Fit the layers that are not shared and run behind a layer, up to the next that is."""
-        for task in self.joint.tasks if self.on and feeds else ():
+        for task in self.joint.tasks if self.on and feeds and not self.is_trained else ():
             places = self._places(task)
             layer = self.joint.matching.layers[name].get(task)
             if layer is None:

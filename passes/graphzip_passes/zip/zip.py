@@ -143,7 +143,8 @@ class ZipPass:
         result = traced.copy()
         state = dict(named_state(traced.module))
         if any(state.get(key) is not tensor for key, tensor in self.left.items()):
-            readings.forget()  # it was trained since
+            readings.forget()
+            self.refitting.is_trained = True
         taking_part = [layer for each in self.layers for layer in joint.matching.layers[each].values()]
         readings.note_given(traced, [*taking_part, *self.refitting.watched()], feeds)
         inputs = {task: readings.inputs(result, layers[task], feeds) for task in joined} if feeds else {}

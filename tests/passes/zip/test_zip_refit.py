@@ -68,6 +68,25 @@ def test_outputs_move_less(share: Any) -> None:
     assert fitted.report.after.params == plain.report.after.params
 
 
+def test_once_networks_are_trained_nothing_is_fitted_behind_what_is_shared() -> None:
+    nets, data = nets_of(6, 12, 10, 3), data_of(200, 6)
+    heads: list[Tensor] = []
+
+    def train(prepared: gz.Prepared, stage: str) -> None:
+        optimizer = prepared.optimizer(torch.optim.SGD, lr=1e-3)
+        torch.stack([each.square().mean() for each in prepared(**data).values()]).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        heads[:] = [prepared.task(name).get_submodule("4").weight.detach().clone() for name in nets]
+
+    inputs = {name: (x[:2],) for name, x in data.items()}
+    calibration = {name: [x] for name, x in data.items()}
+    trained = gz.compile(nets, gz.Plan([gz.Zip()]), inputs, calibration=calibration, train=train)
+    for name, head in zip(nets, heads, strict=True):
+        assert torch.equal(trained.task(name).get_submodule("4").weight, head)
+    assert trained.report.passes[0]["zip"]["refitted"] == []
+    assert zipped(nets, data).report.passes[0]["zip"]["refitted"] == ["a.4", "b.4"]
+
+
 @pytest.mark.parametrize("count", [1, 20, 60])
 def test_few_samples_make_nothing_worse(count: int) -> None:
     nets, unseen = nets_of(16, 24, 16, 3), data_of(2000, 16)
