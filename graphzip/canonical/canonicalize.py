@@ -16,6 +16,7 @@ from graphzip.canonical.functionalize import Writes, functionalize
 from graphzip.canonical.joined_writes import join_writes
 from graphzip.canonical.shuffles import fuse_shuffles
 from graphzip.canonical.split_packed import unpack
+from graphzip.graph.randomness import drop_dead
 from graphzip.graph.source import annotate
 from graphzip.graph.state import Aliases, get_tensor
 
@@ -38,11 +39,11 @@ def clean(module: fx.GraphModule, aliases: Aliases) -> Writes:
     _drop_other_names(graph)
     _drop_constant_copies(module)
     decompose(graph)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     join_writes(graph)
     fuse_shuffles(module)
     unpack(module)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     module.graph.lint()
     return found
 

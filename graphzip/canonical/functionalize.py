@@ -32,6 +32,7 @@ from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.meta import meta_of
 from graphzip.graph.modes import DROPOUTS
 from graphzip.graph.operators import arguments_of
+from graphzip.graph.randomness import drop_dead
 from graphzip.graph.state import get_tensor
 
 __all__ = ["Writes", "functionalize"]
@@ -72,11 +73,11 @@ def functionalize(graph: fx.Graph) -> Writes:
         return Writes()
     for node in list(graph.nodes):
         _spell_out(graph, node)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     memory = Memory(graph)
     branches = tuple(shared_at_one(graph, memory))
     _Functional(graph, memory).run()
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     return Writes(tuple(_what_is_left(graph)), branches)
 
 

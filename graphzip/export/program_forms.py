@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from graphzip.graph.builder import Builder, rank_of, shape_of
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.operators import CONVOLUTIONS, argument_of, arguments_of, set_argument
+from graphzip.graph.randomness import drop_dead
 
 __all__ = ["with_four_dimensions", "with_sums_as_convolutions"]
 
@@ -107,7 +108,7 @@ def with_sums_as_convolutions(program: ExportedProgram) -> None:
                 weight, wider = argument_of(user, "weight"), [0, 0] * (rank_of(x) - 2) + [0, more]
                 padded = Builder.before(user)(aten.constant_pad_nd.default, weight, wider)
                 set_argument(user, "weight", padded)
-    program.graph.eliminate_dead_code()
+    drop_dead(program.graph)
 
 
 _WHOLE = 4

@@ -140,7 +140,7 @@ class Values:
         for node in nodes:
             self._readers.subtract(node.all_input_nodes)
             spent[node] = [source for source in node.all_input_nodes if self._readers[source] <= 0]
-        kept: dict[fx.Node, list[Any]] = {node: [] for node in nodes if self._readers[node] > 0}
+        kept: dict[fx.Node, list[Any]] = {node: [] for node in nodes if self._readers[node] > 0 or node is nodes[-1]}
         for number in range(len(self.batches)):
             self._run_batch(number, spent, kept)
         for source in itertools.chain(*spent.values()):

@@ -18,7 +18,7 @@ from torch import fx
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.source import describe
 
-__all__ = ["generators_kept", "is_dropout", "is_random", "random_nodes", "random_notes", "shared_dims"]
+__all__ = ["drop_dead", "generators_kept", "is_dropout", "is_random", "random_nodes", "random_notes", "shared_dims"]
 
 _Arguments = Mapping[str, Any]
 
@@ -78,6 +78,14 @@ def random_nodes(graph: fx.Graph) -> list[fx.Node]:
         if node.op == "output" or node in read or _writes(node):
             read.update(node.all_input_nodes)
     return [node for node in graph.nodes if (node in read or _writes(node)) and is_random(node)]
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Take out operators that nobody reads, those that could draw random numbers among them, and nothing that writes.
+
+    PyTorch leaves the latter in place, with all that they read: attention, whose dropout is off, is one of them.
+    """
+    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
 
 
 def random_notes(graph: fx.Graph) -> Iterator[str]:

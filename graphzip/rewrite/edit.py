@@ -15,6 +15,7 @@ from torch import fx
 
 from graphzip.canonical.canonicalize import fetch_once
 from graphzip.graph.builder import Builder
+from graphzip.graph.randomness import drop_dead
 from graphzip.graph.state import attach, drop_unread, find_aliases, get_tensor, is_persistent, like
 from graphzip.graph.traced import Traced
 from graphzip.rewrite.refresh import refresh
@@ -84,7 +85,7 @@ class Edit:
         `tied`: names have been given other tensors. `unread`: parameters that are no longer read go, too. Raises
         `RewriteError` where an operator does not fit, or a size no longer follows the inputs.
         """
-        self.graph.eliminate_dead_code()
+        drop_dead(self.graph)
         if tied:
             tie(self.traced)
         if unread:

@@ -36,6 +36,7 @@ from graphzip.graph.guards import tie_sizes
 from graphzip.graph.inputs import CallCode, InputSpec, concrete_shape, fake_input
 from graphzip.graph.meta import owner_name, place_meta
 from graphzip.graph.operators import COPIES, arguments_of
+from graphzip.graph.randomness import drop_dead
 from graphzip.graph.state import attach, drop_unread, graph_module, share_tree
 from graphzip.graph.torch_private import FakeTensorMode, ShapeEnv, pytree
 from graphzip.graph.traced import Traced
@@ -73,7 +74,7 @@ def one_input(joint: Traced) -> Traced:
     merging.run()
     info = graph._codegen.pytree_info  # type: ignore[attr-defined]
     merging.made.set_codegen(CallCode(info._replace(orig_args=list(first.arguments), in_spec=first.in_spec)))
-    merging.made.eliminate_dead_code()
+    drop_dead(merging.made)
     module = graph_module(merging.root, merging.made, "Tasks", compiled=False)
     drop_unread(module, module.graph)
     one = replace(

@@ -28,7 +28,7 @@ from graphzip.graph.operators import is_view
 from graphzip.progress import counted
 from graphzip.runtime.inference import machine
 from graphzip.study.cost_model import Axes, Dims, Price, WidthTable, operations, price_of
-from graphzip.study.measurements import Measurements
+from graphzip.study.measurements import Measurements, beside_others
 from graphzip.study.units import Units
 
 __all__ = ["latency_price", "layer_times"]
@@ -49,7 +49,8 @@ Times = Callable[[tuple[int, ...], RowLayer], float]
 
 def layer_times(path: str | os.PathLike[str]) -> Times:
     """What measures a layer once on this machine: a file of measurements keeps it for other models, too."""
-    kept = Measurements(path, f"layers on {machine()}", beside=True)
+    with beside_others():
+        kept = Measurements(path, f"layers on {machine()}")
 
     def measured(image: tuple[int, ...], layer: RowLayer) -> float:
         name = f"{layer} of {image}"

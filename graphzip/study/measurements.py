@@ -13,7 +13,9 @@ import logging
 import math
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +32,7 @@ from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.process_groups import ALONE, Processes
 
-__all__ = ["Measurements", "identity", "key_of"]
+__all__ = ["Measurements", "beside_others", "identity", "key_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +40,26 @@ _START: Final = b'{"graphzip": "measurement"'
 _OLD: Final = {"fingerprint", "losses"}  # what a file of one study was made of
 
 
+_EXPECTED: ContextVar[bool] = ContextVar("_EXPECTED", default=False)
+
+
+@contextmanager
+def beside_others() -> Iterator[None]:
+    """For studies that are kept in one file with others, of which nothing has to be said."""
+    token = _EXPECTED.set(True)
+    try:
+        yield
+    finally:
+        _EXPECTED.reset(token)
+
+
 class Measurements:
     """What was measured of one study before, in a file that may hold others. Of several processes the first reads and
-    writes it. It is said where the file holds others alone, unless `beside` another study that is what is expected.
+    writes it. It is said where the file holds others alone, unless that is what is expected (`beside_others`).
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], key: str, processes: Processes = ALONE, *, beside: bool = False
-    ) -> None:
-        self.path, self.key, self._writes, self._beside = Path(path), key, processes.rank == 0, beside
+    def __init__(self, path: str | os.PathLike[str], key: str, processes: Processes = ALONE) -> None:
+        self.path, self.key, self._writes = Path(path), key, processes.rank == 0
         self._losses: dict[tuple[str, int], float] = {}
         self._old = False
         if self._writes and check_target(path, PlanError).exists():
@@ -98,7 +111,7 @@ class Measurements:
                 others = True
         if damaged:
             logger.warning("%s has %d lines that are damaged or no losses; they are left out", self.path, damaged)
-        if others and not self._losses and not self._beside:
+        if others and not self._losses and not _EXPECTED.get():
             logger.warning("%s was measured with another model, data or options; it is measured anew", self.path)
 
 

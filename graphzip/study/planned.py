@@ -65,8 +65,8 @@ def _check_depth(listed: Sequence[PassOptions]) -> None:
         )
     if (place := open_depth(listed)) is not None:
         raise PlanError(
-            f"passes[{place}].{DropBlocks.kind}.keep: a study is of one number of blocks; say how many stay, or call "
-            "plan_for, which finds it"
+            f"passes[{place}].{DropBlocks.kind}.keep: only plan_for finds it, for one such pass; say how many blocks "
+            "stay"
         )
 
 

@@ -27,6 +27,7 @@ from graphzip.process_groups import sharing
 from graphzip.progress import Progress, told, unwatched, watched
 from graphzip.study.amounts import given
 from graphzip.study.budget import WidthStudy
+from graphzip.study.measurements import beside_others
 from graphzip.study.planned import open_depth, planned_passes
 from graphzip.traces import Trace, trace
 from graphzip.tracing.results import Outputs
@@ -82,7 +83,7 @@ def plan_for(
     Raises `PlanError` where no budget is given, or one is out of reach: before anything is measured, with what can be
     reached. Other errors are those of `compile`.
     """
-    budgets = given(macs=macs, params=params, bytes=bytes, latency=latency)
+    budgets, listed = given(macs=macs, params=params, bytes=bytes, latency=latency), Plan(passes).passes
     place = device_of(device)
     source, inputs = moved(model, example_inputs, place)
     judged: dict[str, Any] = {"evaluate": evaluate, "evaluate_name": evaluate_name, "seed": seed}
@@ -92,7 +93,7 @@ def plan_for(
     def measured(data: Iterable[Any] | None) -> Plan:
         with sharing(data).together("plan_for"):
             studied: Callable[..., WidthStudy] = partial(WidthStudy, calibration=data, **judged, **rules)
-            return _planned(studied, source, inputs, view, (passes, effort, cache), budgets)
+            return _planned(studied, source, inputs, view, (listed, effort, cache), budgets)
 
     with watched(progress):
         return fitting(measured, calibration, place)
@@ -108,11 +109,14 @@ def _planned(
 ) -> Plan:
     passes, effort, cache = how
     if (place := open_depth(passes)) is None:
-        studied = partial(studied, model, inputs, **view)
+        study = studied(model, inputs, passes=passes, effort=effort, cache=cache, **view)
     else:  # many studies of one model
-        studied = partial(studied, model if isinstance(model, Trace) else trace(model, inputs, **view))
-        passes = _with_depth(studied, passes, place, budgets)
-    return _measured(studied(passes=passes, effort=effort, cache=cache), budgets).plan(**budgets)
+        known = model if isinstance(model, Trace) else trace(model, inputs, **view)
+        studied = partial(studied, known, cache=cache)
+        with beside_others():
+            chosen = _with_depth(partial(studied, effort="fast"), passes, place, budgets)
+            study = studied(passes=chosen, effort=effort)
+    return _measured(study, budgets).plan(**budgets)
 
 
 def _measured(study: WidthStudy, budgets: Mapping[str, float]) -> WidthStudy:
@@ -131,7 +135,7 @@ def _with_depth(
     options, others = passes[place], [*passes[:place], *passes[place + 1 :]]
     assert isinstance(options, DropBlocks)
     planned_passes([*others[:place], DropBlocks(keep=0), *others[place:]], has_data=True)
-    whole = studied(passes=others, effort="fast")
+    whole = studied(passes=others)
     most = len(chosen_blocks(whole.traced, options, f"passes[{place}].{options.kind}"))
     tried = {0: others} | {
         gone: [*others[:place], DropBlocks(keep=most - gone, blocks=options.blocks), *others[place:]]
@@ -142,11 +146,11 @@ def _with_depth(
     for number, (gone, chosen) in enumerate(tried.items()):
         told(number, len(tried), f"leaving out {gone} of {most} residual blocks")
         with unwatched():
-            study = studied(passes=chosen, effort="fast") if gone else whole
             try:
+                study = studied(passes=chosen) if gone else whole
                 study.check(**budgets)
             except PlanError as error:  # with fewer branches left it may be met
-                unmet = unmet or error
+                unmet = error
                 continue
             _measured(study, budgets).plan(**budgets)
             losses[gone] = study.survey.together(study.widths)
@@ -165,9 +169,10 @@ def _is_over(losses: Sequence[float]) -> bool:
 
 
 def _counts(most: int) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ..., below `most`."""
+    """1, 2, 3, 4, 6, 8, 12, 16, ..., and `most`."""
     count, further = 1, 1
     while count < most:
         yield count
         further = 2 * further if count >= 4 * further else further
         count += further
+    yield most

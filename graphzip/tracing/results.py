@@ -16,6 +16,7 @@ from torch import fx
 
 from graphzip.errors import GraphZipError, NotFoundError
 from graphzip.graph.inputs import CallCode
+from graphzip.graph.randomness import drop_dead
 from graphzip.graph.torch_private import PyTreeCodeGen, pytree
 
 __all__ = ["Outputs", "Way", "check_outputs", "choose_outputs", "leaves_with_ways", "tensors_by_way", "title"]
@@ -117,7 +118,7 @@ def choose_outputs(module: fx.GraphModule, outputs: Outputs) -> tuple[str, ...]:
     codegen = graph._codegen
     assert isinstance(codegen, PyTreeCodeGen)
     graph.set_codegen(CallCode(codegen.pytree_info._replace(out_spec=pruned)))
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     module.recompile()
     return tuple(dict.fromkeys(title(_outermost(way, chosen)) for way in tensors if way not in chosen))
 

@@ -29,9 +29,10 @@ from graphzip.arguments import check_callable, number, whole
 from graphzip.boundary import call_user
 from graphzip.calibration import place_of, placed
 from graphzip.calls import Call, Signature
-from graphzip.errors import PlanError, WeightsError
+from graphzip.errors import ExampleInputError, PlanError, WeightsError
 from graphzip.graph.batches import each_batch, run_batch, samples_in
 from graphzip.graph.copies import eval_copy
+from graphzip.graph.source import first_line
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.plan.problems import show
@@ -328,6 +329,7 @@ class _Tuner:
             raise WeightsError("tune: outputs of the slim model are NaN or infinite on calibration; check its weights")
         kept, state = 0, [each.detach().clone() for each in self.parameters]
         flags = [each.requires_grad for each in self.parameters]
+        every = {each: each.grad for task in self.tasks for each in task.student.parameters()}
         try:
             for each in self.parameters:
                 each.requires_grad_(True)
@@ -343,7 +345,9 @@ class _Tuner:
         finally:
             self._restore(state)
             for each, flag in zip(self.parameters, flags, strict=True):
-                each.requires_grad_(flag).grad = None
+                each.requires_grad_(flag)
+            for each, slope in every.items():
+                each.grad = slope
         samples, held_out = (sum(task.counts[part] for task in self.tasks) for part in (0, 1))
         return Tuning(before, best, kept, samples, held_out)
 
@@ -353,8 +357,7 @@ class _Tuner:
         steps = [(task, batch) for task in self.tasks for batch in task.dealt(self.generator)]
         for done, chosen in enumerate(torch.randperm(len(steps), generator=self.generator).tolist(), 1):
             task, batch = steps[chosen]
-            batch = self._augmented(batch)
-            loss = task.loss(batch, task.wanted(batch))
+            loss = task.loss(*self._asked(task, batch))
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(epoch - 1 + done / len(steps))
             self._step(loss, 1.0 / max(_AVERAGED * self.options.epochs * len(steps), 1.0))
@@ -363,11 +366,19 @@ class _Tuner:
         """After so much of the epochs."""
         return self.options.rate * min(epoch, 1.0) * (1 + math.cos(math.pi * epoch / self.options.epochs)) / 2
 
-    def _augmented(self, batch: Call) -> Call:
+    def _asked(self, task: _Task, batch: Call) -> tuple[Call, Results]:
+        """A batch, augmented, and what the original gives for it."""
         if self.options.augment is None:
-            return batch
+            return batch, task.wanted(batch)
         given: Any = call_user(self.options.augment, *batch.args)
-        return Call(tuple(given) if isinstance(given, tuple | list) else (given,), batch.kwargs)
+        batch = Call(tuple(given) if isinstance(given, tuple | list) else (given,), batch.kwargs)
+        try:
+            return batch, task.wanted(batch)
+        except ExampleInputError as error:
+            raise PlanError(
+                f"tune.augment: the model does not take what it gives ({first_line(error.__cause__ or error)}); return "
+                "inputs like those that it is given"
+            ) from error
 
     def _step(self, loss: torch.Tensor, share: float) -> None:
         """A step, of which the averages take this share."""

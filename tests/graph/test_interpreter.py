@@ -79,6 +79,16 @@ def test_what_was_read_last_is_gone_unless_it_is_held(traced: Traced, held: bool
         assert early not in values
 
 
+def test_what_was_asked_for_is_there_though_nobody_reads_it(traced: Traced) -> None:
+    copy = traced.copy()
+    read = next(node for node in copy.graph.nodes if node.target is torch.ops.aten.relu.default)
+    with copy.graph.inserting_after(read):
+        unread = copy.graph.call_function(torch.ops.aten.neg.default, (read,))
+    values = Values(copy, batches(copy))
+    values.up_to(unread)
+    assert len(values[unread]) == 3
+
+
 def test_no_more_than_one_batch_of_what_lies_between_is_alive(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0

@@ -296,3 +296,35 @@ class Deep(nn.Module):
 def test_both_forms_at_once_are_refused() -> None:
     with pytest.raises(gz.PlanError, match="a branch would go from one of them; compile with mode='eval'"):
         gz.compile(Deep(), gz.Plan([gz.DropBlocks(keep=0)]), (torch.randn(2, 4),), mode="train")
+
+
+class Attending(nn.Module):
+    """`x + attention(x)`, whose dropout is off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_attention_that_is_left_out_is_gone() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Attending(), nn.Linear(8, 3)).eval()
+    compiled = gz.compile(model, gz.Plan([gz.DropBlocks(keep=0)]), (torch.randn(2, 5, 6),))
+    assert not [name for name in compiled.module.state_dict() if "qkv" in name or "out" in name]
+    assert compiled.report.after.macs == 5 * (6 * 8 + 8 * 3)
+
+
+def test_attention_in_an_output_that_is_left_out_is_gone() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Linear(6, 8), Attending()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"a": self.first(x), "b": self.attention(self.first(x))}
+
+    compiled = gz.compile(Two().eval(), gz.Plan([]), (torch.randn(2, 5, 6),), outputs=["a"])
+    assert compiled.report.after.macs == 5 * 6 * 8

@@ -151,6 +151,32 @@ def test_latency_is_a_share_of_the_original(monkeypatch: pytest.MonkeyPatch) -> 
     assert 0.3 * before < after <= 0.5 * before
 
 
+def test_what_was_measured_of_depth_is_kept(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, batches, counts = blocks(), data(), []
+    for _ in range(2):
+        plan = gz.plan_for(
+            model, X, macs=0.5, calibration=batches, cache=tmp_path / "cache", effort="fast",
+            passes=(each for each in [gz.DropBlocks(), gz.ClusterMerge()]),
+        )  # fmt: skip
+        counts.append(len((tmp_path / "cache").read_text().splitlines()))
+        assert [each.kind for each in plan.passes] == ["drop_blocks", "cluster_merge"]
+    assert counts[0] == counts[1] > 0
+    assert "another model" not in caplog.text
+
+
+def test_all_branches_may_go() -> None:
+    model, batches = blocks((1e-4, 1e-4)), data()
+    passes = [gz.DropBlocks(), gz.ClusterMerge()]
+    plan = gz.plan_for(model, X, macs=0.1, calibration=batches, passes=passes, effort="fast", min_width=7)
+    assert plan.passes[0] == gz.DropBlocks(keep=0, blocks=("1", "2"))
+
+
+@pytest.mark.parametrize("passes", [None, 5, gz.Plan([gz.ClusterMerge()])])
+def test_passes_that_are_no_list(passes: Any) -> None:
+    with pytest.raises(gz.PlanError, match="is not a list of passes"):
+        gz.plan_for(blocks(), X, macs=0.5, passes=passes)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -172,8 +198,7 @@ def test_blocks_behind_widths(keep: dict[str, Any]) -> None:
 def test_a_study_of_no_number_of_blocks() -> None:
     refused(
         [gz.DropBlocks(), gz.ClusterMerge()],
-        "passes[0].drop_blocks.keep: a study is of one number of blocks; say how many stay, or call plan_for, which "
-        "finds it",
+        "passes[0].drop_blocks.keep: only plan_for finds it, for one such pass; say how many blocks stay",
         gz.WidthStudy,
     )
 

@@ -15,6 +15,7 @@ import graphzip as gz
 from graphzip.export.latency import RowLayer, kernel_milliseconds
 from graphzip.study.allocation import Budget, Curve, allocate
 from graphzip.study.cost_model import Point, Price, WidthTable
+from graphzip.study.latency_price import latency_price
 
 X = (torch.randn(2, 3, 8, 8),)
 
@@ -151,3 +152,11 @@ def test_a_kernel_is_measured_once_and_more_of_it_takes_longer() -> None:
     assert kernel_milliseconds(narrow, RowLayer((16, 16, 3, 3), *settings)) == few
     assert kernel_milliseconds((50, 64), RowLayer((32, 64))) > 0
     assert kernel_milliseconds((1, 32, 8, 8), RowLayer((32, 1, 3, 3), *settings, groups=32)) > 0
+
+
+def test_a_model_whose_layers_alone_take_all_its_time() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    units = gz.WidthStudy(model, (torch.randn(2, 3, 8, 8),), effort="fast").units
+    price = latency_price(units, 1.0, lambda image, layer: 1.0)
+    assert price.whole == pytest.approx(1.0)
+    assert price.at(np.full(price.groups, 4.0)) <= price.whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from graphzip import PlanError
-from graphzip.study.measurements import Measurements, identity
+from graphzip.study.measurements import Measurements, beside_others, identity
 
 KEY = "k" * 64
 
@@ -42,7 +43,8 @@ def test_a_file_of_other_studies_alone_is_said_where_that_is_not_expected(
     beside: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text(line() + "\n")
-    assert not len(Measurements(tmp_path / "cache", "other", beside=beside))
+    with beside_others() if beside else contextlib.nullcontext():
+        assert not len(Measurements(tmp_path / "cache", "other"))
     assert ("measured with another model" in caplog.text) != beside
 
 

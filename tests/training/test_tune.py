@@ -160,6 +160,12 @@ def test_progress_and_augmentation_are_called() -> None:
     )
 
 
+@pytest.mark.parametrize("given", [None, torch.zeros(4, 5)])
+def test_augmentation_that_gives_no_inputs(given: Any) -> None:
+    with pytest.raises(gz.PlanError, match=r"tune\.augment: the model does not take what it gives \("):
+        compiled_of(net(), data(), gz.Tune(epochs=1, augment=lambda x: given))
+
+
 def test_it_ends_when_nothing_gets_better() -> None:
     said: list[tuple[int, int, str]] = []
     options = gz.Tune(epochs=50, rate=10.0, patience=2)
