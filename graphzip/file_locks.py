@@ -127,34 +127,35 @@ def _flocked(file: IO[bytes]) -> bool | None:
 
 
 def _claimed(path: Path) -> Lock | None:
-    """Put this process's name into a file that no living process has its name in."""
+    """Put this process's name into a file that no living process has its name in.
+
+    What a process left that is gone is replaced by who holds the turn, a file of its own: without it two that saw the
+    same could both take it, the second from the first.
+    """
     mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     mine.write_bytes(_record())
     try:
-        for _ in range(2):
-            found = path.read_bytes() if path.exists() else None
-            if found is not None and (_lives(found) or not _taken_away(path, found)):
+        found = _content(path)
+        if found is None:
+            return Lock(path, None) if _linked(mine, path) else None
+        turn = None if _lives(found) else _claimed(path.with_name(f"{path.name}.turn"))
+        if turn is None:
+            return None
+        with turn:
+            if _content(path) != found:
                 return None
-            if _linked(mine, path):
-                return Lock(path, None)
-        return None
+            mine.replace(path)
+            return Lock(path, None)
     finally:
         mine.unlink(missing_ok=True)
 
 
-def _taken_away(path: Path, found: bytes) -> bool:
-    """Take away what a process left that is gone; not where another process was quicker, whose file it is then."""
-    away = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+def _content(path: Path) -> bytes | None:
+    """What is in a file, if it is there."""
     try:
-        path.rename(away)
-    except OSError:
-        return False
-    if away.read_bytes() == found:
-        away.unlink()
-        return True
-    _linked(away, path)
-    away.unlink()
-    return False
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _linked(source: Path, path: Path) -> bool:

@@ -74,6 +74,37 @@ def test_a_process_of_another_machine_may_be_there(system: str, tmp_path: Path) 
     assert holder(path) == "another process"
 
 
+@pytest.mark.parametrize("system", ["no module for them", "a drive without them"], indirect=True)
+def test_one_that_saw_what_another_has_replaced_does_not_take_it(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "job.lock"
+    record(path, began=-1)
+    lives, taken = file_locks._lives, list[Any]()
+
+    def another_is_quicker(found: bytes) -> bool:
+        monkeypatch.setattr(file_locks, "_lives", lives)
+        taken.append(take(path))
+        return lives(found)
+
+    monkeypatch.setattr(file_locks, "_lives", another_is_quicker)
+    assert take(path) is None
+    assert taken[0] is not None
+    assert held(path)
+    taken[0].close()
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("system", ["no module for them", "a drive without them"], indirect=True)
+def test_a_turn_that_a_process_left_is_taken_over(system: str, tmp_path: Path) -> None:
+    for name in ("job.lock", "job.lock.turn"):
+        record(tmp_path / name, began=-1)
+    lock = take(tmp_path / "job.lock")
+    assert lock is not None
+    assert {file.name for file in tmp_path.iterdir()} == {"job.lock"}
+    lock.close()
+
+
 def test_many_that_ask_at_once(system: str, tmp_path: Path) -> None:
     """Of a file that is not there, and of one that a process left that is gone."""
     for name in ("new", "left"):
