@@ -95,9 +95,10 @@ def _off_by(old: Values, new: Values) -> float:
     """By how much outputs differ on all batches: the squared difference as a share of the squares, added up."""
     total = 0.0
     here = new.shared.counted
-    for one, other in zip(*(_leaves(here(values.outputs())) for values in (old, new)), strict=True):
-        apart = sum(((a.double() - b.double()).square().sum().cpu() for a, b in zip(one, other, strict=True)), _ZERO)
-        whole = sum((a.double().square().sum().cpu() for a in one), _ZERO)
+    for one, other in zip(*(_leaves(values.outputs()) for values in (old, new)), strict=True):
+        pairs = list(zip(here(one), here(other), strict=True))
+        apart = sum(((a.double() - b.double()).square().sum().cpu() for a, b in pairs), _ZERO)
+        whole = sum((a.double().square().sum().cpu() for a, _ in pairs), _ZERO)
         apart, whole = new.shared.processes.summed(apart, whole)
         total += float(apart / whole) if whole > 0.0 else float(apart)
     return total
