@@ -48,7 +48,7 @@ class Refitting:
         self.joint, self.joining, self.layers = joint, joining, tuple(layers)
         self.fitted: list[str] = []
         self.is_trained = False
-        """Whether the models are given away between stages, to be trained: then only what is to be paired is fitted."""
+        """Whether the models are trained between stages: then only what is to be paired is fitted."""
 
     @property
     def on(self) -> bool:

@@ -142,7 +142,7 @@ class ZipPass:
         joined = [task for task in joint.tasks if task in layers]
         result = traced.copy()
         state = dict(named_state(traced.module))
-        if any(state.get(key) is not tensor for key, tensor in self.left.items()):
+        if not all(_are_equal(tensor, state.get(key)) for key, tensor in self.left.items()):
             readings.forget()
             self.refitting.is_trained = True
         taking_part = [layer for each in self.layers for layer in joint.matching.layers[each].values()]
@@ -237,6 +237,13 @@ class ZipPass:
         """The share of each network's parameters that all have, from their numbers before and after."""
         before, after = sizes
         return (before - after) / (before * (1.0 - 1.0 / len(self.joint.tasks))) if before else 0.0
+
+
+def _are_equal(left: torch.Tensor, now: torch.Tensor | None) -> bool:
+    """Whether a tensor is as it was left: the same, or a copy that was given away and not trained."""
+    if now is None or left is now:
+        return left is now
+    return left.data_ptr() != now.data_ptr() and torch.equal(left, now.detach().to(left.device))
 
 
 def _parameters(traced: Traced) -> int:
