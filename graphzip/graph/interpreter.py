@@ -79,13 +79,17 @@ class Values:
 
     def computed(self, node: fx.Node, given: Mapping[fx.Node, Sequence[Any]] | None = None) -> list[Any]:
         """The values of a node whose operands are there; `given` stands in for some of them. Nothing is kept."""
-        if node.op == "placeholder":
-            return [batch[self._inputs.index(node)] for batch in self.batches]
         operands = {each: (given or {}).get(each) or self[each] for each in node.all_input_nodes}
         return [
-            self._value(node, {each: values[number] for each, values in operands.items()})
+            self._on(number, node, {each: values[number] for each, values in operands.items()})
             for number in range(len(self.batches))
         ]
+
+    def _on(self, number: int, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
+        """What a node, or an input, is on the batch with this number."""
+        if node.op == "placeholder":
+            return self.batches[number][self._inputs.index(node)]
+        return self._value(node, operands)
 
     def _value(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
         """What a node gives on one batch."""
@@ -154,11 +158,8 @@ class Values:
         """Run the nodes that `spent` has, with what they are the last to read, on one batch; add to what is `kept`."""
         made: dict[fx.Node, Any] = {}
         for node, sources in spent.items():
-            if node.op == "placeholder":
-                made[node] = self.batches[number][self._inputs.index(node)]
-            else:
-                here = {each: made[each] if each in made else self[each][number] for each in node.all_input_nodes}
-                made[node] = self._value(node, here)
+            here = {each: made[each] if each in made else self[each][number] for each in node.all_input_nodes}
+            made[node] = self._on(number, node, here)
             for source in sources:
                 if made.pop(source, self) is self:
                     self._values[source][number] = None

@@ -326,7 +326,7 @@ class WidthStudy:
 
     def _whole(self, what: str) -> float:
         """What the original costs."""
-        price: Price = getattr(self.begun.prices, what)
+        price: Price = getattr(self.begun.prices or self.prices, what)
         return price.whole
 
     def _plan_of(self, widths: Mapping[str, int], *, timed: bool = False) -> Plan:

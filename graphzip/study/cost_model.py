@@ -99,7 +99,7 @@ class Price:
     @classmethod
     def total(cls, parts: Sequence[tuple[float, Price]]) -> Price:
         """The sum of several prices, each of them times a number."""
-        parts = [part for part in parts if part[1].base.size] or parts[:1]
+        parts = [part for part in parts if part[1].base.size] or parts[:1]  # one without terms knows no groups
         depth = max(len(price.along) for _, price in parts)
         along = tuple(
             np.concatenate(

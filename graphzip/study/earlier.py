@@ -24,14 +24,14 @@ __all__ = ["Begun", "begun"]
 
 @dataclass(frozen=True)
 class Begun:
-    """What `passes` made of a model: `compiled`, where there were any. `original` is the graph of before, and `prices`
-    what it costs. `known` is the analysis of the graph of after.
+    """What `passes` made of a model: `compiled`, where there were any, with the `prices` of before. `original` is the
+    graph of before, and `known` the analysis of the graph of after.
     """
 
     passes: tuple[PassOptions, ...]
     compiled: Compiled | None
     original: Traced
-    prices: Prices
+    prices: Prices | None
     known: Analysed
 
     @property
@@ -48,13 +48,12 @@ def begun(
     options: Mapping[str, Any],
 ) -> Begun:
     """Carry out `passes` of a model whose graph is `original`; `options` are those of `compile`."""
-    prices = prices_of(original, known.analysis, [])
     if not passes:
-        return Begun((), None, original, prices, known)
+        return Begun((), None, original, None, known)
     compiled = compile(source, Plan(passes), **options)
     told = zip(passes, compiled.report.passes, strict=True)
     done = tuple(_as_done(each, details[each.kind]) for each, details in told)
-    return Begun(done, compiled, original, prices, Analysed.of(compiled.traced))
+    return Begun(done, compiled, original, prices_of(original, known.analysis, []), Analysed.of(compiled.traced))
 
 
 def _as_done(options: PassOptions, details: Mapping[str, Any]) -> PassOptions:

@@ -114,21 +114,19 @@ def _planned(
         known = model if isinstance(model, Trace) else trace(model, inputs, **view)
         studied = partial(studied, known, cache=cache)
         with beside_others():
-            chosen = _with_depth(partial(studied, effort="fast"), passes, place, budgets)
+            chosen, plan = _with_depth(partial(studied, effort="fast"), passes, place, budgets)
+            if effort == "fast":
+                return plan
             study = studied(passes=chosen, effort=effort)
-    return _measured(study, budgets).plan(**budgets)
-
-
-def _measured(study: WidthStudy, budgets: Mapping[str, float]) -> WidthStudy:
     study.check(**budgets)
     study.measure()
-    return study
+    return study.plan(**budgets)
 
 
 def _with_depth(
     studied: Callable[..., WidthStudy], passes: Sequence[PassOptions], place: int, budgets: Mapping[str, float]
-) -> list[PassOptions]:
-    """The passes with the number of residual branches that is best in the one at `place`.
+) -> tuple[Sequence[PassOptions], Plan]:
+    """The passes with the number of residual branches that is best in the one at `place`, and their plan.
 
     Raises `PlanError` where no budget can be met.
     """
@@ -142,6 +140,7 @@ def _with_depth(
         for gone in _counts(most)
     }
     losses: dict[int, float] = {}
+    plans: dict[int, Plan] = {}
     unmet: PlanError | None = None
     for number, (gone, chosen) in enumerate(tried.items()):
         told(number, len(tried), f"leaving out {gone} of {most} residual blocks")
@@ -152,14 +151,16 @@ def _with_depth(
             except PlanError as error:  # with fewer branches left it may be met
                 unmet = error
                 continue
-            _measured(study, budgets).plan(**budgets)
+            study.measure()
+            plans[gone] = study.plan(**budgets)
             losses[gone] = study.survey.together(study.widths)
         logger.info("without %d of %d residual blocks the outputs move by %.3g", gone, most, losses[gone])
         if _is_over([*losses.values()]):
             break
     if not losses and unmet is not None:
         raise unmet
-    return tried[min(losses, key=lambda gone: losses[gone])]
+    best = min(losses, key=lambda gone: losses[gone])
+    return tried[best], plans[best]
 
 
 def _is_over(losses: Sequence[float]) -> bool:

@@ -327,7 +327,7 @@ class _Tuner:
         best = before = self._judged()
         if not math.isfinite(before):
             raise WeightsError("tune: outputs of the slim model are NaN or infinite on calibration; check its weights")
-        kept, state = 0, [each.detach().clone() for each in self.parameters]
+        kept, state = 0, [each.clone() for each in self.averages]
         flags = [each.requires_grad for each in self.parameters]
         every = {each: each.grad for task in self.tasks for each in task.student.parameters()}
         try:

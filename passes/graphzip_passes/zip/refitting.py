@@ -6,8 +6,8 @@ the weights `f` that nobody else has it is least for
     dw_f = (H_ff + lambda I)^-1 E[(t - w x) x_f],    H = E[x x^T].
 
 `lambda` is as large as in the Hessians by which rows are joined: with a smaller one weights grow along directions that
-the samples hardly show. What a row would gain is
-estimated on samples that its change is not fitted to; one that gains nothing there stays as it is.
+the samples hardly show. What a row would gain is estimated on samples that its change is not fitted to; one that gains
+nothing there stays as it is.
 
 So it goes with all rows of a layer before its channels are paired (what is paired are then the rows that fit best, and
 Eq. 12 between them is the increase of both tasks' errors over what each has at best), with what stays a task's own of a
