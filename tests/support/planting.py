@@ -100,22 +100,22 @@ def randomize_(model: nn.Module, seed: int, inputs: Sequence[Tensor] | None = No
 
 
 def _calibrate(model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Give every batch norm the statistics of `inputs`, each one taken behind the calibrated ones before it."""
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    modes, momenta = [m.training for m in model.modules()], [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
+    """Give every batch norm the statistics of `inputs`, each one taken behind the calibrated ones before it.
+
+    A copy is run, for a forward may leave more behind than statistics: detectors keep what they drew for its sizes.
+    """
+    ran = copy.deepcopy(model).eval()
+    norms = {
+        name: norm
+        for name, norm in ran.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    }
+    for norm in norms.values():
         norm.train()
         norm.momentum = 1.0
-    try:
-        model(*inputs)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
+    ran(*inputs)
+    for name, norm in norms.items():
+        model.get_submodule(name).load_state_dict(norm.state_dict())
 
 
 def double(model: nn.Module) -> nn.Module:
@@ -306,9 +306,10 @@ def assert_lossless(
     groups = gz.channel_groups(traced)
     clusters = plant(model, groups, seed, fraction=fraction, choose=choose, whole=whole)
     snapshot = {name: tensor.detach().clone() for name, tensor in state_of(model).items()}
-    more = _other_batch(inputs)
+    more, ran = _other_batch(inputs), copy.deepcopy(model)
     with torch.no_grad():
-        before, control, before_more = model(*inputs), model(*_noisy(inputs)), model(*more)
+        before, control, before_more = ran(*inputs), ran(*_noisy(inputs)), ran(*more)
+    del ran
     if alive:
         assert_alive(before)
     compiled = gz.compile(traced, gz.Plan([gz.ClusterMerge(clusters=clusters)]))

@@ -47,10 +47,15 @@ def test_every_method_meets_the_budget(tools: Any, method: str, tmp_path: Path) 
     images = [torch.randn(16, 3, 32, 32) for _ in range(3)]
     test = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
     bench = tools["compare_methods"].Bench(
-        "resnet8", model, images, test, tmp_path / "cache.json", tools["compare_nets"].INNER
+        name="resnet8",
+        model=model,
+        images=images,
+        groups=tools["compare_nets"].INNER,
+        test=test,
+        cache=tmp_path / "cache.json",
     )
     _, slim = tools["compare_methods"].METHODS[method](bench, 0.75)
-    whole, left = (tools["compare_methods"].counted(each) for each in (model, slim))
+    whole, left = (tools["compare_methods"].counted(each, bench.example) for each in (model, slim))
     assert 0.6 * whole <= left <= 0.75 * whole
 
 

@@ -25,6 +25,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def load(name: str, folder: Path, options: argparse.Namespace) -> Bench:
     model = weights_of(name, folder, kept, functools.partial(training_data, folder))
     cache = options.cells.with_suffix(f".{name}.sensitivities.json")
     test = read_images(folder / "cifar10_jpeg.npz", "test", options.images)
-    return Bench(name, model, list(normalised(images).split(BATCH_SIZE)), test, cache, NETS[name].groups)
+    batches = list(normalised(images).split(BATCH_SIZE))
+    return Bench(name=name, model=model, images=batches, groups=NETS[name].groups, test=test, cache=cache)
 
 
 @functools.cache
@@ -112,9 +114,9 @@ def table(cells: dict[str, Any], options: argparse.Namespace, epochs: int) -> Ta
     return rendered
 
 
-def add_options(parser: argparse.ArgumentParser, *, nets: list[str], cells: str) -> None:
+def add_options(parser: argparse.ArgumentParser, *, nets: list[str], cells: str, choices: Iterable[str] = NETS) -> None:
     """Those of every comparison of cells: networks, budgets, test images, the file, threads."""
-    parser.add_argument("--net", nargs="+", choices=[*NETS], default=nets)
+    parser.add_argument("--net", nargs="+", choices=[*choices], default=nets)
     parser.add_argument("--share", nargs="+", type=float, default=list(BUDGETS), help="of the MACs that stay")
     parser.add_argument("--images", type=int, default=10_000, help="how many test images")
     parser.add_argument("--cells", type=Path, default=Path(cells), help="file that keeps what was measured")

@@ -14,41 +14,59 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cifar import accuracy, augmented, drawn
+from common.attention import heads_of, narrow_heads
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphzip as gz
 
-__all__ = ["METHODS", "TORCH_PRUNING", "Bench", "evenly", "re_estimated", "torch_pruned", "widest"]
+__all__ = [
+    "METHODS",
+    "TORCH_PRUNING",
+    "Bench",
+    "Contestant",
+    "counted",
+    "evenly",
+    "pruned_at",
+    "re_estimated",
+    "torch_pruned",
+    "widest",
+]
 
 JUDGED = 1000  # test images on which the best variant of torch-pruning is chosen
-EXAMPLE = (2, 3, 32, 32)
 STEPS = 7
 HESSIAN = 16  # images of a batch: each one is differentiated alone
 TORCH_PRUNING = ("magnitude-l1", "magnitude-l2", "bn-scale", "taylor", "hessian")
 
 
-@dataclass
-class Bench:
-    """A trained network, the unlabelled images in batches, and the test images.
+@dataclass(kw_only=True)
+class Contestant:
+    """A trained network, and unlabelled inputs in batches: images, or tuples of several inputs.
 
     The even methods narrow the groups that match `groups`, and Torch-Pruning the layers of the same names.
     """
 
     name: str
     model: nn.Module
-    images: list[Tensor]
-    test: tuple[Tensor, Tensor]
-    cache: Path
+    images: list[Any]
     groups: str
 
     @property
     def example(self) -> tuple[Tensor, ...]:
-        return (torch.randn(EXAMPLE, generator=torch.Generator().manual_seed(0)),)
+        first = self.images[0]
+        return tuple(each[:2] for each in (first if isinstance(first, tuple) else (first,)))
 
     @property
     def macs(self) -> int:
         return gz.cost(self.model, self.example).macs
+
+
+@dataclass(kw_only=True)
+class Bench(Contestant):
+    """One that is judged on test images."""
+
+    test: tuple[Tensor, Tensor]
+    cache: Path
 
 
 def graphzip(
@@ -120,27 +138,27 @@ def widest(compiled: Callable[[float], gz.Compiled], share: float) -> tuple[floa
     return found
 
 
-def torch_pruned(bench: Bench, share: float, importance: str, everywhere: bool) -> nn.Module:
+def torch_pruned(bench: Contestant, share: float, importance: str, everywhere: bool) -> nn.Module:
     """The least pruned model that fits the share. Of ResNets inner widths alone: padded shortcuts break it."""
     low, high, found = 0.0, 0.98, None
-    whole = counted(bench.model)
+    whole = counted(bench.model, bench.example)
     for _ in range(STEPS):
         middle = (low + high) / 2
         model = pruned_at(bench, middle, importance, everywhere)
-        fits = counted(model) <= share * whole
+        fits = counted(model, bench.example) <= share * whole
         low, high, found = (low, middle, model) if fits else (middle, high, found)
     assert found is not None
     return found
 
 
-def counted(model: nn.Module) -> int:
-    """Twice the multiply-accumulates, without tracing: for many models in a row."""
+def counted(model: nn.Module, example: tuple[Tensor, ...]) -> int:
+    """Twice the multiply-accumulates of a sample, without tracing: for many models in a row."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, *EXAMPLE[1:]))
+        model(*(each[:1] for each in example))
     return counter.get_total_flops()
 
 
-def pruned_at(bench: Bench, ratio: float, importance: str, everywhere: bool) -> nn.Module:
+def pruned_at(bench: Contestant, ratio: float, importance: str, everywhere: bool) -> nn.Module:
     import torch_pruning as tp
 
     model = copy.deepcopy(bench.model).eval()
@@ -157,12 +175,13 @@ def pruned_at(bench: Bench, ratio: float, importance: str, everywhere: bool) -> 
     kept = [layer for name, layer in layers.items() if name == last or not fnmatchcase(name, bench.groups)]
     pruner = tp.pruner.BasePruner(
         model,
-        bench.example[0],
+        bench.example,
         importance=kind,
         pruning_ratio=ratio,
         global_pruning=everywhere,
         ignored_layers=kept,
         max_pruning_ratio=0.98,
+        num_heads=heads_of(model),
     )
     if importance in {"taylor", "hessian"}:
         for x in bench.images[:2]:
@@ -176,6 +195,7 @@ def pruned_at(bench: Bench, ratio: float, importance: str, everywhere: bool) -> 
                 loss.backward(retain_graph=True)
                 kind.accumulate_grad(model)
     pruner.step()
+    narrow_heads(model)
     return model
 
 

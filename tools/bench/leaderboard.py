@@ -4,10 +4,12 @@
 
 A criterion chooses channels in each group alone (`local`) or of all groups together (`global`); the widest result that
 fits the budget counts. It is measured as it is (`raw`), corrected without data (`free`), with the batch norms
-re-estimated on 512 unlabelled images (`norms`), and with its layers re-fitted on the same images (`compensated`).
+re-estimated on unlabelled samples (`norms`), and with its layers re-fitted on the same samples (`compensated`).
 Criteria that look at gradients differentiate the outputs in random directions. Torch-Pruning's criteria stand beside
-them where it is installed: the model's own answers are the labels of those that need some. Accuracy is the share of
-right answers on the test images, in percent. Groups are the inner ones of ResNets, all of other networks.
+them where it is installed: the model's own answers are the labels of those that need some. Networks are those of
+`planning.py`, with as many unlabelled samples, and two that are trained first. What counts is the share of right
+answers on test images, or of embeddings the mean cosine with the original's, in percent. Groups are the inner ones of
+ResNets, all of other networks.
 
 With `--agree 0.66` that share of every group stays, and a table says in how many layers criteria of the same formula
 choose the same channels as Torch-Pruning's, and how accurate both are as they are.
@@ -20,20 +22,22 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import accuracy, data_folder
-from compare import UNLABELLED, add_options, load
-from compare_methods import TORCH_PRUNING, Bench, pruned_at, re_estimated, torch_pruned, widest
+from compare import add_options
+from compare_methods import TORCH_PRUNING, Contestant, pruned_at, re_estimated, torch_pruned, widest
+from compare_nets import NETS
+from planning import SUBJECTS, Kind, cifar_resnet
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import graphzip as gz
 from graphzip.plan.criteria import CRITERIA
@@ -41,6 +45,39 @@ from graphzip_passes.prune import criteria  # noqa: F401 (registers those that g
 
 REPAIRS = ("raw", "free", "norms", "compensated")
 RANKINGS = ("local", "global")
+TRAINED_FIRST = ("vgg16-half", "mobilenet-v2")
+BOARDS: dict[str, Kind] = {
+    **{name: kind for name, kind in SUBJECTS.items() if kind.tests},
+    **{name: Kind(functools.partial(cifar_resnet, name), 512, 10_000) for name in TRAINED_FIRST},
+}
+ENCODER = "all-minilm-l6-v2"
+
+
+@dataclass(kw_only=True)
+class Ring(Contestant):
+    """One in which criteria compete: how good a slimmer one is, in percent, and what is found once for all of them."""
+
+    score: Callable[[nn.Module], float]
+    keeps: dict[float, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def trace(self) -> Any:
+        return gz.trace(self.model, self.example)
+
+    @property
+    def normed(self) -> bool:
+        return any(isinstance(each, nn.BatchNorm2d) for each in self.model.modules())
+
+    def keep(self, share: float) -> float:
+        """The part of every group that fits the share: widths are alike for all criteria that rank each group alone."""
+        if share not in self.keeps:
+            self.keeps[share] = widest(lambda keep: self.pruned(keep), share)[0]
+        return self.keeps[share]
+
+    def pruned(self, keep: float, data: Any = None, **options: Any) -> gz.Compiled:
+        return gz.compile(
+            self.trace, gz.Plan([gz.PruneChannels(keep={self.groups: keep}, **options)]), calibration=data
+        )
 
 
 @dataclass(frozen=True)
@@ -54,64 +91,86 @@ class Entry:
     def key(self, net: str, repair: str, share: float, images: int) -> str:
         return f"{net} {self.tool} {self.criterion} {self.ranking} {repair} {share} {images}"
 
-    @property
-    def repairs(self) -> tuple[str, ...]:
-        return REPAIRS if self.tool == "graphzip" else ("raw", "norms")
+    def repairs(self, ring: Ring) -> tuple[str, ...]:
+        possible = REPAIRS if self.tool == "graphzip" else ("raw", "norms")
+        return tuple(each for each in possible if each != "norms" or ring.normed)
 
 
-def entries(options: argparse.Namespace) -> Iterator[Entry]:
+class Remembered:
+    """A criterion that scores each group of a network once, however many results are made of the scores."""
+
+    def __init__(self, ring: Ring, criterion: str) -> None:
+        own = CRITERIA[criterion]
+        self.function, self.scores = own.function, dict[str, Tensor]()
+        gz.register_criterion(f"{criterion}, remembered", self, comparable=own.comparable)
+        ring.pruned(0.5, ring.images, criterion=f"{criterion}, remembered")
+
+    def __call__(self, group: Any) -> Tensor:
+        if group.name not in self.scores:
+            self.scores[group.name] = torch.as_tensor(self.function(group))
+        return self.scores[group.name]
+
+
+def entries(options: argparse.Namespace, net: str) -> Iterator[Entry]:
     """All that is compared."""
     for criterion in options.criterion:
         yield from (Entry("graphzip", criterion, ranking) for ranking in options.ranking)
     if not options.alone:
-        for criterion in TORCH_PRUNING:
-            yield from (Entry("torch-pruning", criterion, ranking) for ranking in options.ranking)
+        theirs = [each for each in TORCH_PRUNING if net != ENCODER or each.startswith("magnitude")]
+        for criterion in theirs:
+            yield from (
+                Entry("torch-pruning", criterion, each) for each in options.ranking if net != ENCODER or each == "local"
+            )
 
 
-def slim(bench: Bench, entry: Entry, share: float) -> Callable[[str], nn.Module]:
-    """The network at that share of its MACs, by how it is repaired."""
+def slim(ring: Ring, entry: Entry, share: float) -> Callable[[str], nn.Module]:
+    """The network at that share of its MACs, by how it is repaired; its criterion was remembered before."""
     if entry.tool == "torch-pruning":
-        module = torch_pruned(bench, share, entry.criterion, entry.ranking == "global")
-        return lambda repair: re_estimated(copy.deepcopy(module), bench.images) if repair == "norms" else module
-    trace = gz.trace(bench.model, bench.example)
-
-    def compiled(keep: float, repair: str = "raw", criterion: str = entry.criterion) -> gz.Compiled:
-        compensate = {"compensated": "data", "free": "free"}.get(repair, "none")
-        options: Any = {"criterion": criterion, "ranking": entry.ranking, "compensate": compensate}
-        plan = gz.Plan([gz.PruneChannels(keep={bench.groups: keep}, **options)])
-        return gz.compile(
-            trace, plan, calibration=bench.images if repair == "compensated" or criterion != "l1" else None
-        )
-
-    if entry.ranking == "local":  # the widths are alike for all criteria, so the cheapest finds them
-        keep = widest(lambda each: compiled(each, criterion="l1"), share)[0]
-        raw = compiled(keep).module
-    else:
-        keep, found = widest(compiled, share)
-        raw = found.module
+        module = torch_pruned(ring, share, entry.criterion, entry.ranking == "global")
+        return lambda repair: re_estimated(copy.deepcopy(module), ring.images) if repair == "norms" else module
+    how: dict[str, Any] = {"criterion": f"{entry.criterion}, remembered", "ranking": entry.ranking}
+    keep = ring.keep(share) if entry.ranking == "local" else widest(lambda each: ring.pruned(each, **how), share)[0]
+    raw = ring.pruned(keep, **how).module
     made = {
         "raw": lambda: raw,
-        "free": lambda: compiled(keep, "free").module,
-        "norms": lambda: re_estimated(copy.deepcopy(raw), bench.images),
-        "compensated": lambda: compiled(keep, "compensated").module,
+        "free": lambda: ring.pruned(keep, compensate="free", **how).module,
+        "norms": lambda: re_estimated(copy.deepcopy(raw), ring.images),
+        "compensated": lambda: ring.pruned(keep, ring.images, compensate="data", **how).module,
     }
     return lambda repair: made[repair]()
 
 
-def run(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def ring_of(name: str, options: argparse.Namespace) -> Ring:
+    subject = BOARDS[name].make(BOARDS[name].samples, options.images, options.cells.with_suffix(f".{name}"))
+    if name == ENCODER:
+        subject.model.transformer.pooler = None  # embeddings are means of hidden states, which it does not make
+    assert subject.score is not None
+    judge, groups = subject.score, NETS[name].groups if name in NETS else "*"
+
+    def score(net: nn.Module) -> float:
+        found = judge(net.eval())
+        return found["accuracy"] if "accuracy" in found else 100 * found["cosine"]
+
+    return Ring(name=name, model=subject.model, images=subject.batches, groups=groups, score=score)
+
+
+def run(options: argparse.Namespace) -> dict[str, float]:
     """Measure the cells that are not in the file yet."""
     cells: dict[str, float] = json.loads(options.cells.read_text()) if options.cells.exists() else {}
     for net in options.net:
-        bench = load(net, folder, options)
-        for entry in entries(options):
+        ring, remembered = ring_of(net, options), ""
+        for entry in entries(options, net):
             for share in options.share:
-                keys = {repair: entry.key(net, repair, share, options.images) for repair in entry.repairs}
+                keys = {repair: entry.key(net, repair, share, options.images) for repair in entry.repairs(ring)}
                 missing = {repair: key for repair, key in keys.items() if key not in cells}
-                if missing:
-                    module = slim(bench, entry, share)
-                    cells |= {key: accuracy(module(repair), *bench.test) for repair, key in missing.items()}
-                    options.cells.write_text(json.dumps(cells, indent=1))
-                    print({key: cells[key] for key in missing.values()}, file=sys.stderr)
+                if not missing:
+                    continue
+                if entry.tool == "graphzip" and entry.criterion != remembered:
+                    Remembered(ring, remembered := entry.criterion)
+                module = slim(ring, entry, share)
+                cells |= {key: ring.score(module(repair)) for repair, key in missing.items()}
+                options.cells.write_text(json.dumps(cells, indent=1))
+                print({key: cells[key] for key in missing.values()}, file=sys.stderr)
     return cells
 
 
@@ -121,7 +180,7 @@ def table(cells: dict[str, float], net: str, options: argparse.Namespace) -> Tab
     columns = [(share, repair) for share in options.share for repair in REPAIRS]
     for share, repair in columns:
         rendered.add_column(f"{round(100 * (1 - share))} % fewer\n{repair}", justify="right")
-    for entry in entries(options):
+    for entry in entries(options, net):
         found = [cells.get(entry.key(net, repair, share, options.images)) for share, repair in columns]
         name = f"{entry.criterion}, {entry.ranking}" + (" (Torch-Pruning)" * (entry.tool != "graphzip"))
         rendered.add_row(name, *("" if cell is None else f"{cell:.2f}" for cell in found))
@@ -132,22 +191,20 @@ TWINS = {"group_l1": "magnitude-l1", "group_l2": "magnitude-l2", "bn_scale": "bn
 """Criteria, and those of Torch-Pruning that have the same formula."""
 
 
-def agreement(bench: Bench, keep: float) -> Table:
+def agreement(ring: Ring, keep: float) -> Table:
     """A row for each pair of criteria."""
     rendered = Table(
-        "criterion", "of Torch-Pruning", "layers alike", "raw", "raw, theirs", title=f"{bench.name}, {keep}"
+        "criterion", "of Torch-Pruning", "layers alike", "raw", "raw, theirs", title=f"{ring.name}, {keep}"
     )
-    trace = gz.trace(bench.model, bench.example)
     for ours, theirs in TWINS.items():
-        plan = gz.Plan([gz.PruneChannels(keep={bench.groups: keep}, criterion=ours)])
-        found, other = gz.compile(trace, plan).module, pruned_at(bench, 1 - keep, theirs, False)
+        found, other = ring.pruned(keep, criterion=ours).module, pruned_at(ring, 1 - keep, theirs, False)
         twins = dict(other.named_parameters())
         weights = [name for name, each in found.named_parameters() if each.dim() > 2]
         alike = sum(
             found.get_parameter(name).shape == twins[name].shape and torch.equal(found.get_parameter(name), twins[name])
             for name in weights
         )
-        scores = (f"{accuracy(each, *bench.test):.2f}" for each in (found, other))
+        scores = (f"{ring.score(each):.2f}" for each in (found, other))
         rendered.add_row(ours, theirs, f"{alike} of {len(weights)}", *scores)
     return rendered
 
@@ -160,10 +217,10 @@ def draw(cells: dict[str, float], options: argparse.Namespace) -> None:
     axes = figure.subplots(len(options.net), len(options.share), squeeze=False, sharey="row")
     for row, net in zip(axes, options.net, strict=True):
         for panel, share in zip(row, options.share, strict=True):
-            for entry in entries(options):
-                found = [cells.get(entry.key(net, repair, share, options.images)) for repair in entry.repairs]
+            for entry in entries(options, net):
+                found = [cells.get(entry.key(net, repair, share, options.images)) for repair in REPAIRS]
                 style = "o-" if entry.tool == "graphzip" else "x--"
-                panel.plot(entry.repairs, found, style, alpha=0.5, label=f"{entry.criterion}, {entry.ranking}")
+                panel.plot(REPAIRS, found, style, alpha=0.5, label=f"{entry.criterion}, {entry.ranking}")
             panel.set_title(f"{net}, {round(100 * (1 - share))} % fewer MACs")
         row[0].set_ylabel("right, percent")
     figure.savefig(options.picture)
@@ -171,7 +228,7 @@ def draw(cells: dict[str, float], options: argparse.Namespace) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, nets=["resnet20"], cells="leaderboard.json")
+    add_options(parser, nets=["resnet20"], cells="leaderboard.json", choices=BOARDS)
     parser.add_argument("--criterion", nargs="+", choices=[*CRITERIA], default=[*CRITERIA])
     parser.add_argument("--ranking", nargs="+", choices=RANKINGS, default=list(RANKINGS))
     parser.add_argument("--alone", action="store_true", help="without Torch-Pruning")
@@ -186,10 +243,10 @@ def main() -> int:
     console = Console(width=160)
     if options.agree is not None:
         for net in options.net:
-            console.print(agreement(load(net, data_folder(), options), options.agree))
+            console.print(agreement(ring_of(net, options), options.agree))
         return 0
-    cells = run(options, data_folder())
-    console.print(f"CIFAR-10, {options.images:,} test images, {UNLABELLED} unlabelled images, no training")
+    cells = run(options)
+    console.print(f"{options.images:,} test samples, no training")
     for net in options.net:
         console.print(table(cells, net, options))
     if options.picture is not None:

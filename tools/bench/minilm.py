@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.attention import heads_of, narrow_heads
 from torch import Tensor, nn
 
 import graphzip as gz
@@ -95,17 +96,13 @@ def torch_pruning(model: nn.Module, data: list[dict[str, Tensor]]) -> nn.Module:
     before = gz.cost(model, dict(_EXAMPLE)).macs
     for percent in range(30, 90, 2):
         slim = copy.deepcopy(model)
-        attention = [each for each in slim.modules() if hasattr(each, "num_attention_heads") and hasattr(each, "query")]
-        heads = {layer: each.num_attention_heads for each in attention for layer in (each.query, each.key, each.value)}
         importance = tp.importance.GroupMagnitudeImportance(p=2)
         pruner = tp.pruner.BasePruner(
-            slim, dict(_EXAMPLE), importance=importance, pruning_ratio=percent / 100, num_heads=heads,
+            slim, dict(_EXAMPLE), importance=importance, pruning_ratio=percent / 100, num_heads=heads_of(slim),
             output_transform=lambda out: out[OUTPUT], ignored_layers=[slim.encoder.layer[-1].output.dense],
         )  # fmt: skip
         pruner.step()
-        for each in attention:
-            each.attention_head_size = each.query.out_features // each.num_attention_heads
-            each.all_head_size = each.query.out_features
+        narrow_heads(slim)
         if gz.cost(slim, dict(_EXAMPLE)).macs <= before / 2:
             return slim
     raise SystemExit("no share leaves half of the multiply-accumulates")
