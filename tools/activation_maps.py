@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import graphzip as gz
-from graphzip.graph.factored import AtomConv
+from graphzip.graph.layers.factored import AtomConv
 
 EDGE = 192
 """Pixels of the longer edge of one map in the picture."""

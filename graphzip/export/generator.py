@@ -14,7 +14,7 @@ from graphzip.arguments import check_module, check_name
 from graphzip.boundary import public
 from graphzip.errors import ArchiveError, GraphZipError
 from graphzip.files import staged
-from graphzip.graph.factored import SliceConv
+from graphzip.graph.layers.factored import SliceConv
 
 __all__ = ["save_generator"]
 

@@ -13,7 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from graphzip.graph.factored import FactoredConv
+from graphzip.graph.layers.factored import FactoredConv
 from graphzip.graph.state import joined
 from graphzip.graph.torch_private import TorchDispatchMode
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from graphzip.graph.copies import in_mode, switches_by_itself
+from graphzip.graph.layers.pieced import Pieced
 from graphzip.graph.source import owner_of, source_of
 from graphzip.graph.state import Aliases, joined
 from graphzip.graph.torch_private import BatchNorm, DropoutNd, NormBase, SpectralParametrization
@@ -69,11 +70,12 @@ def mark_cumulative(model: nn.Module) -> None:
 def module_types(model: nn.Module) -> dict[str, str]:
     """Classes of the `torch.nn` modules by name: what may become such a module again.
 
-    A batch, instance or group norm of a derived class counts as the `torch.nn` class it derives from.
+    A batch, instance or group norm of a derived class counts as the `torch.nn` class it derives from, and so does
+    a layer that is put together from tiles.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        kinds = type(module).__mro__ if isinstance(module, _NORMS | nn.GroupNorm) else (type(module),)
+        kinds = type(module).__mro__ if isinstance(module, _NORMS | nn.GroupNorm | Pieced) else (type(module),)
         kind = next((kind.__name__ for kind in kinds if _is_torch_class(kind)), None)
         if kind is not None and not hasattr(module, "parametrizations"):
             found[name] = kind

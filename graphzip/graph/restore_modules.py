@@ -6,7 +6,7 @@ they had. Batch norm and dropout follow `.train()` and `.eval()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,19 +14,30 @@ import torch
 from torch import fx, nn
 
 from graphzip.graph.dual_mode import TwoForms, one_form
-from graphzip.graph.factored import FACTORED, FactoredConv, KeptValue, kernel_nodes
 from graphzip.graph.guards import check_sizes, parse
 from graphzip.graph.inputs import check_constant, check_input, concrete_shape
+from graphzip.graph.layers.factored import FACTORED, FactoredConv, kernel_nodes
+from graphzip.graph.layers.pieced import PIECED, Assembled, Assembly, Pieced, Tile, assembly_of
 from graphzip.graph.meta import meta_of
 from graphzip.graph.modes import CUMULATIVE, DROPOUTS, FROZEN
 from graphzip.graph.operators import CONVOLUTIONS, argument_of, arguments_of
 from graphzip.graph.proxies import as_layer, is_proxy
-from graphzip.graph.state import attach, get_tensor, is_persistent, joined, made_owner, named_state, owner_of, with_code
+from graphzip.graph.state import (
+    attach,
+    get_tensor,
+    inside,
+    is_persistent,
+    joined,
+    made_owner,
+    named_state,
+    owner_of,
+    with_code,
+)
 from graphzip.graph.torch_private import pytree
 from graphzip.graph.traced import Traced
 from graphzip.numeric.im2col import per_dimension
 
-__all__ = ["Assembled", "factored_layer", "to_module"]
+__all__ = ["factored_layer", "to_module"]
 
 aten = torch.ops.aten
 
@@ -89,6 +100,9 @@ def _check_inputs(graph: fx.Graph, traced: Traced, conditions: tuple[str, ...]) 
                 node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
 
 
+_Found = tuple[Assembly, list[fx.Node], list[fx.Node]]
+
+
 @dataclass(frozen=True)
 class _ModuleRule:
     """How an operator becomes a module: its operand, the classes it may belong to, and what builds the module."""
@@ -139,19 +153,69 @@ class _Restorer:
                     self.module.graph.erase_node(each)
 
     def _assembled(self) -> None:
-        """Parameters that are put together from tiles are kept between calls."""
+        """Parameters that are put together from tiles are kept between calls, by the layer that has them."""
         for node in list(self.module.graph.nodes):
-            weights = [each for each in node.all_input_nodes if each.op == "call_function"]
-            for weight in weights if node.target in _LAYERS else ():
-                found = assembly_of(weight)
-                if found is not None:
-                    layer, fetched, made = found
+            found = {
+                weight: built
+                for weight in (node.all_input_nodes if node.target in _LAYERS else ())
+                if weight.op == "call_function" and (built := assembly_of(weight)) is not None
+            }
+            if not found:
+                continue
+            owner = self._pieced(node, _LAYERS[node.target], found)
+            if owner is not None:
+                self._call(node, owner, (argument_of(node, "input"),))
+            for weight, (assembly, fetched, made) in found.items():
+                if owner is None:
                     name = self._free_name(weight, "assembled")
-                    _set_submodule(self.module, name, layer)
+                    _set_submodule(self.module, name, Assembled(assembly))
                     self._call(weight, name, tuple(fetched))
-                    for each in reversed(made):
-                        if not each.users:
-                            self.module.graph.erase_node(each)
+                    made = made[:-1]
+                for each in reversed(made):
+                    if not each.users:
+                        self.module.graph.erase_node(each)
+
+    def _pieced(self, node: fx.Node, layer: _ModuleRule, found: dict[fx.Node, _Found]) -> str | None:
+        """The layer that this is a call of, with its parameters put together from tiles; nothing where it is none."""
+        args, owner = arguments_of(node), str(node.meta.get("owner", ""))
+        if self.types.get(owner) not in layer.kinds or not _has_submodule(self.module, owner):
+            return None
+        pieces, state = dict[str, tuple[Assembly, tuple[str, ...]]](), dict[str, torch.Tensor]()
+        for leaf in _STATE:
+            value = args.get(leaf)
+            if value in found and "val" in value.meta:
+                assembly, fetched, _ = found[value]
+                names = [str(each.target) for each in fetched]
+                if not all(name.startswith(f"{owner}.") for name in names):
+                    return None
+                pieces[leaf] = assembly, tuple(inside(name, owner) for name in names)
+                state[leaf] = torch.empty(concrete_shape(value.meta["val"]), device="meta")
+            elif isinstance(value, fx.Node):
+                if str(value.target) != f"{owner}.{leaf}":
+                    return None
+                state[leaf] = get_tensor(self.module, str(value.target))
+        held = {name for name, _ in named_state(self.module.get_submodule(owner))}
+        if held != {leaf for leaf in state if leaf not in pieces}.union(*(names for _, names in pieces.values())):
+            return None
+        plain = layer.build(self.types[owner], args, state)
+        kind = PIECED.get(type(plain))
+        if kind is None or repr(plain) != self.made.setdefault(owner, repr(plain)):
+            return None
+        if not isinstance(self.module.get_submodule(owner), kind):
+            self._install_pieced(owner, kind, plain, pieces)
+        return owner
+
+    def _install_pieced(
+        self, owner: str, kind: type[Pieced], plain: nn.Module, pieces: dict[str, tuple[Assembly, tuple[str, ...]]]
+    ) -> None:
+        plain.__class__ = kind
+        made = cast(Pieced, plain)
+        made.put_together(pieces)
+        self._install(owner, made)
+        for name, inner in list(made.named_children()):
+            tile = Tile()
+            tile._parameters.update(inner._parameters)
+            made._modules[name] = tile
 
     def _norm(self, node: fx.Node, layer: _ModuleRule) -> None:
         """A norm with running statistics follows the mode, unless it never uses them or always does."""
@@ -245,78 +309,6 @@ class _Restorer:
         while hasattr(taken, name) or joined(owner, name) in self.types:
             number, name = number + 1, f"{base}_{number}"
         return joined(owner, name)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A concatenation, or slices in another order, of values that are known by their numbers: tiles first, then what
-    earlier steps made.
-    """
-
-    joins: bool
-    operands: tuple[int, ...]
-    dim: int
-
-
-class Assembled(nn.Module):
-    """A parameter that is put together from tiles: what these steps make of the tensors that it is called with.
-
-    What several models share in part each of them concatenates from its tiles (`graphzip.rewrite.partition`): in eval
-    mode once, until a tile changes.
-    """
-
-    def __init__(self, steps: Sequence[_Step]) -> None:
-        super().__init__()
-        self.steps = tuple(steps)
-        self._value = KeptValue()
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        if is_proxy(*tensors):
-            return as_layer(self, *tensors)  # type: ignore[no-any-return]
-        return self._value.of(tensors, lambda: self._built(tensors), training=self.training)
-
-    def _built(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        values = list(tensors)
-        for step in self.steps:
-            given = [values[number] for number in step.operands]
-            values.append(torch.cat(given, step.dim) if step.joins else given[0].index_select(step.dim, given[1]))
-        return values[-1]
-
-    def train(self, mode: bool = True) -> Any:
-        self._value.forget()
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.steps)} steps"
-
-
-def assembly_of(node: fx.Node) -> tuple[Assembled, list[fx.Node], list[fx.Node]] | None:
-    """What puts this value together from parameters alone, the nodes that fetch these, and those in between.
-
-    Nothing where it is computed otherwise.
-    """
-    found: list[fx.Node] = [node]
-    for each in found:
-        if each.op == "get_attr":
-            continue
-        if each.target not in (aten.cat.default, aten.index_select.default):
-            return None
-        found += [operand for operand in each.all_input_nodes if operand not in found]
-    order = [each for each in node.graph.nodes if each in set(found)]
-    fetched = [each for each in order if each.op == "get_attr"]
-    made = [each for each in order if each.op != "get_attr"]
-    if not made:
-        return None
-    number = {each: place for place, each in enumerate([*fetched, *made])}
-    return Assembled([_step(each, number) for each in made]), fetched, made[:-1]
-
-
-def _step(node: fx.Node, number: dict[fx.Node, int]) -> _Step:
-    if node.target is aten.cat.default:
-        parts, *dims = node.args
-        return _Step(True, tuple(number[part] for part in cast(Any, parts)), cast(int, dims[0] if dims else 0))
-    source, dim, index = cast(Any, node.args)
-    return _Step(False, (number[source], number[index]), dim)
 
 
 class BatchNormCall(nn.Module):

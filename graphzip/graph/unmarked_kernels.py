@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphzip.graph.factored import FACTORED, kernel_nodes
+from graphzip.graph.layers.factored import FACTORED, kernel_nodes
 from graphzip.graph.meta import Factored, meta_of, owner_name
 from graphzip.graph.operators import CONVOLUTIONS, argument_of, arguments_of
 from graphzip.graph.state import joined, named_state

@@ -1,7 +1,7 @@
 """Store a convolution's kernel as factors: in the graph, and in the module that is trained.
 
-The module gets the layers of `graphzip.graph.factored`, the graph the operators that these run to build the kernel, and
-a mark on every convolution that reads one; both hold the same parameters under the same names.
+The module gets the layers of `graphzip.graph.layers.factored`, the graph the operators that these run to build the
+kernel, and a mark on every convolution that reads one; both hold the same parameters under the same names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from graphzip.analysis.convs import ConvLayer
 from graphzip.graph.builder import Builder
-from graphzip.graph.factored import AtomConv, FactoredConv
+from graphzip.graph.layers.factored import AtomConv, FactoredConv
 from graphzip.graph.meta import meta_of
 from graphzip.graph.operators import argument_of, set_argument
 from graphzip.graph.state import attach, joined

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphzip.graph.factored import AtomConv, kernel_nodes
 from graphzip.graph.inputs import concrete_shape
+from graphzip.graph.layers.factored import AtomConv, kernel_nodes
 from graphzip.graph.meta import meta_of, owner_name
 from graphzip.graph.operators import argument_of, set_argument
 from graphzip.graph.restore_modules import factored_layer

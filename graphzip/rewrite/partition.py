@@ -2,23 +2,24 @@
 
 Every row and column (slice of the first and the second dimension) has a key; rows of equal key are the same in all
 models that have it. An entry belongs to the models that have both its row and its column. Entries of the same models
-are stored once as a tile, `weight_a_b` for models a and b, and each model puts its parameter together from its tiles:
-concatenated along columns, then rows, and reordered where that takes it. Where all models have everything, the
-parameter itself is one.
+are stored once as a tile, of `fc.weight` as `fc.shared_a_b.weight` for models a and b and as `fc.own.weight` for one
+alone, and each model puts its parameter together from its tiles: concatenated along columns, then rows, and reordered
+where that takes it. Where all models have everything, the parameter itself is one.
 
 These functions change a graph in place: pass a copy of your own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from graphzip.graph.state import attach, get_tensor
+from graphzip.graph.state import attach, get_tensor, inside, joined, named_state
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.rewrite.edit import before, put
@@ -67,10 +68,12 @@ def share(traced: Traced, params: Mapping[str, str], keys: Mapping[str, Keys]) -
     columns = {task: _owners(task, 1, keys) for task in params}
     if not any(len(set(a) & set(b)) > 1 for task in params for a in set(rows[task]) for b in set(columns[task])):
         return before, before
-    stored: dict[tuple[Owners, Owners], tuple[str, nn.Parameter]] = {}
+    stored: dict[tuple[Owners, Owners], _Stored] = {}
+    owners = [name.rpartition(".")[0] for name in params.values()]
+    taken = {inside(name, owner) for name, _ in named_state(traced.module) for owner in owners}
     for task, name in params.items():
-        _Assembly(traced, name, stored).build(_grid(rows[task], columns[task], keys[task]))
-    return before, sum(tile.numel() for _, tile in stored.values())
+        _Assembly(traced, name, stored, taken).build(_grid(rows[task], columns[task], keys[task]))
+    return before, sum(tile.value.numel() for tile in stored.values())
 
 
 def _same(one: Keys, two: Keys) -> bool:
@@ -96,6 +99,15 @@ class _Tile:
     kind: tuple[Owners, Owners]
     owners: Owners
     places: IntArray
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tile that is there: the name that its models know it by, and who has it."""
+
+    title: str
+    owners: Owners
+    value: nn.Parameter
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,9 @@ class _Assembly:
     """Builds one task's parameter from tiles, which are made when they are first asked for."""
 
     def __init__(
-        self, traced: Traced, name: str, stored: dict[tuple[Owners, Owners], tuple[str, nn.Parameter]]
+        self, traced: Traced, name: str, stored: dict[tuple[Owners, Owners], _Stored], taken: Set[str]
     ) -> None:
-        self.traced, self.name, self.stored = traced, name, stored
+        self.traced, self.name, self.stored, self.taken = traced, name, stored, taken
         self.owner, _, self.leaf = name.rpartition(".")
         self.tensor = get_tensor(traced.module, name)
         fetched = traced.aliases.get(name, name)
@@ -162,18 +174,17 @@ class _Assembly:
             if value.dim() > 1:
                 value = value.index_select(1, self._index(tile.places))
             made = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
-            self.stored[tile.kind] = self._title(tile), made
-        title, made = self.stored[tile.kind]
-        attach(self.traced.module, f"{self.owner}.{title}", made)
-        return self.emit.fetch(f"{self.owner}.{title}")
+            self.stored[tile.kind] = _Stored(self._title(tile), tile.owners, made)
+        held = self.stored[tile.kind]
+        full = joined(self.owner, f"{held.title}.{self.leaf}")
+        attach(self.traced.module, full, held.value)
+        return self.emit.fetch(full)
 
     def _title(self, tile: _Tile) -> str:
-        base = f"{self.leaf}_{'_'.join(tile.owners)}"
-        known = {title for title, _ in self.stored.values()}
-        number, title = 1, base
-        while title in known:
-            number, title = number + 1, f"{base}_{number + 1}"
-        return title
+        base = f"shared_{'_'.join(tile.owners)}" if len(tile.owners) > 1 else "own"
+        titles = (f"{base}_{number}" if number > 1 else base for number in count(1))
+        used = {held.title for held in self.stored.values() if held.owners == tile.owners}
+        return next(title for title in titles if title not in used and f"{title}.{self.leaf}" not in self.taken)
 
     def _ordered(self, value: fx.Node, dim: int, places: IntArray, what: str) -> fx.Node:
         """Slices that stand in the order `places`, in their own order again."""

@@ -20,8 +20,8 @@ from graphzip.calls import Call, call_of, folded
 from graphzip.canonical.shared_tables import tables_apart
 from graphzip.errors import ExampleInputError, TraceError
 from graphzip.graph.copies import deep_copy, flags_kept, in_mode, why_not_copied
-from graphzip.graph.factored import mark_calls
 from graphzip.graph.inputs import input_specs
+from graphzip.graph.layers.factored import mark_calls
 from graphzip.graph.meta import meta_of
 from graphzip.graph.modes import (
     FROZEN,

@@ -12,7 +12,7 @@ from graphzip.api import prepare
 from graphzip.boundary import public
 from graphzip.errors import GraphZipError, PlanError
 from graphzip.graph.copies import follow_modes
-from graphzip.graph.factored import AtomConv
+from graphzip.graph.layers.factored import AtomConv
 from graphzip.graph.state import joined, named_state
 from graphzip.graph.traced import Traced
 from graphzip.plan.passes import AtomFactorize

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import graphzip as gz
-from graphzip.graph.factored import AtomConv
+from graphzip.graph.layers.factored import AtomConv
 
 IMAGE = (torch.zeros(2, 4, 9, 9),)
 

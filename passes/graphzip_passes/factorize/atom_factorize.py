@@ -20,7 +20,7 @@ from torch import nn
 
 from graphzip.analysis.convs import ConvLayer, conv_layers
 from graphzip.export.latency import ConvCase, milliseconds
-from graphzip.graph.factored import AtomConv, factored_conv
+from graphzip.graph.layers.factored import AtomConv, factored_conv
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.traced import Traced
 from graphzip.numeric.im2col import Window

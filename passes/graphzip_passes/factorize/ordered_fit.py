@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphzip.analysis.layers import Layer, layer_of
-from graphzip.graph.factored import FactoredConv
+from graphzip.graph.layers.factored import FactoredConv
 from graphzip.graph.meta import meta_of
 from graphzip.graph.operators import argument_of
 from graphzip.graph.state import get_tensor, joined

@@ -23,7 +23,7 @@ from torch import nn
 
 from graphzip.analysis.convs import ConvLayer, conv_layers
 from graphzip.errors import WeightsError
-from graphzip.graph.factored import SliceConv, factored_conv, pack_signs, packed_size, slice_grid
+from graphzip.graph.layers.factored import SliceConv, factored_conv, pack_signs, packed_size, slice_grid
 from graphzip.graph.traced import Traced
 from graphzip.numeric.solvers import checked, pseudo_inverse, singular, singular_values, symmetric_eigen
 from graphzip.plan.passes import SliceGenerate

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphzip.graph.factored import slice_grid
+from graphzip.graph.layers.factored import slice_grid
 from graphzip.numeric.solvers import pseudo_inverse, singular_values, symmetric_eigen
 
 __all__ = ["SliceWeights", "fit_weighted"]

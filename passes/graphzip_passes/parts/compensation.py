@@ -33,8 +33,8 @@ import torch
 from torch import fx
 
 from graphzip.analysis.layers import Layer, has_statistics, left_alone, norm_behind, only_reader, own_layers
-from graphzip.graph.factored import kernel_nodes
 from graphzip.graph.interpreter import Values
+from graphzip.graph.layers.factored import kernel_nodes
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced

@@ -15,7 +15,7 @@ from planting import relative
 from torch import Tensor, nn
 
 import graphzip as gz
-from graphzip.graph.factored import AtomConv
+from graphzip.graph.layers.factored import AtomConv
 from graphzip_passes.factorize.atom_fit import fit_atoms
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -12,7 +12,7 @@ from planting import relative
 from torch import nn
 
 import graphzip as gz
-from graphzip.graph.factored import SliceConv, pack_signs, unpack_signs
+from graphzip.graph.layers.factored import SliceConv, pack_signs, unpack_signs
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

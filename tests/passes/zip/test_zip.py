@@ -180,12 +180,12 @@ def test_part_is_shared() -> None:
     for task in result.tasks:
         torch.testing.assert_close(result.task(task)(x), net(x), rtol=1e-9, atol=1e-11)
     sizes = {name: tuple(p.shape) for name, p in result.task("b").named_parameters()}
-    assert sizes["0.weight_a_b"] == (4, 3, 3, 3)
-    assert sizes["0.weight_b"] == (4, 3, 3, 3)
-    assert sizes["4.weight_a_b"] == (4, 4, 2, 2)
-    assert sizes["4.weight_b"] == (4, 4, 2, 2)
-    assert sizes["4.weight_b_2"] == (2, 8, 2, 2)
-    assert sizes["7.weight_a_b"] == (5, 16)
+    assert sizes["0.shared_a_b.weight"] == (4, 3, 3, 3)
+    assert sizes["0.own.weight"] == (4, 3, 3, 3)
+    assert sizes["4.shared_a_b.weight"] == (4, 4, 2, 2)
+    assert sizes["4.own.weight"] == (4, 4, 2, 2)
+    assert sizes["4.own_2.weight"] == (2, 8, 2, 2)
+    assert sizes["7.shared_a_b.weight"] == (5, 16)
     report = result.report
     saved = 4 * 27 + (4 * 4 * 4 + 4) + (5 * 16 + 5)
     assert report.before.params - report.after.params == saved + report_of_norms(result)
@@ -199,12 +199,12 @@ def test_a_grouped_convolution_is_shared_where_its_inputs_are() -> None:
     inputs = dict.fromkeys("ab", (x,))
     compiled = gz.compile({"a": net, "b": other}, gz.Plan([gz.Zip(share=0.75)]), inputs, calibration=data)
     sizes = {name: tuple(p.shape) for name, p in compiled.task("b").named_parameters()}
-    assert sizes["0.weight_a_b"] == (9, 3, 1, 1)
+    assert sizes["0.shared_a_b.weight"] == (9, 3, 1, 1)
     assert sizes["3.weight"] == (9, 4, 3, 3), "no group of it has all of its inputs in common"
     whole = gz.compile({"a": net, "b": other}, gz.Plan([gz.Zip(share={"0": 1.0, "3": 0.67})]), inputs, calibration=data)
     sizes = {name: tuple(p.shape) for name, p in whole.task("b").named_parameters()}
-    assert sizes["3.weight_a_b"] == (6, 4, 3, 3)
-    assert sizes["3.weight_b"] == (3, 4, 3, 3)
+    assert sizes["3.shared_a_b.weight"] == (6, 4, 3, 3)
+    assert sizes["3.own.weight"] == (3, 4, 3, 3)
     for name in "ab":
         expected = whole.module(a=x, b=x)[name]
         torch.testing.assert_close(whole.task(name)(x), expected, rtol=0, atol=0)
@@ -243,8 +243,8 @@ def test_part_of_a_residual_network_with_training(tmp_path: Path) -> None:
     result = gz.compile({"a": net, "b": other}, plan, {"a": (x,), "b": (x,)}, train=retrain)
     assert stages == [f"zip/{name}" for name in ("conv1", "conv2", "conv3", "down", "conv4")]
     a, b = dict(result.task("a").named_parameters()), dict(result.task("b").named_parameters())
-    assert a["conv3.weight_a_b"] is b["conv3.weight_a_b"]
-    assert a["conv3.weight_a_b"].shape == (4, 3, 3, 3)
+    assert a["conv3.shared_a_b.weight"] is b["conv3.shared_a_b.weight"]
+    assert a["conv3.shared_a_b.weight"].shape == (4, 3, 3, 3)
     report = result.export(tmp_path / "joint.onnx")
     assert report.verified
     assert (tmp_path / "joint.onnx").stat().st_size < 4 * result.report.after.params + 20_000
@@ -382,14 +382,14 @@ def test_other_inputs_widths_and_heads() -> None:
     data = {"a": batches(3, 12), "b": batches(3, 10)}
     result = gz.compile({"a": a, "b": b}, gz.Plan([gz.Zip()]), {"a": (xa,), "b": (xb,)}, calibration=data)
     one, two = dict(result.task("a").named_parameters()), dict(result.task("b").named_parameters())
-    assert one["0.weight_a_b"] is two["0.weight_a_b"]
-    assert one["0.weight_a_b"].shape == (16, 10)
-    assert {name: tuple(p.shape) for name, p in one.items() if name.startswith("0.weight")} == {
-        "0.weight_a_b": (16, 10),
-        "0.weight_a": (16, 2),
-        "0.weight_a_2": (4, 12),
+    assert one["0.shared_a_b.weight"] is two["0.shared_a_b.weight"]
+    assert one["0.shared_a_b.weight"].shape == (16, 10)
+    assert {name: tuple(p.shape) for name, p in one.items() if name.startswith("0.") and name.endswith("weight")} == {
+        "0.shared_a_b.weight": (16, 10),
+        "0.own.weight": (16, 2),
+        "0.own_2.weight": (4, 12),
     }
-    assert two["2.weight_a_b"].shape == (9, 16)
+    assert two["2.shared_a_b.weight"].shape == (9, 16)
     assert result.task("a")(xa).shape == (3, 4)
     assert result.task("b")(xb).shape == (3, 7)
 
@@ -407,7 +407,7 @@ def test_a_threshold_shares_what_is_near() -> None:
     with torch.no_grad():
         b[0].weight[::2] += 1.0  # type: ignore[index, union-attr, operator]
     result = zipped({"a": a, "b": b}, x, threshold={"0": 1e-9})
-    assert dict(result.task("a").named_parameters())["0.weight_a_b"].shape == (10, 12)
+    assert dict(result.task("a").named_parameters())["0.shared_a_b.weight"].shape == (10, 12)
     for task, net in (("a", a), ("b", b)):
         torch.testing.assert_close(result.task(task)(x), net(x))
 

@@ -88,7 +88,7 @@ class KeptValue:
     """A tensor that is computed from others, kept while these stay as they are."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, torch.Tensor] | None = None
+        self._kept: tuple[Any, torch.Tensor, int] | None = None
 
     def of(self, tensors: Sequence[torch.Tensor], build: Callable[[], torch.Tensor], *, training: bool) -> torch.Tensor:
         """What `build` gives for these tensors: anew in training, with gradients, and while a model is traced.
@@ -99,12 +99,15 @@ class KeptValue:
         special = torch.compiler.is_compiling() or any(
             tensor.is_inference() or type(tensor) not in (nn.Parameter, torch.Tensor) for tensor in tensors
         )
+        if training:
+            self.forget()
         if training or learns or special or (dist.is_available() and dist.is_initialized()):
             return build()
         state = [(id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
-        if self._kept is None or self._kept[0] != state:
+        if self._kept is None or self._kept[0] != state or self._kept[1]._version != self._kept[2]:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = (state, build())
+                value = build()
+            self._kept = (state, value, value._version)
         return self._kept[1]
 
     def forget(self) -> None:
