@@ -77,6 +77,7 @@ def test_cells_are_measured_once(tools: Any, tmp_path: Path, monkeypatch: pytest
     assert board.run(options) == cells
     assert measured == [f"{name} 0.5 {repair}" for name in ("l1", "wanda") for repair in board.REPAIRS]
     assert board.table(cells, "resnet20", options).row_count == 2
+    assert board.markdown(cells, "resnet20", options).splitlines()[2] == "| l1, local | 50.00 | 50.00 | 50.00 | 50.00 |"
     board.draw(cells, options)
     assert "<svg" in options.picture.read_text()
 

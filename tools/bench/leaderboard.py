@@ -174,17 +174,37 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     return cells
 
 
-def table(cells: dict[str, float], net: str, options: argparse.Namespace) -> Table:
-    """A row for each criterion, a column for each budget and repair."""
-    rendered = Table("criterion", title=net)
-    columns = [(share, repair) for share in options.share for repair in REPAIRS]
-    for share, repair in columns:
-        rendered.add_column(f"{round(100 * (1 - share))} % fewer\n{repair}", justify="right")
+def rows(cells: dict[str, float], net: str, options: argparse.Namespace) -> Iterator[list[str]]:
+    """The heads of the columns, then a row for each criterion: its name, and a cell for each budget and repair."""
+    columns = [
+        (share, repair)
+        for share in options.share
+        for repair in REPAIRS
+        if any(entry.key(net, repair, share, options.images) in cells for entry in entries(options, net))
+    ]
+    yield ["criterion", *(f"{round(100 * (1 - share))} % fewer, {repair}" for share, repair in columns)]
     for entry in entries(options, net):
         found = [cells.get(entry.key(net, repair, share, options.images)) for share, repair in columns]
         name = f"{entry.criterion}, {entry.ranking}" + (" (Torch-Pruning)" * (entry.tool != "graphzip"))
-        rendered.add_row(name, *("" if cell is None else f"{cell:.2f}" for cell in found))
+        yield [name, *("" if cell is None else f"{cell:.2f}" for cell in found)]
+
+
+def table(cells: dict[str, float], net: str, options: argparse.Namespace) -> Table:
+    """To be printed."""
+    heads, *found = rows(cells, net, options)
+    rendered = Table(heads[0], title=net)
+    for head in heads[1:]:
+        rendered.add_column(head.replace(", ", "\n"), justify="right")
+    for row in found:
+        rendered.add_row(*row)
     return rendered
+
+
+def markdown(cells: dict[str, float], net: str, options: argparse.Namespace) -> str:
+    """The same as a table of a page."""
+    heads, *found = rows(cells, net, options)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *found]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 TWINS = {"group_l1": "magnitude-l1", "group_l2": "magnitude-l2", "bn_scale": "bn-scale"}
@@ -209,20 +229,31 @@ def agreement(ring: Ring, keep: float) -> Table:
     return rendered
 
 
-def draw(cells: dict[str, float], options: argparse.Namespace) -> None:
-    """A line for each criterion from raw over norms to compensated, a panel for each network and budget."""
-    from matplotlib.figure import Figure
+COLOURS = {"raw": "#999999", "free": "#e69f00", "norms": "#56b4e9", "compensated": "#009e73"}
 
-    figure = Figure(figsize=(4 * len(options.share), 4 * len(options.net)), layout="constrained")
+
+def draw(cells: dict[str, float], options: argparse.Namespace) -> None:
+    """A line for each criterion and a dot for each repair, hollow where groups compete; a panel per network, budget."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(4 * len(options.share), 1 + 6 * len(options.net)), layout="constrained")
     axes = figure.subplots(len(options.net), len(options.share), squeeze=False, sharey="row")
     for row, net in zip(axes, options.net, strict=True):
         for panel, share in zip(row, options.share, strict=True):
             for entry in entries(options, net):
-                found = [cells.get(entry.key(net, repair, share, options.images)) for repair in REPAIRS]
-                style = "o-" if entry.tool == "graphzip" else "x--"
-                panel.plot(REPAIRS, found, style, alpha=0.5, label=f"{entry.criterion}, {entry.ranking}")
+                line = entry.criterion + (", Torch-Pruning" if entry.tool != "graphzip" else "")
+                for repair in REPAIRS:
+                    cell = cells.get(entry.key(net, repair, share, options.images))
+                    face = COLOURS[repair] if entry.ranking == "local" else "none"
+                    if cell is not None:
+                        panel.scatter(cell, line, 30, facecolor=face, edgecolor=COLOURS[repair])
             panel.set_title(f"{net}, {round(100 * (1 - share))} % fewer MACs")
-        row[0].set_ylabel("right, percent")
+            panel.grid(axis="y", alpha=0.3)
+        row[0].invert_yaxis()
+    dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in COLOURS.items()]
+    hollow = [Line2D([], [], marker="o", linestyle="", color="black", fillstyle="none", label="global ranking")]
+    figure.legend(handles=[*dots, *hollow], loc="outside lower center", ncols=5)
     figure.savefig(options.picture)
 
 
@@ -233,6 +264,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranking", nargs="+", choices=RANKINGS, default=list(RANKINGS))
     parser.add_argument("--alone", action="store_true", help="without Torch-Pruning")
     parser.add_argument("--agree", type=float, help="share of channels at which choices are compared, and nothing else")
+    parser.add_argument("--markdown", action="store_true", help="print tables of a page")
     parser.add_argument("--picture", type=Path, help="a file to draw (.svg, .png)")
     return parser.parse_args()
 
@@ -248,7 +280,7 @@ def main() -> int:
     cells = run(options)
     console.print(f"{options.images:,} test samples, no training")
     for net in options.net:
-        console.print(table(cells, net, options))
+        print(markdown(cells, net, options)) if options.markdown else console.print(table(cells, net, options))
     if options.picture is not None:
         draw(cells, options)
     return 0

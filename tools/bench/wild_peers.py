@@ -3,9 +3,9 @@
     python tools/bench/wild_peers.py --out peers.jsonl          # one line per model and method, resumable
 
 Every method is asked by magnitude for half of the channels of each layer (torch-kirigami: of the parameters), and
-keeps what makes the outputs. Told is what
-part of the parameters is left, or why there is no model: it raised, or what is left does not run, or gives outputs of
-other shapes. The libraries of `tools/wild`, `torch-pruning` and `torch-kirigami` are needed.
+keeps what makes the outputs. Told is what part of the parameters is left, or why there is no model: it raised, or what
+is left does not run, gives outputs of other shapes, or it did not end in time. Each runs in a process of its own. The
+libraries of `tools/wild`, `torch-pruning` and `torch-kirigami` are needed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from each_model import add_options, child, main_loop  # noqa: E402
 
 NAMES = (
     "bert", "gpt2", "llama", "mixtral", "mamba", "t5", "bart", "hf_vit", "swinv2", "convnextv2", "segformer", "sam",
@@ -79,53 +83,70 @@ METHODS: dict[str, Callable[[nn.Module, tuple[Any, ...]], nn.Module]] = {
 }
 
 
-def tried(name: str, method: str) -> dict[str, Any]:
-    """What a method makes of a model."""
+def tried(spec: str) -> dict[str, Any]:
+    """What a method makes of a model, `MODEL by METHOD`."""
     from graphzip.commands.models import make_inputs, parse_shape
     from tools.wild import MODELS
 
+    name, _, method = spec.partition(" by ")
     torch.manual_seed(0)
     model = MODELS[name].build().eval()
     inputs = make_inputs(model, [parse_shape(text) for text in MODELS[name].inputs.split(",")])
-    row: dict[str, Any] = {"model": name, "method": method}
     before = sum(each.numel() for each in model.parameters())
     with torch.no_grad():
         expected = _shapes(model(*inputs))
     try:
         slim = METHODS[method](copy.deepcopy(model), inputs).eval()
     except Exception as error:
-        return row | {"failed": "raises", "why": f"{type(error).__name__}: {error}"[:200]}
+        return {"failed": "raises", "why": f"{type(error).__name__}: {error}"[:200]}
     try:
         with torch.no_grad():
             found = _shapes(slim(*inputs))
     except Exception as error:
-        return row | {"failed": "does not run", "why": f"{type(error).__name__}: {error}"[:200]}
+        return {"failed": "does not run", "why": f"{type(error).__name__}: {error}"[:200]}
     if found != expected:
-        return row | {"failed": "other shapes"}
-    return row | {"left": sum(each.numel() for each in slim.parameters()) / before}
+        return {"failed": "other shapes"}
+    return {"left": sum(each.numel() for each in slim.parameters()) / before}
 
 
 def _shapes(outputs: Any) -> list[tuple[int, ...]]:
     return [tuple(leaf.shape) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def main() -> None:
+def table(rows: list[dict[str, Any]], methods: list[str]) -> Table:
+    """A row for each model, a column for each method: the part of the parameters that is left, or why there is none."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name, _, method = row["model"].partition(" by ")
+        cells.setdefault(name, {})[method] = f"{row['left']:.0%}" if "left" in row else told(row)
+    rendered = Table("model", *methods)
+    for name, found in cells.items():
+        rendered.add_row(name, *(found.get(method, "") for method in methods))
+    return rendered
+
+
+def told(row: dict[str, Any]) -> str:
+    """Why there is no slimmer model."""
+    return "no end in time" if row.get("error") == "timeout" else str(row.get("failed") or row["error"])
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=NAMES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser)
     options = parser.parse_args()
-    known = set()
-    if options.out.exists():
-        known = {(row["model"], row["method"]) for row in map(json.loads, options.out.read_text().splitlines())}
-    for name in options.models:
-        for method in options.methods:
-            if (name, method) not in known:
-                row = tried(name, method)
-                print(json.dumps(row), flush=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+    if options.child:
+        return child(options, tried)
+    rows = main_loop(
+        __file__, options, (f"{name} by {method}" for name in options.models for method in options.methods)
+    )
+    if options.json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
+        Console(width=120).print(table(rows, options.methods))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
