@@ -191,6 +191,7 @@ def _prepared(
     traces = of_traces(model, example_inputs=example_inputs, **view) if isinstance(model, Mapping) else {}
     source: Any = given.model if given is not None else {name: each.model for name, each in traces.items()} or model
     _check(source, plan)
+    plan = plan.expanded(has_data=calibration is not None)
     check_seed(seed)
     _check_callbacks(callbacks, model, calibration, scope)
     borrowed = not trained and _keeps_off(plan)

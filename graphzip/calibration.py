@@ -162,7 +162,9 @@ class Calibration:
 
     def _inputs(self) -> list[tuple[Any, ...]]:
         found: list[tuple[Any, ...]] = []
-        if not self.trained.traced.scope and not self.trained.traced.tasks:
+        if self.trained.traced.tasks:
+            return self._side_by_side()
+        if not self.trained.traced.scope:
             return [as_inputs(pytree.tree_leaves(call), self.trained.traced) for call in self._calls("")]
 
         def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -174,6 +176,15 @@ class Calibration:
         finally:
             hook.remove()
         return found
+
+    def _side_by_side(self) -> list[tuple[Any, ...]]:
+        """A batch of every task each time; a task that has fewer begins with its first one again."""
+        traced = self.trained.traced
+        of_tasks = [[pytree.tree_leaves(call.args) for call in self._calls(task.name)] for task in traced.tasks]
+        if not all(of_tasks):
+            return []
+        rounds = ([own[number % len(own)] for own in of_tasks] for number in range(max(map(len, of_tasks))))
+        return [as_inputs([leaf for own in each for leaf in own], traced) for each in rounds]
 
 
 def as_inputs(leaves: Sequence[Any], traced: Traced) -> tuple[Any, ...]:

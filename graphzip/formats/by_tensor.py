@@ -216,6 +216,8 @@ def _check(plan: Any, seed: Any, target: str, *, several: bool) -> None:
             raise PlanError(
                 f"{where}: several folders take one pass, which joins them; give others one folder each before"
             )
+        if len(options.expanded(has_data=True)) > 1:
+            raise PlanError(f"{where}.within: models in folders are zipped alone; merge each with ClusterMerge before")
         if known.by_tensor is None:
             raise PlanError(
                 f"{where}: it sees all weights together, and cannot be carried out a tensor at a time; load the model "

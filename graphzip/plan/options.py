@@ -46,6 +46,10 @@ class PassOptions(BaseModel):
         if problems:
             raise plan_error(problems)
 
+    def expanded(self, *, has_data: bool) -> tuple[PassOptions, ...]:
+        """The passes that are carried out for this one, with calibration data or without: by default it alone."""
+        return (self,)
+
     def to_dict(self) -> dict[str, Any]:
         """The options that were given (not the defaults), as plain lists, dicts, strings and numbers."""
         return {name: plain(value) for name, value in self if name in self.model_fields_set}

@@ -22,6 +22,7 @@ from graphzip.plan.values import (
     HeightAndWidth,
     Match,
     Number,
+    Part,
     Path,
     Positive,
     SharedAmounts,
@@ -377,7 +378,13 @@ class Zip(PassOptions):
     - `threshold`: share the pairs whose difference (Eq. 12) is below it instead; a number, or a mapping as `share`.
     - `alpha`: weight of the first model's error against that of each other one (Eq. 5), between 0 and 1.
     - `pairing`: `"optimal"` (linear assignment) or `"greedy"` (the smallest difference first, as in the paper).
-    - `metric`: `"hessian"` (Eq. 12, needs calibration data), `"euclidean"`, or `"random"` to compare with.
+    - `metric`: `"hessian"` (Eq. 12, needs calibration data); `"correlation"`, by which neurons are paired whose outputs
+      correlate most, as in ZipIt! (Stoica et al., ICLR 2024): every task needs the same calibration batches for it, and
+      shared weights are those of `"hessian"`; `"euclidean"`; or `"random"` to compare with. For `"correlation"` a
+      `threshold` is one of `1 - correlation`.
+    - `within`: so many channels of every group of each model, as a share, are merged with others of the same model
+      before it is zipped: a `ClusterMerge(keep=1 - within)` in front, with calibration data by activations and with
+      `compensate="data"`. Put your own there for other options.
     - `damping`: what is added to the diagonal of each Hessian, relative to its mean. Large numbers lead to
       `"euclidean"`.
     - `exclude`: globs of the layers that stay apart.
@@ -400,7 +407,8 @@ class Zip(PassOptions):
     threshold: Thresholds | None = None
     alpha: Annotated[Balance, says("does not balance two errors; write a number between 0 and 1")] = 0.5
     pairing: Literal["optimal", "greedy"] = "optimal"
-    metric: Literal["hessian", "euclidean", "random"] = "hessian"
+    metric: Literal["hessian", "correlation", "euclidean", "random"] = "hessian"
+    within: Annotated[Part, says("is not a share of channels; write a number from 0, and below 1")] = 0.0
     damping: Annotated[Positive, says("is not a damping; write a number above 0")] = 0.03
     exclude: Globs = ()
     order: Tasks = ()
@@ -408,6 +416,15 @@ class Zip(PassOptions):
     places: Annotated[Count, says("is not a number of places; write an int of at least 1")] = 32
     refit: Flag = True
     paper: Flag = False
+
+    def expanded(self, *, has_data: bool) -> tuple[PassOptions, ...]:
+        """Channels of one model are merged before those of several are."""
+        if not self.within:
+            return (self,)
+        keep, apart = round(1.0 - self.within, 12), self.model_copy(update={"within": 0.0})
+        if has_data:
+            return ClusterMerge(keep=keep, features="activations", compensate="data"), apart
+        return ClusterMerge(keep=keep), apart
 
 
 PASS_OPTIONS: dict[str, type[PassOptions]] = {

@@ -72,6 +72,11 @@ class Plan:
         """The passes' options, in the order in which they run."""
         return self._passes
 
+    def expanded(self, *, has_data: bool) -> Plan:
+        """The plan that is carried out, with calibration data or without: some options ask for passes of their own."""
+        passes = [each for options in self._passes for each in options.expanded(has_data=has_data)]
+        return Plan(passes, inputs=self._inputs)
+
     @property
     def inputs(self) -> tuple[Shape, ...] | None:
         """One shape per positional input, or None when the plan leaves the inputs to the caller."""

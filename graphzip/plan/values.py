@@ -23,6 +23,7 @@ __all__ = [
     "HeightAndWidth",
     "Match",
     "Number",
+    "Part",
     "Path",
     "Positive",
     "Shapes",
@@ -92,6 +93,8 @@ Count = Annotated[int, Field(strict=True, ge=1, lt=SIZES), _PLAIN]
 Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), _PLAIN]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), _PLAIN]
 Balance = Annotated[float, Field(strict=True, gt=0, lt=1), _PLAIN]
+
+Part = Annotated[float, Field(strict=True, ge=0, lt=1), _PLAIN]
 
 _Share = Annotated[float, Field(strict=True, gt=0, le=1), _PLAIN]
 _SharedShare = Annotated[float, Field(strict=True, ge=0, le=1)]

@@ -3,10 +3,13 @@
     python tools/bench/mtz_mnist.py --net lenet-300-100
     python tools/bench/mtz_mnist.py --net lenet-5 --retrain 600
     python tools/bench/mtz_mnist.py --curve curve.png
+    python tools/bench/mtz_mnist.py --compare
 
 Trains (or reads from `--cache`) two networks from different seeds, puts the hidden units of each in a random order, and
 prints test errors in percent: alone, with the first layer zipped, with all hidden layers zipped (as it is done by
 default, without the re-fit of what is not shared, and as the paper has it), and after retraining.
+`--compare` zips shares of all hidden layers by every metric, re-fitted and not, and with an eighth of the units of each
+network merged within it before, nothing retrained.
 `--sparse` first prunes the smallest weights and trains on what is left. Data: `mnist.npz` in the folder that
 GRAPHZIP_DATA names.
 """
@@ -19,6 +22,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,7 +206,7 @@ def errors(compiled: gz.Compiled, data: Images) -> list[float]:
 def show(what: str, found: list[float], base: float) -> None:
     mean = sum(found) / len(found)
     print(
-        f"{what:<44}" + "  ".join(f"{each:6.2f}" for each in found) + f"   mean {mean:6.2f} ({mean - base:+.2f})",
+        f"{what:<46}" + "  ".join(f"{each:6.2f}" for each in found) + f"   mean {mean:6.2f} ({mean - base:+.2f})",
         flush=True,
     )
 
@@ -239,6 +243,19 @@ def draw(path: Path, nets: dict[str, nn.Module], data: Images, args: argparse.Na
     print(f"wrote {path}")
 
 
+def compare(nets: dict[str, nn.Module], data: Images, args: argparse.Namespace, base: float) -> None:
+    """Errors without retraining, and how many parameters of both networks are left."""
+    ways: dict[str, dict[str, Any]] = {name: {"metric": name} for name in ("hessian", "correlation", "random")}
+    ways["hessian, within 1/8"] = {"metric": "hessian", "within": 0.125}
+    for share in (1.0, 0.65, 0.35):
+        for name, options in ways.items():
+            for refit in (True, False):
+                result = zipped(nets, data, args, share=share, refit=refit, **options)
+                left = result.report.after.params / result.report.before.params
+                label = f"{share:4.0%} {name}{'' if refit else ', not re-fitted'}, {left:.0%} left"
+                show(label, errors(result, data), base)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=NETS, default="lenet-300-100")
@@ -252,6 +269,7 @@ def main() -> int:
     parser.add_argument("--damping", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="a folder to keep the trained networks in")
+    parser.add_argument("--compare", action="store_true", help="compare metrics instead")
     parser.add_argument("--curve", type=Path, help="draw Fig. 2 into this file instead")
     args = parser.parse_args()
     if not (DATA / "mnist.npz").exists():
@@ -265,6 +283,9 @@ def main() -> int:
     alone = [data.error(net) for net in nets.values()]
     base = sum(alone) / len(alone)
     show("alone", alone, base)
+    if args.compare:
+        compare(nets, data, args, base)
+        return 0
     first = layers_of(nets)[0]
     show(f"{first} zipped, no retraining", errors(zipped(nets, data, args, share={first: 1.0}), data), base)
     for refit in (True, False):

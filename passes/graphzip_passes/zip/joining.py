@@ -96,7 +96,7 @@ class Joining:
             self._rescale(traced, layers[task], rows[task], deviation)
             b = matrix(traced, layers[task])[rows[task]]
         one, two = sum(joint.scale(owner) for owner in owners), joint.scale(task)
-        if joint.options.metric != "hessian":
+        if not joint.solves:
             joined = a + (b - a) * (two / (one + two))
         else:
             hessians: dict[str, torch.Tensor] = {}

@@ -97,6 +97,11 @@ class Joint:
         """Its weight in Eq. 5."""
         return self.options.alpha if task == self.tasks[0] else 1.0 - self.options.alpha
 
+    @property
+    def solves(self) -> bool:
+        """Whether shared weights are solved for on calibration data (Eq. 10 and 11)."""
+        return self.options.metric in ("hessian", "correlation")
+
     def line(self, arrival: Arrival, owners: tuple[str, ...], rows: dict[str, IntArray], part: int) -> Line | None:
         """The inputs that a newcomer shares with at least one of `owners`; nothing where there is none, or no row."""
         layers, task = arrival.layers, arrival.task
@@ -141,7 +146,7 @@ class Joint:
         """What compares rows of both sides and joins them."""
         task = arrival.task
         scales = [self.scale(owner) for owner in line.owners], self.scale(task)
-        if self.options.metric != "hessian":
+        if not self.solves:
             return Solver(None, scales, damping=0.0)
         found: dict[str, Moments] = {}
         for each in (*line.owners, task):

@@ -130,14 +130,26 @@ class Pairing:
     def _add_cost(self, arrival: Arrival, line: Line, cost: FloatArray, place: IntArray) -> None:
         """Add the differences between rows to those of their channels: `place` is the row of `cost` each belongs to."""
         joint = self.joint
-        a, b = joint.sides(arrival, line)
-        found = joint.solver(arrival, line).difference(a, b)
+        if joint.options.metric == "correlation":
+            found = self._unlike(arrival, line)
+        else:
+            a, b = joint.sides(arrival, line)
+            found = joint.solver(arrival, line).difference(a, b)
         first = line.owners[0]
         ranks = joint.channels.slots(arrival.layers[first], 0)[line.rows[first], 2]
         theirs = joint.channels.slots(arrival.own, 0)[line.rows[arrival.task]]
         for rank in np.unique(ranks):
             ours, others = ranks == rank, theirs[:, 2] == rank
             cost[np.ix_(place[ours], theirs[others, 1])] += found[np.ix_(ours, others)]
+
+    def _unlike(self, arrival: Arrival, line: Line) -> FloatArray:
+        """How little the outputs of rows of the joint network and of the newcomer correlate: 0 where they do fully."""
+        own, rows = arrival.own, line.rows[arrival.task]
+        found = [
+            self.joint.readings.correlations((arrival.layers[owner], line.rows[owner]), (own, rows))
+            for owner in line.owners
+        ]
+        return np.asarray(1.0 - sum(found) / len(found), dtype=np.float64)
 
     def _rows_of_numbers(
         self, arrival: Arrival, owners: Sequence[str], group: int, numbers: Sequence[int], joint: IntArray

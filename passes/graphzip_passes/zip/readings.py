@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from graphzip.analysis.layers import calls_of_layers
 from graphzip.calibration import Feeds
@@ -175,6 +177,27 @@ class Readings:
         """Mean and variance of a layer's outputs at first, where they are known."""
         given = (self._given or {}).get(layer.weight)
         return None if given is None else given.spread
+
+    def same_inputs(self) -> bool:
+        """Whether all tasks were given the same batches."""
+        first, *others = self._batches_given.values()
+        return self.processes.every(all(first == each for each in others))
+
+    def correlations(self, one: tuple[TaskLayer, IntArray], other: tuple[TaskLayer, IntArray]) -> NDArray[np.float64]:
+        """Pearson's correlation of the outputs at first of some rows of two layers, whose inputs are the same samples,
+        `(rows, rows of the other)`; zero where an output is always the same.
+        """
+        sides, spreads = [], []
+        for layer, rows in (one, other):
+            given = (self._given or {})[layer.weight]
+            spread = Spread(given.spread.mean[rows], given.spread.var[rows])
+            sides.append(given.outputs[:, torch.from_numpy(rows)] - spread.mean)
+            spreads.append(spread.var.sqrt())
+        count = torch.tensor(float(len(sides[0])), dtype=torch.float64)
+        products, count = self.processes.summed(sides[0].T @ sides[1], count)
+        sizes = count * spreads[0].unsqueeze(1) * spreads[1]
+        found = torch.where(sizes > 0.0, products / sizes.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return np.asarray(found.clamp(-1.0, 1.0).numpy(), dtype=np.float64)
 
     def follow(self, layer: TaskLayer, source: IntArray) -> None:
         """Row `i` of a layer has become what row `source[i]` was, within its part."""

@@ -133,9 +133,9 @@ class ZipPass:
     def _zip(self, name: str, traced: Traced, context: PassContext) -> Traced:
         """Zip one layer."""
         joint, feeds = self.joint, {} if context.calibration is None else context.calibration.feeds
-        if joint.options.metric == "hessian" and not feeds:
-            text = "'hessian' needs calibration data; pass calibration={...}, or write metric: euclidean"
-            raise plan_error([f"{joint.where}.metric: {text}"])
+        if joint.solves and not feeds:
+            text = "needs calibration data; pass calibration={...}, or write metric: euclidean"
+            raise plan_error([f"{joint.where}.metric: {joint.options.metric!r} {text}"])
         readings, layers = joint.readings, joint.matching.layers[name]
         readings.processes = context.processes
         readings.workspace = joint.channels.workspace = context.workspace
@@ -147,6 +147,9 @@ class ZipPass:
             self.refitting.is_trained = True
         taking_part = [layer for each in self.layers for layer in joint.matching.layers[each].values()]
         readings.note_given(traced, [*taking_part, *self.refitting.watched()], feeds)
+        if joint.options.metric == "correlation" and not readings.same_inputs():
+            text = "compares what models give for the same inputs; give every task the same batches as calibration data"
+            raise plan_error([f"{joint.where}.metric: 'correlation' {text}, or write metric: hessian"])
         inputs = {task: readings.inputs(result, layers[task], feeds) for task in joined} if feeds else {}
         self.refitting.rows(result, layers, inputs)
         for number, task in enumerate(joined[1:], start=1):
@@ -256,10 +259,11 @@ def _percent(share: float) -> str:
 
 def _as_paper(options: Zip, where: str) -> Zip:
     wanted = {"refit": False, "pairing": "greedy"}
+    others = {name for name, value in wanted.items() if getattr(options, name) != value}
+    others |= {"metric"} if options.metric == "correlation" else set()
     problems = [
         f"{where}.{name}: {getattr(options, name)!r} is not what Algorithm 1 does; leave it out, or write paper: false"
-        for name, value in wanted.items()
-        if name in options.model_fields_set and getattr(options, name) != value
+        for name in sorted(others & options.model_fields_set)
     ]
     if problems:
         raise plan_error(problems)
