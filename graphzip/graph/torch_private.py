@@ -77,6 +77,7 @@ __all__ = [
     "foreach_add_",
     "foreach_copy_",
     "has_kernel",
+    "is_wrapped",
     "make_fx",
     "pytree",
     "tree_map_with_path",
@@ -90,6 +91,9 @@ DropoutNd = nn.modules.dropout._DropoutNd
 
 # Whether an operator is made of others. Else: an entry in torch.export's table of decompositions.
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+# Whether a tensor is one of torch.func's, which stands for others in vmap and grad. Else: data_ptr() raises.
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 # Many tensors in one call. Else: a loop.
 foreach_add_ = torch._foreach_add_

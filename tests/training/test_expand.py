@@ -43,6 +43,91 @@ def test_growing_keeps_the_function(size: int | None, share: str | None, atoms: 
     assert grown.plan.passes[0].share == share
 
 
+def moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor:
+    return optimizer.state[parameter]["exp_avg"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("share", "atoms"), [("net", 12), ("block", 8), (None, 10)])
+def test_an_optimizer_goes_on_with_what_it_knows(share: str | None, atoms: int) -> None:
+    model, x = prepared(small(), atom_drop=0.0).train(), torch.randn(4, 4, 9, 9)
+    rest = nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.AdamW([{"params": model.parameters()}, {"params": [rest], "lr": 1.0}], lr=0.01)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def step(net: Any) -> None:
+        optimizer.zero_grad()
+        (net(x).square().mean() + rest.square().sum()).backward()
+        optimizer.step()
+        schedule.step()
+
+    step(model)
+    step(model)
+    before = {name: optimizer.state[each]["exp_avg"].clone() for name, each in model.model.named_parameters()}
+    held = {name: each.shape for name, each in model.model.named_parameters()}
+    grown = gz.expand(model, share=share, atoms=atoms, optimizer=optimizer)
+    own = dict(grown.model.named_parameters())
+    assert {id(each) for each in optimizer.param_groups[0]["params"]} == {id(each) for each in own.values()}
+    assert optimizer.param_groups[1]["params"] == [rest]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+    old = layers(model.model)
+    for name, layer in layers(grown.model).items():
+        rows, columns, count = layer.out_channels, layer.in_channels, old[name].atoms.shape[1]
+        found = moments(optimizer, layer.coefficients)
+        assert found.shape == layer.coefficients.shape
+        shared = next(key for key, each in model.model.named_parameters() if each is old[name].coefficients)
+        assert torch.equal(found[:rows, :columns, :count], before[shared][:rows, :columns])
+        assert not found[:rows, :columns, count:].any()
+        assert torch.equal(moments(optimizer, layer.atoms)[:, :count], before[f"{name}.atoms"])
+        assert not moments(optimizer, layer.atoms)[:, count:].any()
+    for name, parameter in own.items():
+        if name in held and parameter.shape == held[name] and not name.endswith("coefficients"):
+            assert torch.equal(moments(optimizer, parameter), before[name])
+        assert float(optimizer.state[parameter]["step"]) == 2.0
+    step(grown.train())
+    assert float(optimizer.state[rest]["step"]) == 3.0
+
+
+def test_an_optimizer_without_state_goes_on() -> None:
+    model, x = prepared(small(), atom_drop=0.0).train(), torch.randn(4, 4, 9, 9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    grown = gz.expand(model, atoms=10, optimizer=optimizer).train()
+    before = [each.detach().clone() for each in grown.parameters()]
+    grown(x).square().mean().backward()
+    optimizer.step()
+    assert not any(torch.equal(one, other) for one, other in zip(before, grown.parameters(), strict=True))
+
+
+def test_an_optimizer_that_trains_something_else() -> None:
+    model = prepared(small())
+    with pytest.raises(gz.GraphZipError, match="optimizer: it has no parameter of the prepared model"):
+        gz.expand(model, atoms=10, optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    with pytest.raises(gz.GraphZipError, match=r"optimizer: float is none; pass a torch.optim.Optimizer"):
+        gz.expand(model, atoms=10, optimizer=0.1)  # type: ignore[arg-type]
+
+
+# --- what torch does with modules ---
+
+
+def test_vmap_and_functional_calls_over_factored_modules() -> None:
+    """Gradients of every sample, and several models at once, through layers whose kernels are computed."""
+    model, x = prepared(small(), atom_drop=0.0).convert().module.eval(), torch.randn(3, 4, 9, 9)
+    state = {name: each.detach() for name, each in model.named_parameters()}
+    fixed = dict(model.named_buffers())
+
+    def loss(weights: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, (weights, fixed), (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(state, x)
+    for number, sample in enumerate(x):
+        alone = torch.func.grad(loss)(state, sample)
+        for name, gradient in alone.items():
+            torch.testing.assert_close(each[name][number], gradient, rtol=1e-4, atol=1e-5)
+    several = {name: torch.stack([value, 2.0 * value]) for name, value in state.items()}
+    both = torch.func.vmap(loss, in_dims=(0, None))(several, x[0])
+    twice = {name: 2.0 * value for name, value in state.items()}
+    torch.testing.assert_close(both, torch.stack([loss(state, x[0]), loss(twice, x[0])]), rtol=1e-4, atol=1e-5)
+
+
 def test_from_net_to_block_to_more_atoms() -> None:
     """Appendix E: net m8, block m8, block m12, training in between; what is new is trained, too."""
     x = torch.randn(3, 4, 9, 9)

@@ -28,6 +28,7 @@ from torch import fx, nn
 from graphzip.graph.meta import Factored, meta_of, owner_name
 from graphzip.graph.operators import CONVOLUTIONS, argument_of
 from graphzip.graph.proxies import as_layer, is_proxy
+from graphzip.graph.torch_private import is_wrapped
 
 __all__ = [
     "FACTORED",
@@ -97,7 +98,8 @@ class KeptValue:
         """
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         special = torch.compiler.is_compiling() or any(
-            tensor.is_inference() or type(tensor) not in (nn.Parameter, torch.Tensor) for tensor in tensors
+            tensor.is_inference() or is_wrapped(tensor) or type(tensor) not in (nn.Parameter, torch.Tensor)
+            for tensor in tensors
         )
         if training:
             self.forget()
