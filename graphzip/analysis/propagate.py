@@ -140,8 +140,6 @@ class _Walk:
                 continue
             if _is_fractional(node.meta["val"]):
                 self.result.summable.append(labels)
-            if meta_of(node).get("constant"):
-                self.space.pin(labels, Reason(None, f"{node.target} is a constant in the model's code"))
             if groups > 1:
                 labels = labels.reshape(groups, size)
                 self.grouped[node] = labels

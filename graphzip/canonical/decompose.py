@@ -11,6 +11,7 @@ from torch import fx
 
 from graphzip.canonical.cells import CELLS
 from graphzip.canonical.fills import LIKE, fills_apart
+from graphzip.canonical.norms import NORMS
 from graphzip.canonical.synonyms import SYNONYMS
 from graphzip.graph.builder import Builder, rank_of, shape_of, size_of
 from graphzip.numeric.grouped_mm import grouped_mm
@@ -124,6 +125,18 @@ def _wide(build: Builder, values: Sequence[fx.Node], which: int) -> fx.Node:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
+
+
+def _along(build: Builder, x: fx.Node, index: fx.Node, dim: int | None = None) -> fx.Node | None:
+    """`take_along_dim`: `gather` of what both are after broadcasting along all other dimensions."""
+    if dim is None:
+        return None
+    place, sizes = dim % rank_of(x), []
+    for each, _ in enumerate(x.meta["val"].shape):
+        holder = x if _is_one(index.meta["val"].shape[each]) else index
+        sizes.append(-1 if each == place else size_of(build, holder, each))
+    spread = [build(aten.expand.default, value, sizes) for value in (x, index)]
+    return build(aten.gather.default, spread[0], place, spread[1])
 
 
 def _cosine_similarity(build: Builder, a: fx.Node, b: fx.Node, dim: int = 1, eps: float = 1e-8) -> fx.Node:
@@ -265,6 +278,7 @@ _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten.broadcast_to.default: _broadcast_to,
     aten.broadcast_tensors.default: _broadcast_tensors,
     aten.cosine_similarity.default: _cosine_similarity,
+    aten.take_along_dim.default: _along,
     aten.batch_norm.default: _normalised_weight,
     aten.lstm.input: _one_layer_each,
     aten.gru.input: _one_layer_each,
@@ -272,6 +286,7 @@ _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten.rnn_relu.input: _one_layer_each,
     **CELLS,
     **LIKE,
+    **NORMS,
     **SYNONYMS,
 }
 

@@ -39,13 +39,21 @@ def write_back(build: Builder, child: fx.Node, view: View, parent: Callable[[], 
 
 
 def _slice(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node:
-    args = (parent(), value, *view.args[1:])
-    return build.known(view.parent.meta["val"], aten.slice_scatter.default, *args, **view.kwargs)
+    return _put(build, aten.slice_scatter.default, view, parent, value)
+
+
+def _put(build: Builder, target: Any, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node:
+    """`slice_scatter`, `select_scatter`; they have no gradient for complex numbers, but have one for their parts."""
+    whole, args, options = view.parent.meta["val"], view.args[1:], dict(view.kwargs)
+    if not whole.is_complex():
+        return build.known(whole, target, parent(), value, *args, **options)
+    dim = (args[0] if args else options.pop("dim", 0)) % whole.dim()
+    pairs = [build(aten.view_as_real.default, build(aten.resolve_conj.default, each)) for each in (parent(), value)]
+    return build(aten.view_as_complex.default, build(target, *pairs, dim, *args[1:], **options))
 
 
 def _select(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node:
-    args = (parent(), value, *view.args[1:])
-    return build.known(view.parent.meta["val"], aten.select_scatter.default, *args, **view.kwargs)
+    return _put(build, aten.select_scatter.default, view, parent, value)
 
 
 def _narrow(build: Builder, view: View, parent: Callable[[], fx.Node], value: fx.Node) -> fx.Node:

@@ -47,8 +47,7 @@ class NodeMeta(TypedDict, total=False):
     Read where writes in place are replaced, and by nobody later."""
 
     constant: bool
-    """On a `get_attr`: the tensor stands in the model's code and is no parameter or buffer, so no label may change it.
-    """
+    """On a `get_attr`: the tensor stands in the model's code and is no parameter or buffer."""
 
     numbers: NDArray[Any]
     """On a `get_attr`: a constant of positions. The analysis reads them, a rewrite may give others in their place."""

@@ -11,6 +11,7 @@ from typing import Any
 from graphzip.ops import (
     conv,
     copies,
+    distances,
     fills,
     linear,
     movement,
@@ -21,6 +22,7 @@ from graphzip.ops import (
     recurrent,
     reductions,
     routing,
+    spectral,
     views,
 )
 from graphzip.ops.spec import OpSpec, table_of
@@ -37,10 +39,12 @@ _FAMILIES = (
     pixel_and_unfold,
     conv,
     linear,
+    distances,
     recurrent,
     norm,
     reductions,
     routing,
+    spectral,
 )
 
 OPS: dict[Any, OpSpec] = table_of(module.SPECS for module in _FAMILIES)
@@ -52,6 +56,7 @@ _MOVING = (
     *copies.REPEATS,
     *pixel_and_unfold.SHUFFLES,
     pointwise.IDENTITY,
+    *spectral.PAIRS,
 )
 
 MOVES: frozenset[Any] = frozenset(target for spec in _MOVING for target in spec.targets)

@@ -9,7 +9,7 @@ stands for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from graphzip.ops.rules import after_sum, align, meet, mixing
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
 
-__all__ = ["SPECS", "contraction", "scale_activation"]
+__all__ = ["SPECS", "between", "contraction", "scale_activation"]
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def contraction(site: Site, terms: Sequence[Term], out: str) -> Axes:
     letters = out + "".join(dict.fromkeys(letter for _, names in terms for letter in names if letter not in out))
     summed = [place for place, letter in enumerate(letters) if letter not in out]
     weights = [value for value, _ in terms if site.is_raw(value)]
-    weight = weights[-1] if len(weights) == 1 and len(terms) == 2 else None
+    weight = weights[-1] if len(weights) == 1 and len(terms) > 1 else None
     operands = []
     for value, names in terms:
         axes = tuple(_spread(axis, names, letters) for axis in site.axes(value))
@@ -210,30 +210,59 @@ _EVERY_LETTER = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 def einsum(site: Site) -> Result:
     found = _einsum_terms(site)
-    if found is None or len(found[0]) > 2:
+    if found is None:
         for value in site.args["tensors"]:
             for axis in site.axes(value):
-                site.pin(axis, "has more than two operands or takes a diagonal")
+                site.pin(axis, "takes a diagonal")
         return ()
     return contraction(site, *found)
 
 
 def patch_einsum(patch: Patch) -> None:
     found = _einsum_terms(Site.of(patch.node, patch.args))
-    if found is None or len(found[0]) > 2:
+    if found is None:
         return
-    terms, out = found
-    summed = {letter for _, names in terms for letter in names} - set(out)
-    for letter in sorted(summed):
-        if any(patch.consumes(value, names.index(letter)) for value, names in terms if letter in names):
-            return
-    scaled = next((k for k, (value, _) in enumerate(terms) if not patch.is_raw(value)), 0)
-    value, names = terms[scaled]
-    counts = patch.multiplicity(value, [names.index(letter) for letter in names if letter in summed])
-    if counts is not None:
-        tensors = [patch.copied(operand) for operand, _ in terms]
-        tensors[scaled] = patch.call(aten.mul.Tensor, tensors[scaled], patch.values(counts, value))
+    scaled = dict(scaled_operands(patch, *found))
+    if scaled:
+        tensors = [scaled[place] if place in scaled else patch.copied(each) for place, (each, _) in enumerate(found[0])]
         patch.set_node("tensors", tensors)
+
+
+def scaled_operands(patch: Patch, terms: Sequence[Term], out: str) -> Iterator[tuple[int, fx.Node]]:
+    """Operands, by their places, that take up how many channels each one left stands for along what is summed over.
+
+    A weight whose slices were added up has done so; of the others activations come before weights.
+    """
+    left = {letter for _, names in terms for letter in names} - set(out)
+    for value, names in terms:
+        left -= {letter for dim, letter in enumerate(names) if patch.consumes(value, dim)}
+    while left:
+        place = min(range(len(terms)), key=lambda k: (-len(left & set(terms[k][1])), patch.is_raw(terms[k][0])))
+        value, names = terms[place]
+        counts = patch.multiplicity(value, [names.index(letter) for letter in names if letter in left])
+        if counts is not None:
+            yield place, patch.call(aten.mul.Tensor, patch.copied(value), patch.values(counts, value))
+        left -= set(names)
+
+
+def bilinear(site: Site) -> Result:
+    """`x (.., I), y (.., J), weight (O, I, J), bias (O,) -> (.., O)`."""
+    return _plus(site, contraction(site, *_bilinear_terms(site.args)), site.args["bias"])
+
+
+def _bilinear_terms(args: Any) -> tuple[list[Term], str]:
+    lead = _LETTERS[: len(args["input1"].meta["val"].shape) - 1]
+    return [(args["input1"], lead + "y"), (args["input2"], lead + "z"), (args["weight"], "xyz")], lead + "x"
+
+
+def patch_bilinear(patch: Patch) -> None:
+    names = ("input1", "input2", "weight")
+    for place, scaled in scaled_operands(patch, *_bilinear_terms(patch.args)):
+        patch.set_node(names[place], scaled)
+
+
+def bilinear_macs(site: Site) -> int:
+    return math.prod(site.shape()[:-1]) * math.prod(site.shape(site.args["weight"]))
 
 
 def einsum_macs(site: Site) -> int:
@@ -287,7 +316,7 @@ def attention(site: Site) -> Result:
     keys, values = (_repeated(site, operand, repeat) for operand in (key, value))
     named = ((query, lead + "lz"), (key, lead + "sz"), (value, lead + "sv"))
     held = {names[dim] for operand, names in named for dim in site.open(operand)}
-    scores = _between(site, site.axes(query), site.extent(query), lead + "lz", keys, lead + "sz", lead + "ls", held)
+    scores = between(site, site.axes(query), site.extent(query), lead + "lz", keys, lead + "sz", lead + "ls", held)
     mask = site.args.get("attn_mask")
     full = (*site.extent(query)[:-1], site.extent(key)[-2])
     if mask is not None:
@@ -298,7 +327,7 @@ def attention(site: Site) -> Result:
         if set(support(axis)) & {rank - 2, rank - 1}:
             site.pin(axis, "attends along it")
     scores = tuple(axis for axis in scores if not set(support(axis)) & {rank - 2, rank - 1})
-    return _between(site, scores, full, lead + "ls", values, lead + "sv", lead + "lv", held)
+    return between(site, scores, full, lead + "ls", values, lead + "sv", lead + "lv", held)
 
 
 Held = tuple[Axes, tuple[int, ...]]
@@ -315,7 +344,7 @@ def _repeated(site: Site, value: Any, times: int) -> Held:
     return wide, (*shape[:-3], shape[-3] * times, *shape[-2:])
 
 
-def _between(
+def between(
     site: Site, axes: Axes, shape: tuple[int, ...], names: str, other: Held, other_names: str, out: str, held: set[str]
 ) -> Axes:
     """The product of two activations, given by their axes; the inputs decide the sizes of `held`."""
@@ -365,6 +394,7 @@ SPECS = (
     ),
     OpSpec((grouped_mm,), sorted_rows, macs=sorted_rows_macs, patch=patch_sorted_rows),
     OpSpec((aten.einsum.default,), einsum, macs=einsum_macs, patch=patch_einsum),
+    OpSpec((aten.bilinear.default,), bilinear, macs=bilinear_macs, patch=patch_bilinear),
     OpSpec((aten.embedding.default,), embedding),
     OpSpec((aten.embedding_bag.padding_idx,), embedding_bag),
     OpSpec((aten.scaled_dot_product_attention.default,), attention, macs=attention_macs, patch=patch_attention),

@@ -150,9 +150,8 @@ def scatter(site: Site) -> Result:
     if not any(along):
         return meet(site, [(site.axes(base), _without(extent, dim)), (part, _without(size, dim))])
     if not _writes_channels(site, base, dim) or not all(along) or any(support(found[0]) != (dim,) for found in along):
-        for axis in site.axes(base) + part:
-            site.pin(axis, "writes into some of the channels")
-        return ()
+        rest = [mixing(site, axes, [dim], "writes into some of the channels") for axes in (site.axes(base), part)]
+        return meet(site, [(rest[0], _without(extent, dim)), (rest[1], _without(size, dim))])
     start, end, _ = _slice_bounds(site, shape[dim])
     across = meet(
         site,

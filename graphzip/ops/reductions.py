@@ -332,6 +332,9 @@ SPECS = (
     OpSpec(
         (
             aten.cumprod.default,
+            aten.cummax.default,
+            aten.cummin.default,
+            aten.logcumsumexp.default,
             aten.argsort.default,
         ),
         along_dim,

@@ -137,7 +137,7 @@ class _Run:
         self.before = before
         self.environment = environment
         self.known = known
-        self.symbols = set().union(*(symbol.free_symbols for value in before.values() for symbol in _sizes_of(value)))
+        self.symbols = _symbols_of(list(before.values()))
 
     def like_known(self, tensor: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The fake value of a parameter or buffer; those that differ in nothing but their numbers share one."""
@@ -156,15 +156,19 @@ class _Run:
         key = (target, tree, *map(_kind, leaves))
         if key in self.known:
             return self.known[key]
+        operands = [self.before[source] for source in node.all_input_nodes]
+        if _symbols_of(self.before[node]) - _symbols_of(operands):  # layers share fake values, which torch counts once
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         try:
             result = target(*args, **kwargs)
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RewriteError(f"{describe(node)} does not fit the shapes after the merge: {reason}") from error
-        fresh = set().union(*(size.free_symbols for size in _sizes_of(result))) - self.symbols
+        fresh = _symbols_of(result) - self.symbols
         if fresh:
             return self._named_as_before(node, result, fresh)
-        self.known[key] = result
+        if _symbols_of(result) <= _symbols_of(leaves):  # what the data decide is the same for the same tensor only
+            self.known[key] = result
         return result
 
     def _named_as_before(self, node: fx.Node, result: Any, fresh: set[sympy.Symbol]) -> Any:
@@ -186,6 +190,11 @@ def _sizes_of(value: Any) -> Iterator[sympy.Expr]:
         for size in leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,):
             if isinstance(size, _SYMBOLIC):
                 yield size.node.expr
+
+
+def _symbols_of(value: Any) -> set[sympy.Symbol]:
+    """What the sizes and symbolic numbers in a value are made of."""
+    return set().union(*(size.free_symbols for size in _sizes_of(value)))
 
 
 def _kind(leaf: Any) -> Any:

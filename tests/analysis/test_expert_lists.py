@@ -144,3 +144,31 @@ def test_positions_that_are_no_factors_of_terms_stay(inputs: tuple[Tensor, ...])
             return both[:, 0] + both[:, 1].exp() * x[:, 0]
 
     assert not gz.channel_groups(Spread(), inputs)["both"].mergeable
+
+
+def by_its_largest(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """Each row to one expert, read and written by a mask of rows."""
+    weights, chosen = scores.softmax(-1).max(-1)
+    out = torch.zeros_like(x)
+    for k, expert in enumerate(model.experts):
+        rows = chosen == k
+        out[rows] = expert(x[rows]) * weights[rows].unsqueeze(-1)
+    return out
+
+
+def by_a_column(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """The mask of rows is a column of one-hot numbers; the others keep what they are."""
+    mask = nn.functional.one_hot(scores.argmax(-1), len(model.experts))
+    out = x.clone()
+    for k, expert in enumerate(model.experts):
+        rows = mask[..., k].bool()
+        out[rows] = expert(x[rows]) + x[rows]
+        out[~rows] = out[~rows] * 1.5
+    return out
+
+
+@pytest.mark.parametrize("mix", [by_its_largest, by_a_column], ids=lambda mix: mix.__name__)
+def test_rows_that_are_written_by_masks(mix: Any, inputs: tuple[Tensor, ...]) -> None:
+    """How many rows a mask has only the data decide, and another mask has another number of them."""
+    found = assert_lossless(Listed(mix), inputs, trains=False)
+    assert {name for name in found.clusters if "experts" in name} == {f"experts.{k}.0" for k in range(4)}

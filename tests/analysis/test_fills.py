@@ -172,3 +172,45 @@ def test_unpooling_follows_the_size_of_an_image() -> None:
     compiled = gz.compile(model, gz.Plan([]), (x,), dynamic_shapes=((dynamic,),))
     other = torch.randn(3, 3, 12, 9)
     torch.testing.assert_close(compiled.module(other), model(other))
+
+
+def test_numbers_that_stand_in_the_code_are_cut_like_buffers(tmp_path: Path) -> None:
+    """Also in the file; channels that are equal but for such a number are not merged without loss."""
+    run = lambda m, x: m.use(m.make(x) * torch.tensor([2.0, 2, 3, 4]) + torch.tensor([0.5] * 4))  # noqa: E731
+    model = Net(run, make=nn.Linear(3, 4), use=nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        for value in (model.make.weight, model.make.bias):
+            value[1:] = value[0]
+    x = torch.randn(5, 3)
+    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(clusters={"make": [[0, 1], [2], [3]]})]), (x,))
+    assert compiled.module.make.out_features == 3
+    assert relative(model(x), compiled.module(x)) <= 1e-6
+    assert compiled.export(tmp_path / "slim.onnx").verified
+    compiled.save(tmp_path / "slim.graphzip")
+    assert torch.equal(gz.load(tmp_path / "slim.graphzip").module(x), compiled.module(x))
+    found = gz.compile(model, gz.Plan([gz.Minimize()]), (x,)).module
+    assert found.make.out_features == 3
+
+
+WRITES: dict[str, Callable[[Any, Tensor, Tensor], None]] = {
+    "by a number": lambda out, h, t: out.__setitem__((slice(None), t), h),
+    "as a part": lambda out, h, t: out.__setitem__((slice(None), slice(t, t + 1)), h[:, None]),
+    "in place": lambda out, h, t: out[:, t].add_(h),
+    "by a list": lambda out, h, t: out.__setitem__((slice(None), [t]), h[:, None]),
+}
+
+
+@pytest.mark.parametrize("way", WRITES)
+@pytest.mark.parametrize("start", [torch.zeros, torch.ones])
+def test_states_that_are_written_into_a_tensor_of_all_steps(way: str, start: Any) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        out = start(x.shape[0], 4, 12, dtype=x.dtype)
+        h = x.new_zeros(x.shape[0], 12)
+        for t in range(3):
+            h = torch.tanh(m.new(x[:, t]) + m.old(h))
+            WRITES[way](out, h, t)
+        return m.last(out)
+
+    model = Net(run, new=nn.Linear(8, 12), old=nn.Linear(12, 12), last=nn.Linear(12, 3)).eval()
+    found = assert_lossless(model, (torch.randn(WORDS),))
+    assert found.groups["new"].mergeable, found.groups["new"].reason

@@ -33,6 +33,15 @@ CASES: dict[str, tuple[str, Run]] = {
     "weight_norm of rows": ("_weight_norm", lambda m, x: F.linear(x, torch._weight_norm(m.v, m.rows, 0))),
     "weight_norm of columns": ("_weight_norm", lambda m, x: F.linear(x, torch._weight_norm(m.v, m.columns, 1))),
     "weight_norm of everything": ("_weight_norm", lambda m, x: F.linear(x, torch._weight_norm(m.v, m.one, -1))),
+    "renorm of rows": ("renorm", lambda m, x: torch.renorm(x, 2, 1, 1.0)),
+    "renorm of the last, of order one": ("renorm", lambda m, x: torch.renorm(x, 1, -1, 2.0)),
+    "linalg.norm": ("linalg_norm", lambda m, x: x / torch.linalg.norm(x)),
+    "linalg.norm of order one": ("linalg_norm", lambda m, x: torch.linalg.norm(x, 1, -1, True)),
+    "linalg.norm of Frobenius": ("linalg_norm", lambda m, x: torch.linalg.norm(x, "fro", (1, 2))),
+    "linalg.norm in another dtype": ("linalg_norm", lambda m, x: torch.linalg.norm(x.float(), dim=1, dtype=x.dtype)),
+    "matrix_norm": ("linalg_matrix_norm", lambda m, x: torch.linalg.matrix_norm(x, keepdim=True)),
+    "pairwise_distance": ("pairwise_distance", lambda m, x: F.pairwise_distance(x, x.sin(), 3, 0.1, keepdim=True)),
+    "dist": ("dist", lambda m, x: x * torch.dist(x, x.sin(), 1)),
 }
 
 
@@ -53,6 +62,17 @@ def test_the_parts_compute_the_same(name: str) -> None:
     assert operator not in names
     for batch in (x, torch.randn(5, 4, 6, dtype=torch.float64)):
         torch.testing.assert_close(graph(batch), model(batch), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [1, -2])
+def test_what_is_taken_along_a_dimension_is_gathered(dim: int) -> None:
+    """The shapes of both are broadcast; tracing fixes the batch."""
+    torch.manual_seed(0)
+    model = net(lambda m, x: torch.take_along_dim(x, x[:1, :, :1].argsort(1)[:, :2], dim))
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    graph = trace(model, (x,)).module
+    assert "aten.take_along_dim.default" not in {str(node.target) for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
 
 
 def test_standardised_weights_keep_scale_and_shift() -> None:

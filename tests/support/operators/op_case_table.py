@@ -9,6 +9,7 @@ import op_cases_picking
 import op_cases_pointwise
 import op_cases_positions
 import op_cases_recurrent
+import op_cases_spectral
 import op_cases_uneven
 from op_cases import Case
 
@@ -22,6 +23,7 @@ FAMILIES = (
     op_cases_norm,
     op_cases_positions,
     op_cases_recurrent,
+    op_cases_spectral,
     op_cases_uneven,
 )
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}

@@ -142,7 +142,11 @@ CASES.add(aten.einsum.default, lambda m, x: aten.einsum.default("bti->bi", [x]),
 CASES.add(aten.einsum.default, lambda m, x: aten.einsum.default("bti->bt", [x]), **WIDE, name="summing channels",
           out=None)  # fmt: skip
 CASES.add(aten.einsum.default, lambda m, x, y, z: aten.einsum.default("bti,bsi,bui->btsu", [x, y, z]), **WIDE,
-          makers=THREE, name="of three", out=None, why="more than two operands")  # fmt: skip
+          makers=THREE, name="of three", out=None)  # fmt: skip
+CASES.add(aten.einsum.default, lambda m, x, y: aten.einsum.default("bti,bti,ij->btj", [x, y, m.w]), **WIDE, makers=TWO,
+          name="of three with a weight", parts=weights(6, 4), free={"make": 6, "w": 4})  # fmt: skip
+CASES.add(aten.einsum.default, lambda m, x, y: aten.einsum.default("bti,btj,ij,jk->bi", [x, y, m.w, m.v]), **WIDE,
+          makers=TWO, name="of four", out=1, parts=lambda: {"w": param(6, 6), "v": param(6, 3)}, free=None)  # fmt: skip
 CASES.add(aten.einsum.default, lambda m, x: aten.einsum.default("bii->bi", [x]), (2, 6, 6), name="of a diagonal", out=1,
           why="takes a diagonal")  # fmt: skip
 

@@ -44,6 +44,7 @@ CASES.add(aten.linear.default, lambda m, x: x.mT @ torch.eye(6, 4, dtype=x.dtype
 CASES.add(aten.mul.Tensor, lambda m, x: x * m.scale, name="by a constant of the model", parts=lambda: {
     "scale": torch.arange(6.0).view(6, 1)
 })  # fmt: skip
+CASES.add(aten.mul.Tensor, lambda m, x: x * torch.tensor([[1.0], [1], [3], [4], [5], [6]]), name="by numbers in the code")
 CASES.add(aten.transpose.int, lambda m, x: x + x.transpose(1, 2), (2, 5, 5), name="onto positions", why=FIXED)
 
 # --- unknown operators ---------------------------------------------------------------------------------------------
@@ -52,12 +53,5 @@ UNKNOWN = "is not understood; add an OpSpec for it in graphzip/ops/"
 for name, run, shape in (
     ("solve", lambda m, x: torch.linalg.solve(x, x.sin()), (2, 4, 4)),
     ("inverse", lambda m, x: torch.linalg.inv(x), (2, 4, 4)),
-    ("fourier transform over channels", lambda m, x: torch.fft.fft(x, dim=1).real, (2, 6, 5)),
-    ("fourier transform over positions", lambda m, x: torch.fft.rfft(x, dim=2).abs(), (2, 6, 5)),
-    ("complex numbers", lambda m, x: torch.view_as_real(torch.complex(x, x) ** 2).sum(-1), (2, 6, 5)),
-    ("pairs as complex numbers",
-     lambda m, x: torch.view_as_real(torch.view_as_complex(x.view(-1, 3, 2, 5).mT.contiguous()) ** 2).mT.flatten(1, 2),
-     (2, 6, 5)),
-    ("distances", lambda m, x: torch.cdist(x, x.sin()), (2, 6, 5)),
 ):  # fmt: skip
     CASES.put([], name, lambda run=run, shape=shape: network(run, shape), {}, UNKNOWN)
