@@ -188,7 +188,7 @@ class LabelSpace:
 
         With `coarse`, every container and all that it holds are one channel: whole heads, whole groups.
         """
-        edges = list(self._equal) + (self._contain if coarse else self._tied + self._lined_up)
+        edges = list(self._equal) + (self._held_together() if coarse else self._tied + self._lined_up)
         while True:
             classes = components(self.size, edges)
             joined = [_single(classes, outer, inner) for outer, inner in self._contain]
@@ -212,6 +212,29 @@ class LabelSpace:
         for labels, count in self._picked:
             least.update({channel: max(count, least.get(channel, 1)) for channel in classes[labels].tolist()})
         return Solution(classes, pins, containers, least)
+
+    def _held_together(self) -> list[tuple[IntArray, IntArray]]:
+        """The containers that can all be channels at once; of rows and columns of a rectangle, the more numerous ones.
+
+        All containers of one operator become one channel where others hold some of each: groups of the convolution that
+        makes halves of split attention, and the places that both halves have.
+        """
+
+        def joined(classes: IntArray, outer: IntArray) -> bool:
+            return bool((classes[outer] == classes[outer[0]]).all())
+
+        def is_one(outer: IntArray, pairs: list[tuple[IntArray, IntArray]]) -> bool:
+            return joined(components(self.size, self._equal + pairs), outer)
+
+        apart, together = components(self.size, self._equal), components(self.size, self._equal + self._contain)
+        held, torn, taken = [], [], []
+        for pair in self._contain:
+            lost = joined(together, pair[0]) and not joined(apart, pair[0]) and not is_one(pair[0], [pair])
+            (torn if lost else held).append(pair)
+        for pair in sorted(torn, key=lambda pair: -np.unique(pair[0]).size):
+            if not any(is_one(outer, [*held, *taken, pair]) for outer, _ in (*taken, pair)):
+                taken.append(pair)
+        return held + taken
 
 
 class Proof:

@@ -29,6 +29,7 @@ from graphzip.compiled import Compiled
 from graphzip.errors import ArchiveError, MissingDependencyError
 from graphzip.files import as_path, check_target, scratch, settle, unwritable
 from graphzip.graph.source import first_line
+from graphzip.graph.torch_private import pytree
 from graphzip.report.tables import closest
 from graphzip.tracing.results import tensors_by_way
 
@@ -206,8 +207,28 @@ def _transformers() -> Any:
 
 def _know_caches() -> None:
     """Let `torch.export` know what decoders return beside their logits, as `transformers` does for its own exports."""
+    _know_pairs()
     with contextlib.suppress(ImportError, AttributeError, ValueError):
         importlib.import_module("transformers.integrations.executorch").register_dynamic_cache_export_support()
+
+
+def _know_pairs() -> None:
+    """Of decoders that read an encoder's states: a cache of their own and one of those."""
+    with contextlib.suppress(ImportError, AttributeError, ValueError):  # a version without it, or one that knows it
+        pair = importlib.import_module("transformers.cache_utils").EncoderDecoderCache
+        pytree.register_pytree_node(
+            pair,
+            lambda cache: ([cache.self_attention_cache, cache.cross_attention_cache], None),
+            lambda parts, _: pair(*parts),
+            serialized_type_name=f"{pair.__module__}.{pair.__name__}",
+            flatten_with_keys_fn=lambda cache: (
+                [
+                    (pytree.GetAttrKey("self_attention_cache"), cache.self_attention_cache),
+                    (pytree.GetAttrKey("cross_attention_cache"), cache.cross_attention_cache),
+                ],
+                None,
+            ),
+        )
 
 
 # ------------------------------------------------------------------------------------------------- and back

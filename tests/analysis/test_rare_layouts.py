@@ -228,3 +228,30 @@ def test_of_channels_and_positions_that_a_layer_makes_channels_shrink_down_to_on
     slim = gz.compile(model, gz.Plan([gz.ClusterMerge(keep=0.01)]), (x,))
     assert slim.module.use.in_features == 7
     assert torch.allclose(slim.module(x), model(x), rtol=0, atol=1e-12)
+
+
+class SplitAttention(nn.Module):
+    """A grouped convolution makes two halves, which are weighed against each other and added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.conv, self.norm = nn.Conv2d(8, 16, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(16)
+        self.inner, self.weigh = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.first(x))).relu()
+        halves = x.unflatten(1, (2, 8))
+        weights = self.weigh(self.inner(halves.sum(1).mean((2, 3), keepdim=True)).relu())
+        weights = weights.view(-1, 1, 2, 8).transpose(1, 2).softmax(1).reshape(-1, 2, 8, 1, 1)
+        return self.last((halves * weights).sum(1))
+
+
+@pytest.mark.parametrize("whole", [0.0, 1.0])
+def test_a_channel_of_split_attention_leaves_both_halves(whole: float) -> None:
+    found = assert_lossless(SplitAttention(), (torch.randn(2, 3, 5, 5),), whole=whole)
+    group = found.groups["conv#2"]
+    assert (group.size, group.mergeable, group.exact) == (8, True, True)
+    assert "conv#2" in found.clusters
+    slim = gz.compile(SplitAttention(), gz.Plan([gz.ClusterMerge(keep=0.5)]), (torch.randn(2, 3, 5, 5),)).module
+    assert slim.conv.weight.shape == (8, 2, 3, 3)

@@ -175,3 +175,41 @@ def test_a_trained_encoder_of_sentences(tmp_path: Path) -> None:
         torch.testing.assert_close(found, compiled.module(**fresh)["last_hidden_state"], rtol=1e-4, atol=1e-4)
     assert again.config.intermediate_size == model.config.intermediate_size // 2
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "slim").vocab_size == tokenizer.vocab_size
+
+
+def test_a_decoder_that_reads_an_encoder_with_caches_of_both(tmp_path: Path) -> None:
+    """Caches that it returns beside its logits are taken apart, and need not be."""
+    config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    model = gz.from_pretrained(tmp_path / "t5")
+    ids = torch.randint(1, 50, (2, 7))
+    example = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    plan = gz.Plan([gz.PruneChannels(keep={"*DenseReluDense*": 0.5})])
+    compiled = gz.compile(model, plan, example, outputs="logits")
+    gz.save_pretrained(compiled, model, tmp_path / "slim")
+    slim = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "slim").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(slim(**example).logits, compiled.module(**example).logits, rtol=1e-4, atol=1e-5)
+    assert slim.config.d_ff == 12
+    assert slim.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[0] == 2
+    assert any(
+        "cache" in group.reason or "output" in group.reason
+        for group in gz.channel_groups(model, example)
+        if group.reason
+    )
+
+
+def test_one_head_that_is_left_of_several() -> None:
+    """What it gives lies in the memory in another way than that of several heads."""
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=1, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=1
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    example = {"input_ids": torch.randint(50, (2, 12))}
+    groups = gz.channel_groups(model, example, outputs="logits")
+    heads = next(group.name for group in groups if group.whole_blocks)
+    compiled = gz.compile(model, gz.Plan([gz.ClusterMerge(keep={heads: 1})]), example, outputs="logits")
+    longer = {"input_ids": torch.randint(50, (3, 12))}
+    assert compiled.module(**longer).logits.shape == (3, 12, 50)

@@ -44,7 +44,9 @@ CASES.add(aten.linear.default, lambda m, x: x.mT @ torch.eye(6, 4, dtype=x.dtype
 CASES.add(aten.mul.Tensor, lambda m, x: x * m.scale, name="by a constant of the model", parts=lambda: {
     "scale": torch.arange(6.0).view(6, 1)
 })  # fmt: skip
-CASES.add(aten.mul.Tensor, lambda m, x: x * torch.tensor([[1.0], [1], [3], [4], [5], [6]]), name="by numbers in the code")
+CASES.add(
+    aten.mul.Tensor, lambda m, x: x * torch.tensor([[1.0], [1], [3], [4], [5], [6]]), name="by numbers in the code"
+)
 CASES.add(aten.transpose.int, lambda m, x: x + x.transpose(1, 2), (2, 5, 5), name="onto positions", why=FIXED)
 
 # --- unknown operators ---------------------------------------------------------------------------------------------
