@@ -227,7 +227,9 @@ class LabelSpace:
             return joined(components(self.size, self._equal + pairs), outer)
 
         apart, together = components(self.size, self._equal), components(self.size, self._equal + self._contain)
-        held, torn, taken = [], [], []
+        held: list[tuple[IntArray, IntArray]] = []
+        torn: list[tuple[IntArray, IntArray]] = []
+        taken: list[tuple[IntArray, IntArray]] = []
         for pair in self._contain:
             lost = joined(together, pair[0]) and not joined(apart, pair[0]) and not is_one(pair[0], [pair])
             (torn if lost else held).append(pair)

@@ -273,8 +273,16 @@ def _other_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def mergeable_share(groups: Any) -> float:
-    """Channels in mergeable groups over channels in all groups that are not pinned for being the model's output."""
-    counted = [group for group in groups if group.mergeable or not _OUTPUT.search(group.reason or "")]
+    """Channels in mergeable groups over channels in all groups that are not pinned for being the model's output.
+
+    Channels that go as part of whole blocks, such as those of split attention, are counted there.
+    """
+    whole = [_owned(group) for group in groups if group.mergeable and group.whole_blocks]
+    counted = [
+        group
+        for group in groups
+        if group.mergeable or not (_OUTPUT.search(group.reason or "") or any(_owned(group) <= each for each in whole))
+    ]
     return sum(group.size for group in counted if group.mergeable) / max(sum(group.size for group in counted), 1)
 
 
