@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 FloatArray = NDArray[np.floating[Any]]
 
 _LEAST: Final = 1e-6  # of the largest amplitude: what a channel that is always zero counts
+_OUTPUTS: Final = 256  # of a layer whose weights are averaged at once
 _SIZE: Final = 64  # columns of an embedding, at most: k-means needs no more for many clusters
 
 
@@ -198,15 +199,13 @@ class CrossDomainSharePass(Tying):
     def finish(self, traced: Traced, context: PassContext) -> Outcome:
         """Give both models one weight per cluster."""
         assert self.clusters, "the stage 'regularize' has not ended"
-        self.collapse_(traced.module)
         shared = []
         for name, clusters in self.clusters.items():
             layer = clusters.layer
             old = get_tensor(traced.module, layer.weights[0])
-            centres = _channels(layer, traced.module).detach()[np.unique(clusters.number, return_index=True)[1]]
-            weight = centres.reshape(len(centres), layer.outs, *layer.kernel).transpose(0, 1).contiguous()
+            weight = nn.Parameter(_means(clusters, traced.module), old.requires_grad)
             logger.info("%s: %d channels of both models in %d clusters", name, layer.channels, layer.count)
-            shared.append(SharedWeight(nn.Parameter(weight, old.requires_grad), layer.weights, clusters.columns))
+            shared.append(SharedWeight(weight, layer.weights, clusters.columns))
         details = self.summary()
         return Outcome(
             share_weights(traced, shared),
@@ -365,6 +364,23 @@ def _tie(clusters: _Clusters, amplitude: FloatArray, model: nn.Module) -> None:
         centres.index_add_(0, own, weight.transpose(0, 1).flatten(1) * factor[:, None])
     for weight, own, _ in parts:
         weight.copy_(centres[own].reshape(-1, layer.outs, *layer.kernel).transpose(0, 1))
+
+
+@torch.no_grad()
+def _means(clusters: _Clusters, model: nn.Module) -> Tensor:
+    """The mean weights of all clusters, (outs, clusters, *kernel), some outputs at a time: linear layers are large."""
+    layer = clusters.layer
+    weights = [whole(get_tensor(model, name)) for name in layer.weights]
+    made = weights[0].new_empty(layer.outs, layer.count, *layer.kernel)
+    counts = torch.from_numpy(np.bincount(clusters.number, minlength=layer.count)).to(made.device)
+    numbers = torch.split(torch.from_numpy(clusters.number).to(made.device), list(layer.sizes))
+    for start in range(0, layer.outs, _OUTPUTS):
+        rows = made[start : start + _OUTPUTS]
+        total = rows.new_zeros(rows.shape, dtype=torch.float64)
+        for weight, own in zip(weights, numbers, strict=True):
+            total.index_add_(1, own, weight[start : start + _OUTPUTS].double())
+        rows.copy_(total / counts.reshape(-1, *[1] * len(layer.kernel)))
+    return made
 
 
 def _table(layers: Mapping[str, Any], weights: Mapping[str, float]) -> Table:

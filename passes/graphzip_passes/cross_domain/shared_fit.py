@@ -17,8 +17,9 @@ the weights of a cluster c' loses `D(c') = || X_i (g_i - g_c') ||^2`. It leaves 
     D(c) m_c / (m_c - m_i) > D(c') m_c' / (m_c' + m_i),     m_c = sum over i in c of m_i = || X_i ||^2,
 
 the factors being what the centres give way (they are exact where channels are not correlated). The weights are solved
-for after every round, and of all rounds the best counts. It is done on second moments, which do not grow with the data
-(`graphzip_passes.cross_domain.shared_moves`).
+for after every round, and of all rounds the best counts (`graphzip_passes.cross_domain.shared_moves`). It is done on
+second moments, which do not grow with the data, or on the rows themselves where they are fewer than what is read
+(`graphzip_passes.cross_domain.shared_moments`).
 
 Sources: Gao, Deng and Huang, "Cross Domain Model Compression by Structurally Weight Sharing" (2019), section 3.4, for
 weights that are shared; He et al., "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017), section
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -45,6 +46,7 @@ from graphzip.numeric.moments import CrossMoments, Moments
 from graphzip.numeric.solvers import factorised, ridge
 from graphzip.process_groups import Processes
 from graphzip_passes.cross_domain.shared_layers import SharedLayer
+from graphzip_passes.cross_domain.shared_moments import Side, SideProducts, SideRows
 from graphzip_passes.cross_domain.shared_moves import Regrouping
 
 __all__ = ["fit_shared"]
@@ -90,10 +92,12 @@ def fit_shared(
         if best.lost > last.lost * (1.0 + _ENOUGH):  # both are below zero
             break
     chosen, weights, biases = data.processes.agreed((best.number, best.weights, best.biases))
-    shared = weights[torch.from_numpy(chosen)].reshape(layer.channels, *layer.kernel, layer.outs).movedim(-1, 0)
-    for task, part, change in zip(layer.tasks, torch.split(shared, list(layer.sizes), 1), biases, strict=True):
+    numbers = np.split(chosen, np.cumsum(layer.sizes)[:-1])
+    for task, own, change in zip(layer.tasks, numbers, biases, strict=True):
         module = model.get_submodule(f"{task}.{layer.name}")
-        module.get_parameter("weight").copy_(part)
+        weight = module.get_parameter("weight")
+        part = weights.to(weight.dtype)[torch.from_numpy(own)]
+        weight.copy_(part.reshape(len(own), *layer.kernel, layer.outs).movedim(-1, 0))
         if intercept:
             module.get_parameter("bias").add_(change.to(module.get_parameter("bias")))
     return chosen
@@ -109,14 +113,15 @@ def _own_biases(layer: SharedLayer, model: nn.Module) -> bool:
 def _centres(layer: SharedLayer, number: IntArray, model: nn.Module) -> Tensor:
     """The weights of all clusters, (clusters, kernel, outs), in float64: those of the first channel of each."""
     first, start = np.unique(number, return_index=True)[1], 0
-    found: dict[int, Tensor] = {}
+    found = torch.empty(layer.count, math.prod(layer.kernel), layer.outs, dtype=torch.float64)
     for task, size in zip(layer.tasks, layer.sizes, strict=True):
         weight = model.get_submodule(f"{task}.{layer.name}").get_parameter("weight")
         own = np.flatnonzero((first >= start) & (first < start + size))
-        rows = weight[:, torch.from_numpy(first[own] - start)].movedim(0, -1).to("cpu", torch.float64)
-        found |= dict(zip(own.tolist(), rows.reshape(len(own), math.prod(layer.kernel), layer.outs), strict=True))
+        rows = weight[:, torch.from_numpy(first[own] - start)].cpu()
+        rows = rows.reshape(layer.outs, len(own), math.prod(layer.kernel))
+        found[torch.from_numpy(own)] = rows.permute(1, 2, 0).double()
         start += size
-    return torch.stack([found[cluster] for cluster in range(layer.count)])
+    return found
 
 
 @contextmanager
@@ -184,13 +189,16 @@ class _Seen:
         self.read[task].add(rows)
         self.missing[task].add(lacking, rows)
 
-    def sums(self, task: str) -> tuple[Tensor, Tensor, int]:
-        """`X^T X` and `X^T (T - P)` of one task, and the number of rows, of all processes; they are held no longer."""
+    def side(self, task: str) -> Side:
+        """What is known of one task, of all processes; it is held here no longer."""
         read, missing = self.read.pop(task), self.missing.pop(task)
         read.add_up(self.processes)
         missing.add_up(self.processes)
+        if read.rows is not None and missing.samples is not None:
+            return SideRows(read.rows, missing.samples[0])
         cross = missing.among(np.arange(self.layer.outs), np.arange(read.inputs))
-        return read.dense().mul_(read.count), cross.mul_(read.count).t(), read.count
+        gram = read.dense().mul_(read.count) if read.gram is None else read.gram
+        return SideProducts(gram, cross.mul_(read.count).t())
 
 
 @dataclass(frozen=True)
@@ -207,14 +215,12 @@ class _Found:
 class _Fit:
     """The shared weights of one layer and the clusters of its channels, on second moments.
 
-    `gram[d]` is `X_d^T X_d` and `left[d]` is `X_d^T R_d`; where there is a bias, `X_d` ends with a column of ones.
-    `weights` (clusters, kernel, outs); `biases` is by how much those of each task changed. `lost` is
-    `sum_d ||R_d||^2`, less what it was to begin with.
+    `sides` has what is known of each task. `weights` (clusters, kernel, outs); `biases` is by how much those of each
+    task changed. `lost` is `sum_d ||R_d||^2`, less what it was to begin with.
     """
 
     layer: SharedLayer
-    gram: list[Tensor]
-    left: list[Tensor]
+    sides: list[Side]
     rows: int
     intercept: bool
     number: IntArray
@@ -225,19 +231,16 @@ class _Fit:
     @classmethod
     def of(cls, seen: _Seen, number: IntArray, weights: Tensor) -> _Fit:
         """Begin with the weights that the clusters have."""
-        layer = seen.layer
-        gram, left, counts = zip(*(seen.sums(task) for task in layer.tasks), strict=True)
+        layer, counts = seen.layer, []
+        sides: list[Side] = []
+        for task in layer.tasks:
+            read = seen.read[task]
+            sides.append(seen.side(task))
+            counts.append(read.count)
+        if any(isinstance(side, SideProducts) for side in sides):
+            sides = [side.products() if isinstance(side, SideRows) else side for side in sides]
         biases = [torch.zeros(layer.outs, dtype=torch.float64) for _ in layer.tasks]
-        return cls(
-            layer,
-            list(gram),
-            list(left),
-            sum(counts),
-            seen.intercept,
-            number.copy(),
-            weights,
-            biases,
-        )
+        return cls(layer, sides, sum(counts), seen.intercept, number.copy(), weights, biases)
 
     def found(self) -> _Found:
         """The clusters and the weights as they are now."""
@@ -250,24 +253,59 @@ class _Fit:
 
     def solve(self) -> None:
         """Bring weights and biases to the least squares for the clusters as they are."""
-        spread = [self._spread(task) for task in range(len(self.gram))]
-        rows = [self._summed(gram, to) for gram, to in zip(self.gram, spread, strict=True)]
-        grams = [self._summed(each.t(), to) for each, to in zip(rows, spread, strict=True)]
-        lefts = [self._summed(each, to) for each, to in zip(self.left, spread, strict=True)]
-        gram, left = sum(grams, torch.zeros(())), sum(lefts, torch.zeros(()))
+        spread = [self._spread(task) for task in range(len(self.sides))]
+        rows = [side for side in self.sides if isinstance(side, SideRows)]
+        change = self._from_rows(rows, spread) if rows else self._from_products(spread)
         count = self.weights.shape[0] * self.weights.shape[1]
-        square = gram.diagonal()[:count]
-        sums, ones = gram[count:, :count], gram.diagonal()[count:]
-        about = square - (sums.square() / ones.clamp_min(1.0)[:, None]).sum(0)
-        damping = torch.zeros_like(gram.diagonal())
-        damping[:count] = ridge(square, about.clamp_min(0.0), self.rows, precision=_PRECISION)
-        change = factorised(gram, damping, what=f"layer {self.layer.name!r}").solve(left)
         self.weights = self.weights + change[:count].reshape(self.weights.shape)
-        for task, missing in enumerate(self.left):
-            self.lost -= float(((2.0 * lefts[task] - grams[task] @ change) * change).sum())
-            missing.addmm_(rows[task].t(), change, alpha=-1.0)
+        for task, (side, to) in enumerate(zip(self.sides, spread, strict=True)):
+            self.lost -= side.followed(change, to)
             if self.intercept:
                 self.biases[task] = self.biases[task] + change[count + task]
+
+    def _from_products(self, spread: Sequence[Tensor]) -> Tensor:
+        """The change of all unknowns, (weights and biases, outs)."""
+        count, size = self.weights.shape[0] * self.weights.shape[1], self._size
+        gram = torch.zeros(size, size, dtype=torch.float64)
+        left = torch.zeros(size, self.layer.outs, dtype=torch.float64)
+        for side, to in zip(self.sides, spread, strict=True):
+            assert isinstance(side, SideProducts)
+            side.add_to(gram, left, to)
+        damping = torch.zeros(size, dtype=torch.float64)
+        damping[:count] = self._damping(gram.diagonal()[:count], gram[count:, :count], gram.diagonal()[count:])
+        return factorised(gram, damping, what=f"layer {self.layer.name!r}").solve(left)
+
+    def _from_rows(self, sides: Sequence[SideRows], spread: Sequence[Tensor]) -> Tensor:
+        """The same by a system of the size of the rows."""
+        count = self.weights.shape[0] * self.weights.shape[1]
+        read = [side.summed(to, self._size)[:, :count] for side, to in zip(sides, spread, strict=True)]
+        rest = [side.rest for side in sides]
+        square = sum((each.square().sum(0) for each in read), torch.zeros(()))
+        if not self.intercept:
+            (x, y), means = (torch.cat(read), torch.cat(rest)), []
+            damping = self._damping(square, read[0][:0], square[:0])
+        else:
+            means = [(each.mean(0), lack.mean(0)) for each, lack in zip(read, rest, strict=True)]
+            ones = torch.tensor([float(len(each)) for each in read], dtype=torch.float64)
+            damping = self._damping(square, torch.stack([each.sum(0) for each in read]), ones)
+            x = torch.cat([each.sub_(mean) for each, (mean, _) in zip(read, means, strict=True)])
+            y = torch.cat([lack - mean for lack, (_, mean) in zip(rest, means, strict=True)])
+        change = x.new_empty(self._size, self.layer.outs)
+        inner = factorised(x @ x.t(), damping, what=f"layer {self.layer.name!r}").solve(y)
+        torch.matmul(x.t(), inner, out=change[:count])
+        for task, (mean, lack) in enumerate(means):
+            change[count + task] = lack - mean @ change[:count]
+        return change
+
+    def _damping(self, square: Tensor, sums: Tensor, ones: Tensor) -> Tensor:
+        """Of the weights: `square` (weights,) and `sums` (tasks, weights) of what is read in `ones` (tasks,) rows."""
+        about = square - (sums.square() / ones.clamp_min(1.0)[:, None]).sum(0)
+        return ridge(square, about.clamp_min(0.0), self.rows, precision=_PRECISION)
+
+    @property
+    def _size(self) -> int:
+        """How many unknowns there are."""
+        return self.weights.shape[0] * self.weights.shape[1] + (len(self.sides) if self.intercept else 0)
 
     def _spread(self, task: int) -> Tensor:
         """The unknown that each column of `X_d` is multiplied by."""
@@ -276,19 +314,14 @@ class _Fit:
         own = (number[:, None] * kernel + torch.arange(kernel)).flatten()
         return torch.cat([own, torch.tensor([clusters * kernel + task])]) if self.intercept else own
 
-    def _summed(self, rows: Tensor, to: Tensor) -> Tensor:
-        clusters, kernel, _ = self.weights.shape
-        size = clusters * kernel + (len(self.gram) if self.intercept else 0)
-        return rows.new_zeros(size, rows.shape[1]).index_add(0, to, rows)
-
     def moved(self) -> int:
         """Let channels go to the clusters whose weights suit them best, one after the other; how many went."""
         kernel, first = self.weights.shape[1], 0
-        masses = [gram.diagonal()[: size * kernel] for gram, size in zip(self.gram, self.layer.sizes, strict=True)]
+        masses = [side.square()[: size * kernel] for side, size in zip(self.sides, self.layer.sizes, strict=True)]
         mass = torch.cat(masses).reshape(-1, kernel).sum(1)
         moves = Regrouping(self.weights, self.number, mass, self.layer.name)
         for task, size in enumerate(self.layer.sizes):
-            moves.go_through(self.gram[task], self.left[task], range(first, first + size))
+            moves.go_through(self.sides[task], range(first, first + size))
             first += size
         self.lost -= moves.gained
         return moves.made

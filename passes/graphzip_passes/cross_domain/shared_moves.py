@@ -23,6 +23,7 @@ from torch import Tensor
 
 from graphzip.labels import IntArray
 from graphzip.numeric.solvers import pseudo_inverse
+from graphzip_passes.cross_domain.shared_moments import Side
 
 __all__ = ["Regrouping"]
 
@@ -48,19 +49,19 @@ class Regrouping:
         self._sizes = np.bincount(number, minlength=clusters)
         self._held = mass.new_zeros(clusters).index_add(0, torch.from_numpy(number), mass)
 
-    def go_through(self, gram: Tensor, left: Tensor, channels: range) -> None:
-        """Let the channels of one task go; `left`, which is `X^T R`, is changed in place.
+    def go_through(self, side: Side, channels: range) -> None:
+        """Let the channels of one task go; what it lacks is changed in place.
 
         Only those are looked at again in their turn that would go as things are at the beginning.
         """
         wanting: list[int] = []
         for part in _parts(channels):
-            seen = _Rows(self, gram, left, part, channels.start)
+            seen = _Near(self, side, part, channels.start)
             wanting += [channel for place, channel in enumerate(part) if self._best(seen, place) != seen.here[place]]
         for part in _parts(wanting):
-            self._go(gram, left, _Rows(self, gram, left, part, channels.start))
+            self._go(side, _Near(self, side, part, channels.start))
 
-    def _go(self, gram: Tensor, left: Tensor, seen: _Rows) -> None:
+    def _go(self, side: Side, seen: _Near) -> None:
         gone: list[int] = []
         steps: list[Tensor] = []
         for place, channel in enumerate(seen.channels):
@@ -79,10 +80,10 @@ class Regrouping:
             mass = self._mass[channel]
             self._held[here], self._held[to] = self._held[here] - mass, self._held[to] + mass
         if gone:
-            left -= gram[:, seen.columns[gone].flatten()] @ torch.cat(steps)
+            side.took(torch.cat(steps), seen.columns[gone].flatten())
             self.made += len(gone)
 
-    def _best(self, seen: _Rows, place: int) -> int:
+    def _best(self, seen: _Near, place: int) -> int:
         """The cluster that suits a channel best; its own where no other gains."""
         here, mass, block = seen.here[place], self._mass[seen.channels[place]], seen.blocks[place]
         pull, tiny = seen.pull[place], torch.finfo(mass.dtype).tiny
@@ -96,23 +97,23 @@ class Regrouping:
         return int(to) if gains else here
 
 
-class _Rows:
+class _Near:
     """What is known of a few channels of a task that begins with the channel `start`.
 
     `pull` (n, kernel, outs) is `X_i^T (R + X_i g_c)`, `dots` (n, clusters) its products with the weights of all
     clusters, `blocks` (n, kernel, kernel) `X_i^T X_i`.
     """
 
-    def __init__(self, moves: Regrouping, gram: Tensor, left: Tensor, channels: Sequence[int], start: int) -> None:
+    def __init__(self, moves: Regrouping, side: Side, channels: Sequence[int], start: int) -> None:
         weights = moves.weights
         kernel = weights.shape[1]
         self.channels, self.here = channels, moves.number[channels].tolist()
         self.columns = (torch.tensor(channels)[:, None] - start) * kernel + torch.arange(kernel)
         flat = self.columns.flatten()
-        self.among = gram[flat[:, None], flat].reshape(len(channels), kernel, len(channels), kernel)
+        self.among = side.among(flat).reshape(len(channels), kernel, len(channels), kernel)
         self.blocks = torch.stack([self.among[place, :, place, :] for place in range(len(channels))])
         self.inverses = pseudo_inverse(self.blocks, hermitian=True, what=f"layer {moves.name!r}")
-        self.pull = left[self.columns] + self.blocks @ weights[self.here]
+        self.pull = side.lacking(self.columns) + self.blocks @ weights[self.here]
         self.dots = self.pull.flatten(1) @ weights.flatten(1).t()
 
     def correct(self, place: int, step: Tensor, products: Tensor) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from graphzip_passes.cross_domain.shared_moments import Side, SideProducts, SideRows
 from graphzip_passes.cross_domain.shared_moves import Regrouping
 
 
@@ -37,8 +38,9 @@ def one_after_the_other(
         number[channel] = to
 
 
+@pytest.mark.parametrize("kept", ["products", "rows"])
 @pytest.mark.parametrize(("channels", "kernel"), [(150, 1), (40, 3)])
-def test_moves_in_parts_are_moves_one_after_the_other(channels: int, kernel: int, seeded: None) -> None:
+def test_moves_in_parts_are_moves_one_after_the_other(channels: int, kernel: int, kept: str, seeded: None) -> None:
     clusters, outs = 9, 5
     x = torch.randn(400, channels * kernel, dtype=torch.float64)
     target = torch.randn(400, outs, dtype=torch.float64)
@@ -50,8 +52,12 @@ def test_moves_in_parts_are_moves_one_after_the_other(channels: int, kernel: int
 
     expected, missing = number.copy(), left.clone()
     one_after_the_other(gram, missing, weights, expected, mass)
+    rest = target - x @ read
+    side: Side = SideProducts(gram, left) if kept == "products" else SideRows(x, rest)
+    assert torch.allclose(side.square(), gram.diagonal())
     moves = Regrouping(weights, number, mass, "layer")
-    moves.go_through(gram, left, range(channels))
+    moves.go_through(side, range(channels))
+    left = side.lacking(torch.arange(channels * kernel))
 
     assert moves.made == int((expected != torch.arange(channels).remainder(clusters).numpy()).sum()) > channels // 2
     assert np.array_equal(number, expected)

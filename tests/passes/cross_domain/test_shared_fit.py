@@ -112,6 +112,51 @@ def test_the_fit_is_the_damped_least_squares_solution() -> None:
         np.testing.assert_allclose(shift, change[16 + position], atol=1e-9)
 
 
+def few(model: nn.ModuleDict) -> Any:
+    """Fewer rows than a layer reads, or has unknowns."""
+
+    def run(begun: Callable[[int], None] | None = None) -> None:
+        for task, batches in DATA.items():
+            if begun is not None:
+                begun(0)
+            model[task](batches[0][:5])
+
+    return SimpleNamespace(run=run, processes=ALONE)
+
+
+def without_bias() -> nn.ModuleDict:
+    made = joined()
+    for task in made.values():
+        task.get_submodule("fc1").register_parameter("bias", None)
+    return made
+
+
+@pytest.mark.parametrize("make", [joined, without_bias])
+@pytest.mark.parametrize("move", [False, True])
+def test_a_fit_on_few_rows_is_that_on_their_products(
+    make: Callable[[], nn.ModuleDict], move: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, before = linear(), make()
+    found, kinds = [], []
+    side = shared_fit._Seen.side
+    for as_products in (False, True):
+
+        def kept(seen: Any, task: str, as_products: bool = as_products) -> Any:
+            own = side(seen, task)
+            kinds.append(type(own).__name__)
+            return own.products() if as_products else own  # type: ignore[union-attr]
+
+        monkeypatch.setattr(shared_fit._Seen, "side", kept)
+        model, number = copy.deepcopy(before), np.arange(64) % 16
+        by_mean(layer, number, model)
+        chosen = shared_fit.fit_shared(layer, number, model, before, few(model), move=move)
+        found.append((chosen, [each.detach() for each in model.parameters()]))
+    assert set(kinds) == {"SideRows"}
+    assert np.array_equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
 def scaled(scales: list[float]) -> nn.Sequential:
     """Its six channels are three, each twice, in different sizes."""
     torch.manual_seed(0)
