@@ -206,6 +206,7 @@ def test_one_head_that_is_left_of_several() -> None:
     config = transformers.GPT2Config(
         vocab_size=50, n_embd=16, n_layer=1, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=1
     )
+    config.use_cache = False
     model = transformers.GPT2LMHeadModel(config).eval()
     example = {"input_ids": torch.randint(50, (2, 12))}
     groups = gz.channel_groups(model, example, outputs="logits")
