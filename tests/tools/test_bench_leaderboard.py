@@ -52,7 +52,8 @@ def test_every_repair_is_of_the_same_channels(tools: Any, criterion: str, rankin
 def test_a_remembered_criterion_chooses_as_the_criterion_does(tools: Any, criterion: str) -> None:
     ring, board = ring_of(tools), tools["leaderboard"]
     remembered = board.Remembered(ring, criterion)
-    plain = ring.pruned(0.4, ring.images, criterion=criterion, ranking="global")
+    given = (ring.answered(), torch.nn.functional.cross_entropy) if criterion == "taylor" else (ring.images,)
+    plain = ring.pruned(0.4, *given, criterion=criterion, ranking="global")
     found = ring.pruned(0.4, criterion=f"{criterion}, remembered", ranking="global")
     expected = plain.module.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in found.module.state_dict().items())

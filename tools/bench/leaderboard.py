@@ -5,8 +5,8 @@
 A criterion chooses channels in each group alone (`local`) or of all groups together (`global`); the widest result that
 fits the budget counts. It is measured as it is (`raw`), corrected without data (`free`), with the batch norms
 re-estimated on unlabelled samples (`norms`), and with its layers re-fitted on the same samples (`compensated`).
-Criteria that look at gradients differentiate the outputs in random directions. Torch-Pruning's criteria stand beside
-them where it is installed: the model's own answers are the labels of those that need some. Networks are those of
+Torch-Pruning's criteria stand beside them where it is installed. Criteria that look at gradients, of both, get the
+network's own answers as labels; of an encoder's outputs they differentiate random directions. Networks are those of
 `planning.py`, with as many unlabelled samples, and two that are trained first. What counts is the share of right
 answers on test images, or of embeddings the mean cosine with the original's, in percent. Groups are the inner ones of
 ResNets, all of other networks.
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from compare import add_options
 from compare_methods import TORCH_PRUNING, Contestant, pruned_at, re_estimated, torch_pruned, widest
 from compare_nets import NETS
@@ -51,6 +52,7 @@ BOARDS: dict[str, Kind] = {
     **{name: Kind(functools.partial(cifar_resnet, name), 512, 10_000) for name in TRAINED_FIRST},
 }
 ENCODER = "all-minilm-l6-v2"
+BY_GRADIENTS = ("taylor", "fisher", "hessian")
 
 
 @dataclass(kw_only=True)
@@ -74,10 +76,14 @@ class Ring(Contestant):
             self.keeps[share] = widest(lambda keep: self.pruned(keep), share)[0]
         return self.keeps[share]
 
-    def pruned(self, keep: float, data: Any = None, **options: Any) -> gz.Compiled:
-        return gz.compile(
-            self.trace, gz.Plan([gz.PruneChannels(keep={self.groups: keep}, **options)]), calibration=data
-        )
+    @torch.no_grad()
+    def answered(self) -> list[tuple[Tensor, Tensor]]:
+        """The images, each with the class that the network gives it."""
+        return [(x, self.model(x).argmax(1)) for x in self.images]
+
+    def pruned(self, keep: float, data: Any = None, loss: Any = None, **options: Any) -> gz.Compiled:
+        plan = gz.Plan([gz.PruneChannels(keep={self.groups: keep}, **options)])
+        return gz.compile(self.trace, plan, calibration=data, loss=loss)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,9 @@ class Remembered:
         own = CRITERIA[criterion]
         self.function, self.scores = own.function, dict[str, Tensor]()
         gz.register_criterion(f"{criterion}, remembered", self, comparable=own.comparable)
-        ring.pruned(0.5, ring.images, criterion=f"{criterion}, remembered")
+        by_answers = criterion in BY_GRADIENTS and ring.name != ENCODER
+        given = (ring.answered(), F.cross_entropy) if by_answers else (ring.images,)
+        ring.pruned(0.5, *given, criterion=f"{criterion}, remembered")
 
     def __call__(self, group: Any) -> Tensor:
         if group.name not in self.scores:
