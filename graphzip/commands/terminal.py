@@ -34,12 +34,12 @@ _ARGUMENTS: Final = (
 
 
 _IN_PYTHON: Final = (
-    "save it as one file (compiled.save, or a target that ends in '.graphzip'), or compile a plan with the same share "
-    "for all layers"
+    "save it as one file (compiled.save, or a target that ends in '.graphzip'), or find widths that a config can say "
+    "with plan_for(..., uniform=True)"
 )
 _IN_FLAGS: Final = (
-    "save it as one file (--save slim.graphzip, or a target that ends in '.graphzip'), or give --uniform, and "
-    "--exclude for layers whose width no config says"
+    "save it as one file (--save slim.graphzip, or a target that ends in '.graphzip'), or find widths that a config "
+    "can say with --macs and --uniform"
 )
 
 

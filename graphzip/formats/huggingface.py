@@ -41,11 +41,14 @@ __all__ = [
     "copy_files",
     "fitting",
     "from_pretrained",
+    "has_config",
+    "is_sayable",
     "listed",
     "names_in_files",
     "new_folder",
     "of_config",
     "save_pretrained",
+    "sizes_by_number",
     "without_weights",
 ]
 
@@ -72,6 +75,7 @@ _WEIGHTS: Final = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", 
 _SAME: Final = 1e-4  # of the largest number of an output
 _STEPS: Final = 8  # or so many steps to the next number, in 16 bits
 _LISTED: Final = 5
+_TRIED: Final = 64  # in place of a number that a config leaves to its model
 
 
 @public
@@ -246,7 +250,7 @@ def save_pretrained(compiled: Compiled, model: nn.Module, folder: str | os.PathL
     number; then nothing is written, and `compiled.save` is the way. An existing folder is not written to.
     """
     check_module(model)
-    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+    if not has_config(model):
         raise ArchiveError(
             f"{type(model).__name__} is not a model of transformers; save what was compiled with .save()"
         )
@@ -264,6 +268,21 @@ def save_pretrained(compiled: Compiled, model: nn.Module, folder: str | os.PathL
     except OSError as error:
         raise unwritable(target, error, ArchiveError) from error
     return slim
+
+
+def has_config(model: nn.Module) -> bool:
+    """Whether it is a model of `transformers`, whose widths a config says."""
+    return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_dict")
+
+
+def is_sayable(compiled: Compiled, model: nn.Module) -> bool:
+    """Whether a config of `model` has the widths of what was compiled of it, as `save_pretrained` needs it."""
+    try:
+        _rebuilt(compiled, model)
+    except ArchiveError as error:
+        logger.debug("%s", error)
+        return False
+    return True
 
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
@@ -324,8 +343,8 @@ def _filled(compiled: Compiled, model: Any, config: Any) -> nn.Module:
 
 
 ADVICE: Final = (
-    "save it as one file (compiled.save, or a target that ends in '.graphzip'), or compile a plan with "
-    "the same share for all layers"
+    "save it as one file (compiled.save, or a target that ends in '.graphzip'), or find widths that a config can say "
+    "with plan_for(..., uniform=True)"
 )
 
 
@@ -400,14 +419,18 @@ def _config_of(model: Any, wanted: Mapping[str, tuple[int, ...]], *, backwards: 
 
 
 def _numbers(config: Any) -> Iterator[tuple[Any, str]]:
-    """The numbers of a config, and of the configs in it, that may decide a width."""
+    """The numbers of a config, and of the configs in it, that may decide a width; those that it leaves open last."""
+    unsaid = []
     for field, value in list(vars(config).items()):
         if field.startswith("_") or isinstance(value, bool) or field.endswith(("_id", "vocab_size")):
             continue
         if isinstance(value, int) and value > 1:
             yield config, field
+        elif value is None:
+            unsaid.append((config, field))
         elif hasattr(value, "to_dict"):
             yield from ((part, name) for part, name in _numbers(value))
+    yield from unsaid
 
 
 def _share(
@@ -419,21 +442,52 @@ def _share(
     wanted: Mapping[str, tuple[int, ...]],
 ) -> int | None:
     """What a number of the config has to be for what it decides alone to have the wanted sizes; `None` if nothing."""
-    number: int = getattr(part, field)
-    setattr(part, field, 2 * number)
-    twice = _shapes(model, config)
-    setattr(part, field, number)
-    if twice is None or twice.keys() != shapes.keys():
-        return None
+    said = getattr(part, field)
     found = {
         number * wanted[name][dim] / size
-        for name, shape in shapes.items()
-        if name in wanted and len(wanted[name]) == len(shape)
-        for dim, size in enumerate(shape)
-        if len(twice[name]) == len(shape) and twice[name][dim] == 2 * size
+        for name, dim, size, number in _decided(model, config, part, field, shapes)
+        if name in wanted and len(wanted[name]) == len(shapes[name])
     }
     share = found.pop() if len(found) == 1 else 0.0
-    return int(share) if share >= 1 and share == int(share) and share != number else None
+    return int(share) if share >= 1 and share == int(share) and share != said else None
+
+
+def _decided(
+    model: Any, config: Any, part: Any, field: str, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, int, int, int]]:
+    """The sizes that grow in proportion to a number: the parameter, its dimension, its size, and for which number."""
+    said = getattr(part, field)
+    number = _TRIED if said is None else int(said)
+    once, twice = (shapes if said == each else _with(model, config, part, field, each) for each in (number, 2 * number))
+    if once is None or twice is None or not once.keys() == twice.keys() == shapes.keys():
+        return
+    for name, shape in once.items():
+        for dim, size in enumerate(shape):
+            if len(twice[name]) == len(shape) and twice[name][dim] == 2 * size:
+                yield name, dim, size, number
+
+
+def sizes_by_number(model: Any) -> list[set[tuple[str, int]]]:
+    """For each number of the config of a model the sizes that it decides: parameters, and their dimensions."""
+    config = copy.deepcopy(model.config)
+    shapes = _shapes(model, config)
+    if shapes is None:
+        return []
+    numbers = list(_numbers(config))
+    return [{(name, dim) for name, dim, *_ in _decided(model, config, *each, shapes)} for each in numbers]
+
+
+def _with(model: Any, config: Any, part: Any, field: str, value: int) -> dict[str, tuple[int, ...]] | None:
+    """The shapes with another number in the config, which is left as it was; `None` where it takes none."""
+    said = getattr(part, field)
+    try:
+        setattr(part, field, value)
+    except Exception:  # of the kinds that the configs' own checks raise
+        return None
+    try:
+        return _shapes(model, config)
+    finally:
+        setattr(part, field, said)
 
 
 def _shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]] | None:

@@ -72,6 +72,7 @@ class Plan:
         """The passes' options, in the order in which they run."""
         return self._passes
 
+    @public
     def expanded(self, *, has_data: bool) -> Plan:
         """The plan that is carried out, with calibration data or without: some options ask for passes of their own."""
         passes = [each for options in self._passes for each in options.expanded(has_data=has_data)]

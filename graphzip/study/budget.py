@@ -38,6 +38,7 @@ from graphzip.report.tables import preformatted
 from graphzip.rewrite.join_modes import trace_in
 from graphzip.study.allocation import Budget, Curve, cheapest
 from graphzip.study.amounts import LATENCY, absolute, checked, shown
+from graphzip.study.config_widths import sayable
 from graphzip.study.correction import corrected
 from graphzip.study.cost_model import Price
 from graphzip.study.earlier import begun
@@ -98,7 +99,8 @@ class WidthStudy:
     `"tensorrt"` (8), `"arm"` (4); where blocks such as heads keep the same number, so is that of each. No group that
     shrinks keeps less than `min_width`; groups that have no such width stay whole, which is said in the log. With
     `uniform` groups of the same kind keep the same number, for formats that have one number for all layers: groups of
-    one size whose tensors have names that differ in numbers alone (`layers.3.mlp.fc1.weight`).
+    one size whose tensors have names that differ in numbers alone (`layers.3.mlp.fc1.weight`). Of a model of
+    `transformers` those shrink then whose widths its config can say, so that `save_pretrained` takes the result.
 
     With a `device` a copy of the model is measured there, on batches that are moved there, and `evaluate` is given it.
     """
@@ -170,7 +172,7 @@ class WidthStudy:
             check_alike(self.processes, traced, *told)
             self._begin(given, traced, known, {"calibration": calibration, "seed": seed}, {**view, "mode": mode})
             self._feed([self.example_inputs] if calibration is None else calibration, signature, whole)
-            self._look(cache, evaluate_name)
+            self._look(cache, evaluate_name, given or source, {**view, "mode": mode})
         self.sensitivities: tuple[Sensitivity, ...] = ()
 
     def _begin(
@@ -183,11 +185,22 @@ class WidthStudy:
         self.passes[:first] = self.begun.passes
         self.traced, self.analysis, self.groups = self.begun.traced, self.begun.known.analysis, self.begun.known.groups
 
-    def _look(self, cache: str | os.PathLike[str] | None, evaluate_name: str | None) -> None:
+    def _look(
+        self,
+        cache: str | os.PathLike[str] | None,
+        evaluate_name: str | None,
+        source: nn.Module | Trace,
+        view: Mapping[str, Any],
+    ) -> None:
         """See what may shrink, and what was measured of it before."""
         batches = leading(self.batches, measured_on(self.effort, self.batches))
         layers = ranked_layers(self.traced, self.low_rank, self.rules, batches, self._where(self.low_rank))
-        self.units = Units(self.traced, self.begun.known, self.options, layers, self.rules)
+        parts = self.traced, self.begun.known, self.options, layers, self.rules
+        self.units = Units(*parts)
+        if self.rules.uniform:
+            own = {**view, "example_inputs": self.example_inputs}
+            said = sayable(self.units, self.options, self.begun, source, own)
+            self.units = self.units if said is None else Units(*parts, by_number=said)
         self.choices, self.prices, self.kinds = self.units.choices, self.units.prices, self.units.kinds
         key = None if cache is None else self._key(evaluate_name)
         self.cache = None if cache is None or key is None else Measurements(cache, key, self.processes)

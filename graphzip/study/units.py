@@ -45,7 +45,8 @@ def ranked_layers(
 class Units:
     """The groups that may shrink and the layers whose rank may fall. `choices` are how much may be gone, ascending.
 
-    `options` are those of the pass whose widths are found, if any. Raises `PlanError` where there is nothing to choose.
+    `options` are those of the pass whose widths are found, if any. Where it is given which groups one number decides,
+    groups `by_number` keep the same width, and others stay whole. Raises `PlanError` where there is nothing to choose.
     """
 
     def __init__(
@@ -55,7 +56,11 @@ class Units:
         options: Narrows | None,
         layers: Mapping[str, RankedLayer],
         rules: WidthRules,
+        *,
+        by_number: Mapping[str, int] | None = None,
     ) -> None:
+        self.by_number = by_number
+        self.may_shrink: list[str] = []
         self.traced, self.analysis, self.groups, self.layers = traced, known.analysis, known.groups, layers
         self.has_widths = options is not None
         found = {} if options is None else self._of_groups(options, rules)
@@ -64,11 +69,17 @@ class Units:
         self.choices: dict[str, tuple[int, ...]] = found | {name: layer.gone for name, layer in layers.items()}
         chosen = [self.groups[name] for name in found]
         self.prices = prices_of(traced, known.analysis, chosen, [layer.thin for layer in layers.values()])
-        self.kinds = Kinds(chosen, list(layers.values()), uniform=rules.uniform)
+        self.kinds = Kinds(chosen, list(layers.values()), uniform=rules.uniform, by_number=self.by_number or {})
 
     def _of_groups(self, options: Narrows, rules: WidthRules) -> dict[str, tuple[int, ...]]:
         try:
-            return rules.choices(self.groups, resolve(WidthOptions(1e-9, options.exclude), self.groups))
+            self.may_shrink = names = [*resolve(WidthOptions(1e-9, options.exclude), self.groups)]
+            if self.by_number is not None and not self.by_number.keys() & set(names):
+                raise PlanError(
+                    "uniform: the model's config says no width of what may shrink; leave uniform out, and save the "
+                    "slim model as one file"
+                )
+            return rules.choices(self.groups, (n for n in names if self.by_number is None or n in self.by_number))
         except PlanError as error:
             if not self.layers:
                 raise
@@ -128,7 +139,10 @@ class Units:
 
     def narrowed(self, options: Narrows, widths: Mapping[str, int]) -> Narrows:
         """Every group that may shrink by name, those with a `#n` first, for a name without one matches them too."""
-        names = sorted((name for name in self.choices if name not in self.layers), key=lambda name: "#" not in name)
+        mine = [name for name in self.choices if name not in self.layers]
+        if self.by_number is not None:  # others are named too, for the name of one may be the beginning of another's
+            mine = self.may_shrink
+        names = sorted(mine, key=lambda name: "#" not in name)
         keep = {name: widths.get(name, self.groups[name].size) for name in names}
         return options.model_copy(update={"keep": keep, "round_to": 1})
 

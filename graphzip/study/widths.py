@@ -122,12 +122,20 @@ def _usual_share(width: int) -> int:
 
 class Kinds:
     """Groups that keep the same number: of one size, made and read by tensors that differ in numbers of their names
-    alone, such as that of a layer; and layers that get the same rank, whose names differ so. Curves and prices of the
-    kinds follow from those of the groups, exactly.
+    alone, such as that of a layer, or which the same number of a config decides (`by_number`); and layers that get the
+    same rank, whose names differ so. Curves and prices of the kinds follow from those of the groups, exactly.
     """
 
-    def __init__(self, groups: Sequence[ChannelGroup], layers: Sequence[RankedLayer] = (), *, uniform: bool) -> None:
-        keys: list[Any] = [_kind(group) if uniform else group.name for group in groups]
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        layers: Sequence[RankedLayer] = (),
+        *,
+        uniform: bool,
+        by_number: Mapping[str, int],
+    ) -> None:
+        kinds = {group.name: by_number.get(group.name, _kind(group)) for group in groups}
+        keys: list[Any] = [kinds[group.name] if uniform else group.name for group in groups]
         keys += [(_numberless(each.name), each.found.full, each.ranks) if uniform else each.name for each in layers]
         found = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         self.of_group = np.array([found[key] for key in keys], dtype=np.int64)

@@ -474,7 +474,7 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
             gz.ArchiveError(f"the config cannot say it; {ADVICE}"),
             1,
             "graphzip: error: the config cannot say it; save it as one file (--save slim.graphzip, or a target that "
-            "ends in '.graphzip'), or give --uniform, and --exclude for layers whose width no config says\n",
+            "ends in '.graphzip'), or find widths that a config can say with --macs and --uniform\n",
         ),
         (KeyboardInterrupt(), 130, "graphzip: interrupted\n"),
         (
