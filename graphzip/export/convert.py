@@ -19,6 +19,7 @@ from graphzip.errors import ExportError
 from graphzip.export.capture import Captured, first_line, renamed
 from graphzip.export.optional_packages import require
 from graphzip.export.program_forms import with_four_dimensions, with_sums_as_convolutions
+from graphzip.export.runs import has_bfloat16
 from graphzip.files import companion
 from graphzip.numeric.grouped_mm import grouped_mm
 
@@ -132,7 +133,13 @@ def _optimize(model: Any, shared: Collection[str]) -> None:
         reads_shared = any(value is not None and value.name in shared for value in node.inputs)
         return False if reads_shared else _stays_slim(node)
 
-    require("onnxscript.optimizer").optimize_ir(model, should_fold=should_fold)
+    optimizer = require("onnxscript.optimizer")
+    if has_bfloat16(model):  # batch norms that are folded into weights of 8 bits compute something else
+        optimizer.inline(model)
+        optimizer.fold_constants_ir(model, should_fold=should_fold)
+        optimizer.remove_unused_nodes(model)
+        return
+    optimizer.optimize_ir(model, should_fold=should_fold)
     require("onnxscript.rewriter.onnx_fusions").fuse(model)
 
 
