@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -249,19 +250,24 @@ def draw(cells: dict[str, float], options: argparse.Namespace) -> None:
     axes = figure.subplots(len(options.net), len(options.share), squeeze=False, sharey="row")
     for row, net in zip(axes, options.net, strict=True):
         for panel, share in zip(row, options.share, strict=True):
-            for entry in entries(options, net):
-                line = entry.criterion + (", Torch-Pruning" if entry.tool != "graphzip" else "")
-                for repair in REPAIRS:
-                    cell = cells.get(entry.key(net, repair, share, options.images))
-                    face = COLOURS[repair] if entry.ranking == "local" else "none"
-                    if cell is not None:
-                        panel.scatter(cell, line, 30, facecolor=face, edgecolor=COLOURS[repair])
+            lines = [
+                (each, each.criterion + ", Torch-Pruning" * (each.tool != "graphzip")) for each in entries(options, net)
+            ]
+            for repair, ranking in itertools.product(REPAIRS, options.ranking):
+                mine = [
+                    (each.key(net, repair, share, options.images), line)
+                    for each, line in lines
+                    if each.ranking == ranking
+                ]
+                if dots := [(cells[key], line) for key, line in mine if key in cells]:
+                    face = COLOURS[repair] if ranking == "local" else "none"
+                    panel.scatter(*zip(*dots, strict=True), 30, facecolor=face, edgecolor=COLOURS[repair])
             panel.set_title(f"{net}, {round(100 * (1 - share))} % fewer MACs")
             panel.grid(axis="y", alpha=0.3)
         row[0].invert_yaxis()
-    dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in COLOURS.items()]
+    filled = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in COLOURS.items()]
     hollow = [Line2D([], [], marker="o", linestyle="", color="black", fillstyle="none", label="global ranking")]
-    figure.legend(handles=[*dots, *hollow], loc="outside lower center", ncols=5)
+    figure.legend(handles=[*filled, *hollow], loc="outside lower center", ncols=5)
     figure.savefig(options.picture)
 
 
