@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from graphzip.analysis.stacked_experts import uneven_rows
 from graphzip.arguments import check_module
 from graphzip.boundary import public
 from graphzip.calls import Call, call_of
@@ -359,7 +360,12 @@ def _check_same(compiled: Compiled, slim: nn.Module, model: nn.Module) -> None:
             expected = tensors_by_way(compiled.module.eval()(*call.args, **call.kwargs))
             found = tensors_by_way(slim(*call.args, **call.kwargs))
     except Exception as error:
-        raise ArchiveError(f"the model that the config describes fails: {first_line(error)}; {ADVICE}") from error
+        uneven = uneven_rows(compiled.traced.graph)
+        why = "".join(
+            f" ({name!r} has a width that is no multiple of {step}; give the plan round_to={step})"
+            for name, step in list(uneven.items())[:1]
+        )
+        raise ArchiveError(f"the model that the config describes fails: {first_line(error)}{why}; {ADVICE}") from error
     finally:
         compiled.module.train(mode)
     for way, value in expected.items():

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphzip.analysis.groups import Analysed
+from graphzip.analysis.stacked_experts import row_steps
 from graphzip.errors import PlanError
 from graphzip.graph.batches import Given
 from graphzip.graph.traced import Traced
@@ -79,12 +80,22 @@ class Units:
                     "uniform: the model's config says no width of what may shrink; leave uniform out, and save the "
                     "slim model as one file"
                 )
-            return rules.choices(self.groups, (n for n in names if self.by_number is None or n in self.by_number))
+            mine = (self.groups[n] for n in names if self.by_number is None or n in self.by_number)
+            return rules.choices(mine, self._steps() if rules.uniform else {})
         except PlanError as error:
             if not self.layers:
                 raise
             logger.warning("widths stay as they are: %s", error)
             return {}
+
+    def _steps(self) -> dict[str, int]:
+        """Of what number the widths of groups are multiples where the model's own class is to compute them."""
+        steps = row_steps(self.traced.graph)
+        found: dict[str, int] = {}
+        for name in self.may_shrink:
+            own = [steps.get(self.traced.local(each.param), 1) for each in self.groups[name].params if each.dim]
+            found[name] = max(own, default=1)
+        return found
 
     def size(self, name: str) -> int:
         """How much there is of a group or a layer."""

@@ -6,6 +6,7 @@ A runtime computes channels in blocks, and a width that fills none of them costs
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from graphzip.analysis.groups import ChannelGroup, ChannelGroups
+from graphzip.analysis.groups import ChannelGroup
 from graphzip.arguments import check_flag, whole
 from graphzip.errors import PlanError
 from graphzip.report.tables import closest
@@ -69,13 +70,13 @@ class WidthRules:
             uniform,
         )
 
-    def widths(self, group: ChannelGroup) -> list[int]:
-        """What a group may keep, less than all of it, ascending."""
+    def widths(self, group: ChannelGroup, multiple: int = 1) -> list[int]:
+        """What a group may keep, less than all of it and a `multiple`, ascending."""
         blocks = len(group.blocks)
-        step = blocks * (_usual_step(group) if self.round_to is None else self.round_to)
+        step = math.lcm(multiple, blocks * (_usual_step(group) if self.round_to is None else self.round_to))
         found = [*range(step, group.size, step)]
         least = max(group.least, self.min_width)
-        if self.round_to is None and not found:
+        if self.round_to is None and not found and multiple == 1:
             found = [max(least, blocks)]
         return [width for width in found if least <= width < group.size]
 
@@ -85,15 +86,14 @@ class WidthRules:
         found = {*range(step, most + 1, step)} | ({most} if self.round_to is None else set())
         return sorted(rank for rank in found if rank >= self.min_width)
 
-    def choices(self, groups: ChannelGroups, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """How many channels may go of each of the named groups: 0 first, ascending.
+    def choices(self, groups: Iterable[ChannelGroup], multiples: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """How many channels may go of each group: 0 first, ascending. Widths of those in `multiples` are ones of these.
 
         Raises `PlanError` where nothing may go of any.
         """
         found, stuck = {}, []
-        for name in names:
-            group = groups[name]
-            widths = self.widths(group)
+        for group in groups:
+            name, widths = group.name, self.widths(group, multiples.get(group.name, 1))
             if widths:
                 found[name] = (0, *(group.size - width for width in reversed(widths)))
             elif not group.whole_blocks:

@@ -62,6 +62,36 @@ def test_one_number_for_encoder_and_decoder_is_one_width(tmp_path: Path) -> None
     assert {slim.get_parameter(f"{part}.DenseReluDense.wi.weight").shape[0] for part in PARTS} == {slim.config.d_ff}
 
 
+def mixture() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    config = transformers.Qwen3MoeConfig(vocab_size=32, **sizes, **heads, **experts)
+    return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+def test_stacked_experts_keep_widths_that_their_class_computes(tmp_path: Path) -> None:
+    model = mixture()
+    given: dict[str, Any] = {"calibration": [{"input_ids": IDS}], "outputs": "logits"}
+    heads = gz.ClusterMerge(exclude=("*attn*",))
+    plan = gz.plan_for(model, {"input_ids": IDS[:2]}, params=0.85, uniform=True, effort="fast", passes=[heads], **given)
+    compiled = gz.compile(model, plan, {"input_ids": IDS[:2]}, **given)
+    gz.save_pretrained(compiled, model, tmp_path / "slim")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim").eval()
+    assert again.config.moe_intermediate_size in (4, 8, 12)
+    assert again.generate(IDS[:1], max_new_tokens=2, do_sample=False).shape == (1, 8)
+
+
+def test_other_widths_of_stacked_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    model = mixture()
+    plan = gz.Plan([gz.ClusterMerge(keep={"*experts*": 6})])
+    compiled = gz.compile(model, plan, {"input_ids": IDS}, outputs="logits")
+    said = r"'model\.layers\.0\.mlp\.experts\.down_proj' has a width that is no multiple of 4; .* round_to=4"
+    with pytest.raises(gz.ArchiveError, match=said):
+        gz.save_pretrained(compiled, model, tmp_path / "slim")
+
+
 def test_a_config_that_says_no_width_is_named() -> None:
     with pytest.raises(gz.PlanError, match="uniform: the model's config says no width of what may shrink"):
         planned(decoder("gpt2"), passes=[gz.ClusterMerge(exclude=("*mlp*",))])
