@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +13,10 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument, TensorArgument
 
 from graphzip.errors import ExportError
-from graphzip.export.example import Example, OpenSizes, Size, tensor_leaves
+from graphzip.export.example import Example, OpenSizes, Size
 from graphzip.graph.guards import asked_of_sizes
 from graphzip.graph.torch_private import pytree
 from graphzip.tracing.results import Way, leaves_with_ways
@@ -35,7 +34,7 @@ class Captured:
 
     `symbols` has a name for every free size, by the name that the program has for it. `conditions` are those on sizes
     that the module checks, in words and as expressions of the program. `notes` are sentences on sizes that had to be
-    fixed.
+    fixed, and on results that are no tensors.
     """
 
     program: ExportedProgram
@@ -62,7 +61,8 @@ def capture(skeleton: nn.Module, example: Example, *, by_task: bool = False, sam
     Names of a joint module begin with the task's, those of inputs only where each task has inputs of its own. Raises
     `ExportError` where the module does not run on the example, cannot be traced, or returns nothing to export.
     """
-    outputs = _output_names(skeleton, example, by_task=by_task)
+    results = leaves_with_ways(_run(skeleton, example))
+    outputs = _output_names(skeleton, example, results, by_task=by_task)
     with asked_of_sizes() as asked:
         program, example, notes = _program(skeleton, example, asked)
     values = _input_values(program)
@@ -82,6 +82,9 @@ def capture(skeleton: nn.Module, example: Example, *, by_task: bool = False, sam
         for dim in dims
         if isinstance(leaf[dim], int)
     )
+    numbers = [_output_name(keys) for keys, leaf in results if not isinstance(leaf, torch.Tensor | None)]
+    if numbers:
+        notes += (f"not in the file, which gives tensors alone: {', '.join(numbers)}",)
     return Captured(program, example, tuple(inputs), tuple(outputs), sizes, symbols, conditions, notes)
 
 
@@ -117,9 +120,10 @@ def _program(
 
 
 def _traced(skeleton: nn.Module, example: Example) -> ExportedProgram:
-    with _tensors_only(skeleton):
-        shapes = _dynamic_shapes(skeleton, example) if any(example.free) else None
-        return torch.export.export(skeleton, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+    shapes = _dynamic_shapes(skeleton, example) if any(example.free) else None
+    program = torch.export.export(skeleton, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+    _leave_out_numbers(program)
+    return program
 
 
 def _dynamic_shapes(skeleton: nn.Module, example: Example) -> dict[str, Any]:
@@ -133,22 +137,14 @@ def _dynamic_shapes(skeleton: nn.Module, example: Example) -> dict[str, Any]:
     return dict(inspect.signature(skeleton.forward).bind(*args, **kwargs).arguments)
 
 
-@contextmanager
-def _tensors_only(module: nn.Module) -> Iterator[None]:
-    """Inside, `forward` returns a flat tuple of tensors: ONNX has no dicts, no None and no Python numbers."""
-    forward, own = module.forward, vars(module).get("forward")
-
-    @functools.wraps(forward)
-    def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor_leaves(forward(*args, **kwargs)))
-
-    vars(module)["forward"] = tensors
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
+def _leave_out_numbers(program: ExportedProgram) -> None:
+    """ONNX has tensors alone: numbers among the results become `None`, which the exporter passes over."""
+    node = program.graph.output_node()
+    results = list(node.args[0])
+    for place, spec in enumerate(program.graph_signature.output_specs):
+        if not isinstance(spec.arg, TensorArgument):
+            spec.arg, results[place] = ConstantArgument(name="", value=None), None
+    node.args = (tuple(results),)
 
 
 def _input_values(program: ExportedProgram) -> list[tuple[str, torch.Tensor]]:
@@ -226,10 +222,11 @@ def _apart(names: Iterable[str]) -> list[str]:
     return list(taken)
 
 
-def _output_names(skeleton: nn.Module, example: Example, *, by_task: bool) -> list[str]:
-    """Run once and name the tensors that come out; of a joint model the key of the task comes first."""
-    leaves = leaves_with_ways(_run(skeleton, example))
-    tensors = [(keys, leaf) for keys, leaf in leaves if isinstance(leaf, torch.Tensor)]
+def _output_names(
+    skeleton: nn.Module, example: Example, results: Sequence[tuple[Way, Any]], *, by_task: bool
+) -> list[str]:
+    """The names of the tensors among the results; of a joint model the key of the task comes first."""
+    tensors = [(keys, leaf) for keys, leaf in results if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise ExportError(
             f"{type(skeleton).__name__} returns no tensor, so there is nothing to export; return its result"

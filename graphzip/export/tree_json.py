@@ -47,6 +47,11 @@ def spec_to_json(spec: pytree.TreeSpec) -> list[Any]:
 def _to_json(spec: pytree.TreeSpec) -> dict[str, Any]:
     if spec.is_leaf():
         return {"type": None, "context": None, "children_spec": []}
+    if spec.type is collections.namedtuple:
+        raise GraphFormatError(
+            f"the model takes or returns a named tuple ({spec.context.__name__}), whose class a file cannot hold; take "
+            "and return plain tuples, lists and dicts"
+        )
     name = _NAMES.get(spec.type) or _registered_name(spec.type)
     try:
         context = json.dumps(spec.context)

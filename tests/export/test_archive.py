@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors
@@ -320,6 +320,11 @@ class Registered:
     value: torch.Tensor
 
 
+class Pair(NamedTuple):
+    one: torch.Tensor
+    two: torch.Tensor
+
+
 @dataclass
 class Nameless:
     value: torch.Tensor
@@ -339,6 +344,7 @@ pytree.register_pytree_node(Nameless, lambda result: ([result.value], None), lam
     [
         (lambda x: twice(x), r"cannot be saved: node 'twice.*graphzip_test.twice.default is not one of PyTorch's own"),
         (lambda x: Nameless(x + 1), "cannot be saved: the model takes or returns a type that cannot be named"),
+        (lambda x: Pair(x, x), r"cannot be saved: the model takes or returns a named tuple \(Pair\), whose class"),
     ],
 )
 def test_what_a_file_cannot_name_is_refused(function: Any, message: str, tmp_path: Path) -> None:

@@ -394,6 +394,17 @@ def test_what_cannot_be_exported_says_why(module: nn.Module, example: Any, messa
     assert left_in(tmp_path) == []
 
 
+def test_results_that_are_no_tensors_are_not_in_the_file(rows: torch.Tensor, tmp_path: Path) -> None:
+    model = Lambda(lambda x: {"count": x.shape[0], "twice": 2 * x, "more": [3, None, "text", x + 1]})
+    compiled = gz.compile(model, gz.Plan([]), (rows,))
+    report = compiled.export(tmp_path / "model.onnx")
+    assert report.verified
+    assert "not in the file, which gives tensors alone: count, more_0, more_2" in report.notes
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_outputs()] == ["twice", "more_3"]
+    assert compiled.module(rows)["more"][:3] == [3, None, "text"]
+
+
 def test_a_missing_package_names_the_pip_line(
     rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
