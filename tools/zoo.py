@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,12 +33,14 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / each) for each in (".", "tests/support", "tests/support/networks", "tests")]
+ASIDE = re.compile(r"\boutputs?\b|is indexed by the data")
+"""Why channels stay that do not count: outputs, and the words of vocabularies, which a tied head has as outputs."""
 
 
 def examine(spec: str) -> dict[str, Any]:
     """Everything about one model; raises what tracing raises, and tells what later stages refuse."""
     import torch
-    from planting import assert_lossless
+    from planting import assert_lossless, mergeable_share
 
     import graphzip as gz
 
@@ -50,7 +52,7 @@ def examine(spec: str) -> dict[str, Any]:
     times["analyse"], groups = _timed(lambda: gz.channel_groups(traced))
     row = {
         "channels": sum(group.size for group in groups),
-        "mergeable": _share(groups),
+        "mergeable": mergeable_share(groups, ASIDE),
         "seconds": times,
         "refused": refused,
         "pinned": _pinned(groups),
@@ -103,26 +105,6 @@ def _found(spec: str) -> tuple[Any, tuple[Any, ...]]:
     if given is None:
         raise SystemExit(f"{spec}: give the shapes of its inputs after an @")
     return model, tuple(torch.cat([x, x.flip(0)])[:2] for x in make_inputs(model, given))
-
-
-def _share(groups: Any) -> float:
-    """Channels that can shrink, of all but outputs and the words of vocabularies, which a tied head has as outputs."""
-    aside = re.compile(r"\boutputs?\b|is indexed by the data")
-    free = {name for group in groups if group.mergeable for name in _made(group, range(group.size))}
-    counted = [group for group in groups if group.mergeable or not aside.search(group.reason)]
-    shrink = sum(group.size if group.mergeable else _covered(group, free) for group in counted)
-    return shrink / max(sum(group.size for group in counted), 1)
-
-
-def _covered(group: Any, free: set[tuple[str, int, int]]) -> int:
-    """Channels of a group that cannot shrink alone, but as a part of the blocks of another group."""
-    return sum(free.issuperset(_made(group, [channel])) for channel in range(group.size))
-
-
-def _made(group: Any, channels: Iterable[int]) -> set[tuple[str, int, int]]:
-    """What makes channels: slices of weights, and what acts on each."""
-    slices = (each for channel in channels for each in group.slices(channel))
-    return {(each.param, each.dim, each.index) for each in slices if each.role != "consumer"}
 
 
 def _pinned(groups: Any) -> list[str]:

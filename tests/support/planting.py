@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,18 +272,25 @@ def _other_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x, x.flip(-1)[:1] if x.dim() > 1 else x[:1]]) for x in inputs)
 
 
-def mergeable_share(groups: Any) -> float:
-    """Channels in mergeable groups over channels in all groups that are not pinned for being the model's output.
+def mergeable_share(groups: Any, aside: re.Pattern[str] = _OUTPUT) -> float:
+    """Channels that can shrink over all channels, without those that are pinned for a reason in which `aside` is found.
 
-    Channels that go as part of whole blocks, such as those of split attention, are counted there.
+    A channel of a group that cannot shrink alone counts where it goes as a part of the blocks of another group, as that
+    of split attention does.
     """
-    whole = [_owned(group) for group in groups if group.mergeable and group.whole_blocks]
-    counted = [
-        group
-        for group in groups
-        if group.mergeable or not (_OUTPUT.search(group.reason or "") or any(_owned(group) <= each for each in whole))
-    ]
-    return sum(group.size for group in counted if group.mergeable) / max(sum(group.size for group in counted), 1)
+    free = {each for group in groups if group.mergeable for each in _made(group, range(group.size))}
+    counted = [group for group in groups if group.mergeable or not aside.search(group.reason or "")]
+    shrink = sum(
+        group.size if group.mergeable else sum(free.issuperset(_made(group, [each])) for each in range(group.size))
+        for group in counted
+    )
+    return shrink / max(sum(group.size for group in counted), 1)
+
+
+def _made(group: Any, channels: Iterable[int]) -> set[tuple[str, int, int]]:
+    """What makes channels: slices of weights, and what acts on each."""
+    slices = (each for channel in channels for each in group.slices(channel))
+    return {(each.param, each.dim, each.index) for each in slices if each.role != "consumer"}
 
 
 # --- the whole property --------------------------------------------------------------------------------------------

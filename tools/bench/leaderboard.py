@@ -220,13 +220,13 @@ TWINS = {"group_l1": "magnitude-l1", "group_l2": "magnitude-l2", "bn_scale": "bn
 """Criteria, and those of Torch-Pruning that have the same formula."""
 
 
-def agreement(ring: Ring, keep: float) -> Table:
-    """A row for each pair of criteria."""
-    rendered = Table(
-        "criterion", "of Torch-Pruning", "layers alike", "raw", "raw, theirs", title=f"{ring.name}, {keep}"
-    )
-    for ours, theirs in TWINS.items():
-        found, other = ring.pruned(keep, criterion=ours).module, pruned_at(ring, 1 - keep, theirs, False)
+def agreement(ring: Ring, keep: float, rankings: list[str]) -> Table:
+    """A row for each pair of criteria and each ranking."""
+    heads = ("criterion", "of Torch-Pruning", "layers alike", "raw", "raw, theirs")
+    rendered = Table(*heads, title=f"{ring.name}, {keep}")
+    for (ours, theirs), ranking in itertools.product(TWINS.items(), rankings):
+        found = ring.pruned(keep, criterion=ours, ranking=ranking).module
+        other = pruned_at(ring, 1 - keep, theirs, ranking == "global")
         twins = dict(other.named_parameters())
         weights = [name for name, each in found.named_parameters() if each.dim() > 2]
         alike = sum(
@@ -234,7 +234,7 @@ def agreement(ring: Ring, keep: float) -> Table:
             for name in weights
         )
         scores = (f"{ring.score(each):.2f}" for each in (found, other))
-        rendered.add_row(ours, theirs, f"{alike} of {len(weights)}", *scores)
+        rendered.add_row(f"{ours}, {ranking}", theirs, f"{alike} of {len(weights)}", *scores)
     return rendered
 
 
@@ -289,7 +289,7 @@ def main() -> int:
     console = Console(width=160)
     if options.agree is not None:
         for net in options.net:
-            console.print(agreement(ring_of(net, options), options.agree))
+            console.print(agreement(ring_of(net, options), options.agree, options.ranking))
         return 0
     cells = run(options)
     console.print(f"{options.images:,} test samples, no training")
