@@ -312,13 +312,15 @@ class Minimize(PassOptions):
     """Take out what a network holds for nothing, without changing any output: after unstructured pruning, after
     training towards sparsity or identical filters, from anybody's checkpoint.
 
-    Found are channels that are *dead* (whatever reads them does so with zeros), *constant* (their kernels are zero, so
-    that they hold one number everywhere: it goes into the biases behind, where no padding stands against it),
-    *identical*, or *proportional* to another one (where everything in between grows with it), and linear layers in a
-    row. One channel of every group stays. A constant behind a batch norm is what it is in eval mode.
+    Found are channels that are *dead* (whatever reads them does so with zeros), *constant* (no input decides what they
+    hold, for kernels, a batch norm's scale or a factor are zero: it goes into the biases behind, where no padding
+    stands against it), *identical*, or *proportional* to another one (where everything in between commutes with the
+    factor); heads that nothing reads or that are the same; and linear layers and convolutions in a row. Zeros in front
+    of a norm or a mean over channels go, too, which goes on counting them. One channel of every group stays. A constant
+    behind a batch norm is what it is in eval mode.
 
     - `tolerance`: how far channels that count as alike may lie apart, relative to their size; above 0 it is lossy.
-    - `chains`: whether linear layers in a row become one, where that is no larger.
+    - `chains`: whether layers in a row with nothing in between become one, where that is no larger.
     - `exclude`: globs of the groups that stay whole.
 
     Raises `PlanError` when a value is out of range or of the wrong type.

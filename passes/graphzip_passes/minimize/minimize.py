@@ -1,16 +1,17 @@
 """Take out of a network what it holds for nothing; no output changes.
 
 In turns, until nothing is found: channels that are constant, dead, proportional or identical (`redundant`) are merged
-into others by what merges identical channels without loss, so that what made them and nothing else becomes dead in its
-turn; and linear layers in a row become one (`chains`).
+into others by what merges identical channels without loss, or dropped where norms count them, so that what made them
+and nothing else becomes dead in its turn; and layers in a row become one (`chains`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from typing import Final
+
+from torch import fx
 
 from graphzip.analysis.groups import Analysed
 from graphzip.graph.interpreter import Values
@@ -19,11 +20,12 @@ from graphzip.graph.traced import Traced
 from graphzip.plan.passes import Minimize
 from graphzip.plan.problems import plan_error
 from graphzip.report.outcome import Outcome, Table
-from graphzip.rewrite.merge import merge_channels
+from graphzip.rewrite.layout import Layout
+from graphzip.rewrite.merge import drop_channels, merge_channels
 from graphzip_passes.base import PassContext, register_pass
 from graphzip_passes.minimize.chains import joined_chains
-from graphzip_passes.minimize.redundant import Redundant, examine, partition_of, reparametrized, unfed
-from graphzip_passes.minimize.region import Region, regions_of
+from graphzip_passes.minimize.redundant import Redundant, examine, partition_of, reparametrized, wanted
+from graphzip_passes.minimize.region import regions_of
 from graphzip_passes.parts.widths import excluded_by, matches
 
 __all__ = ["minimize"]
@@ -79,34 +81,39 @@ def minimize(traced: Traced, options: Minimize, context: PassContext) -> Outcome
 
 
 def _turn(traced: Traced, options: Minimize, known: Analysed) -> tuple[Traced, list[Redundant]]:
-    """What is redundant now, all groups at once, and the graph without it."""
+    """What is redundant now, all groups at once, and the graph without it; what is dropped goes first."""
     groups = [
         group
         for group in known.groups
-        if group.mergeable and not group.whole_blocks and not any(matches(g, group.name) for g in options.exclude)
+        if group.mergeable and group.exact and not any(matches(g, group.name) for g in options.exclude)
     ]
-    regions = {region.group.name: region for region in regions_of(traced, known)}
-    values = _values(traced, [region for region in regions.values() if unfed(traced, region)])
-    found = [examine(traced, group, regions.get(group.name), values, options.tolerance) for group in groups]
-    found = [each for each in found if each.follows]
+    regions = {region.group.name: region for region in regions_of(traced, known, groups)}
+    values = _values(traced, set[fx.Node]().union(*(wanted(traced, region) for region in regions.values())))
+    found, taken = list[Redundant](), set[str]()
+    for group in sorted(groups, key=lambda each: not each.whole_blocks):
+        if group.name not in taken:
+            redundant = examine(traced, group, regions.get(group.name), values, options.tolerance)
+            found += redundant
+            taken.update(group.overlaps if redundant else ())
+    found = [each for each in found if each.drops] or found
     if not found:
         return traced, []
     changed = traced.copy()
     for each in found:
         reparametrized(changed, each)
-        logger.info(
-            "%s: %s", each.group.name, ", ".join(f"{n} {kind}" for kind, n in Counter(each.kinds.values()).items())
-        )
-    merges = [(False, each.group.channels, partition_of(each)) for each in found]
-    result, _ = merge_channels(changed, known.of_copy(changed).analysis, merges)
-    return result, found
+        counts = Counter(each.kinds.values())
+        logger.info("%s: %s", each.group.name, ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    analysis = known.of_copy(changed).analysis
+    parts = [(each.group.whole_blocks, each.group.channels, partition_of(each)) for each in found]
+    if found[0].drops:
+        return drop_channels(changed, Layout.of(analysis, parts, drops=True)), found
+    return merge_channels(changed, analysis, parts)[0], found
 
 
-def _values(traced: Traced, regions: Sequence[Region]) -> Values:
-    """What layers read on the example, of those that read these regions; nothing runs where there are none."""
+def _values(traced: Traced, nodes: set[fx.Node]) -> Values:
+    """What operators hold on the example; nothing runs where none are asked for."""
     leaves = tuple(pytree.tree_leaves((traced.example_inputs, traced.example_kwargs)))
     values = Values(traced, [leaves])
-    nodes = {layer.input for region in regions for layer, _ in region.readers}
     for node in nodes:
         values.hold(node)
     for _ in values.steps(max((values.place[node] for node in nodes), default=-1)):

@@ -2,19 +2,19 @@
 
 Nothing but weights changes here, and no output does: a channel that holds the same number everywhere goes into the
 biases of the layers that read it; one that all of them read with zeros, and nothing else reads, may hold anything, and
-is made a copy of another; one that is another one times a positive number, with nothing in between that would not grow
-with it, becomes that one, and is read so much more strongly. Copies are what channels are merged by without loss.
+is made a copy of another; one that is another one times a number, wherever it is read, becomes that one, and is read so
+much more strongly. Copies are what channels are merged by without loss. Where a norm runs over the channels, one that
+is zero in front of it is no copy of anything: it is dropped, and the norm goes on counting it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphzip.analysis.groups import ChannelGroup
 from graphzip.analysis.layers import Layer, norm_behind
@@ -24,49 +24,90 @@ from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced
 from graphzip.labels import IntArray
 from graphzip.rewrite.edit import put
+from graphzip_passes.minimize.proportion import Numbers, in_proportion
 from graphzip_passes.minimize.region import Region
+from graphzip_passes.minimize.still import Flags, still_in, zeros_in
 from graphzip_passes.parts.slices import duplicates, own_rows, rows_of
 
-__all__ = ["Redundant", "examine", "partition_of", "reparametrized", "unfed"]
+__all__ = ["Redundant", "examine", "partition_of", "reparametrized", "wanted"]
+
+Constants = dict[int, dict[Layer, Tensor]]
+"""By channel the numbers (slots,) that it holds where layers read it."""
 
 
 @dataclass
 class Redundant:
-    """Of one group: for each redundant channel the one it follows and how much more strongly it is read; `kinds` says
-    why, `constants` are the numbers that channels hold at each of their slots where a layer reads them.
+    """Of one group: for each redundant channel the one it follows, with `factors` by reader and channel of how much
+    more strongly that one is read; `kinds` says why, `constants` are numbers that go into biases. With `drops` channels
+    leave nothing behind.
     """
 
     group: ChannelGroup
-    follows: dict[int, int] = field(default_factory=dict)
-    factors: dict[int, float] = field(default_factory=dict)
-    kinds: dict[int, str] = field(default_factory=dict)
-    constants: dict[int, dict[Layer, Tensor]] = field(default_factory=dict)
     region: Region | None = None
+    follows: dict[int, int] = field(default_factory=dict)
+    factors: dict[str, Numbers] = field(default_factory=dict)
+    kinds: dict[int, str] = field(default_factory=dict)
+    constants: Constants = field(default_factory=dict)
+    drops: bool = False
 
 
-def examine(traced: Traced, group: ChannelGroup, region: Region | None, values: Values, tolerance: float) -> Redundant:
-    """What is redundant in a group. `values` are those on an example, for channels that may be constant."""
-    found = Redundant(group, region=region)
+def wanted(traced: Traced, region: Region) -> set[fx.Node]:
+    """The operators whose values on an example tell which channels are constant; none where no channel can be."""
+    every = np.ones(region.group.size, dtype=bool)
+    asked = set[fx.Node]()
+
+    def zero(node: fx.Node) -> Flags:
+        asked.add(node)
+        return every
+
+    still = still_in(traced, region, zero)
+    read = {layer.input for layer, _ in region.readers} | region.counting
+    if not any(still[node].any() for node in read):
+        return set()
+    return {node for node in asked | {node for node in read if still[node].any()} if node.op != "get_attr"}
+
+
+def examine(
+    traced: Traced, group: ChannelGroup, region: Region | None, values: Values, tolerance: float
+) -> list[Redundant]:
+    """What is redundant in a group: what is dropped, and what follows. `values` are those that are `wanted`."""
+    silent = set[int]()
+    found = Redundant(group, region)
     if region is not None:
-        found.constants = _constants(traced, region, values)
-    dead = _dead(traced, region, found.constants) if region is not None else set()
-    same, strength = _alike(traced, group, region, tolerance)
-    for block in group.blocks:
-        first: dict[int, int] = {}
-        alive = [channel for channel in block if channel not in dead]
-        for channel in alive:
-            keeper = first.setdefault(int(same[channel]), channel)
-            if keeper != channel:
-                ratio = strength[channel] / strength[keeper]
-                found.follows[channel], found.factors[channel] = keeper, float(ratio)
-                found.kinds[channel] = "identical" if ratio == 1.0 else "proportional"
-        for channel in sorted(set(block) & dead):
-            keeper = alive[0] if alive else block[0]
-            if channel != keeper:
-                found.follows[channel], found.factors[channel] = keeper, 1.0
-                found.kinds[channel] = "constant" if channel in found.constants else "dead"
+        silent, found.constants = _silent(traced, region, values)
+    kinds = {channel: "constant" if channel in found.constants else "dead" for channel in silent}
+    if region is not None and region.counting and silent:
+        gone = Redundant(group, region, constants=found.constants, kinds=kinds, drops=True)
+        _follow_any(gone, silent, silent)
+        _even(gone)
+        return [gone] if gone.follows else []
+    same = _same(traced, group, tolerance, silent)
+    found.follows |= same
+    found.kinds |= dict.fromkeys(same, "identical") | kinds
+    if region is not None:
+        alike = in_proportion(traced, region, tolerance, silent | same.keys())
+        found.factors = alike.factors
+        for channel, keeper in same.items():
+            for name in alike.factors:
+                alike.factors[name][channel] = alike.factors[name][keeper]
+            found.follows[channel] = alike.follows.get(keeper, keeper)
+        found.follows |= alike.follows
+        for channel in alike.follows:
+            ones = all(abs(each[channel] - 1.0) < 1e-12 for each in alike.factors.values())
+            found.kinds[channel] = "identical" if ones else "proportional"
+    _follow_any(found, silent, silent | found.follows.keys())
     _even(found)
-    return found
+    return [found] if found.follows else []
+
+
+def _follow_any(found: Redundant, silent: Iterable[int], gone: Iterable[int]) -> None:
+    """Let silent channels follow one of their block that stays."""
+    for block in found.group.blocks:
+        keeper = next((channel for channel in block if channel not in set(gone)), block[0])
+        for channel in sorted(set(block) & set(silent)):
+            if channel != keeper:
+                found.follows[channel] = keeper
+    found.kinds = {channel: kind for channel, kind in found.kinds.items() if channel in found.follows}
 
 
 def _even(found: Redundant) -> None:
@@ -76,8 +117,7 @@ def _even(found: Redundant) -> None:
     for block in blocks:
         followers = [channel for channel in block if channel in found.follows]
         for channel in followers[len(block) - most :]:
-            for part in (found.follows, found.factors, found.kinds):
-                part.pop(channel)
+            del found.follows[channel], found.kinds[channel]
 
 
 def partition_of(found: Redundant) -> list[list[int]]:
@@ -91,23 +131,46 @@ def partition_of(found: Redundant) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------- constant and dead
 
 
-def unfed(traced: Traced, region: Region) -> list[int]:
-    """The channels whose makers give them no part of what they read."""
-    made = [param for param in region.group.params if param.role == "producer"]
-    if not region.makers or not made:
-        return []
-    rows = torch.cat([rows_of(p, region.group, get_tensor(traced.module, traced.local(p.param))) for p in made], 1)
-    found: list[int] = torch.nonzero(~rows.any(1)).flatten().tolist()
+def _silent(traced: Traced, region: Region, values: Values) -> tuple[set[int], Constants]:
+    """Channels that no reader misses, and the numbers that layers have to be given in place of some."""
+    count = region.group.size
+    still = still_in(traced, region, lambda node: _zero(traced, region, node, values))
+    misses = np.zeros(count, dtype=bool)
+    for node in region.counting:
+        misses |= ~still[node]
+        if not misses.all():
+            misses |= ~_zero(traced, region, node, values)
+    for param in region.deaf:
+        misses |= _heard(traced, region, str(traced.local(param.param)))
+    constants: Constants = {}
+    for layer, columns in region.readers:
+        heard = _heard(traced, region, layer.name) & ~misses
+        for channel in np.flatnonzero(heard).tolist():
+            number = _held(layer, columns[channel], values) if still[layer.input][channel] else None
+            if number is None or not (region.steady or not bool(number.any())):
+                misses[channel] = True
+            else:
+                constants.setdefault(channel, {})[layer] = number
+    silent = set(np.flatnonzero(~misses).tolist())
+    return silent, {channel: held for channel, held in constants.items() if channel in silent}
+
+
+def _zero(traced: Traced, region: Region, node: fx.Node, values: Values) -> Flags:
+    """Which channels are zero at a node on the example; none where nobody wanted its values."""
+    spots = region.nodes[node]
+    if spots is None or (node.op != "get_attr" and node not in values):
+        return np.zeros(region.group.size, dtype=bool)
+    held = [get_tensor(traced.module, str(node.target))] if node.op == "get_attr" else values[node]
+    found: Flags = np.logical_and.reduce([zeros_in(value, spots, region.group.size) for value in held])
     return found
 
 
-def _constants(traced: Traced, region: Region, values: Values) -> dict[int, dict[Layer, Tensor]]:
-    """Those of them that hold one number where they are read."""
-    found: dict[int, dict[Layer, Tensor]] = {}
-    for channel in unfed(traced, region):
-        held = {layer: _held(layer, columns[channel], values) for layer, columns in region.readers}
-        if all(value is not None and (region.steady or not bool(value.any())) for value in held.values()):
-            found[channel] = {layer: value for layer, value in held.items() if value is not None}
+def _heard(traced: Traced, region: Region, name: str) -> Flags:
+    """Which channels a weight does not multiply by zero."""
+    found = np.zeros(region.group.size, dtype=bool)
+    for param in region.group.params:
+        if param.role == "consumer" and traced.local(param.param) == name:
+            found |= rows_of(param, region.group, get_tensor(traced.module, name)).any(1).numpy()
     return found
 
 
@@ -124,81 +187,29 @@ def _held(layer: Layer, columns: IntArray, values: Values) -> Tensor | None:
     return None if (padded or nowhere) and bool(number.any()) else number
 
 
-def _dead(traced: Traced, region: Region, constants: Mapping[int, Any]) -> set[int]:
-    """Channels that every reader reads with zeros, or as a number that goes into its bias."""
-    heard = torch.zeros(region.group.size, dtype=torch.bool)
-    for param in region.group.params:
-        if param.role == "consumer":
-            heard |= rows_of(param, region.group, get_tensor(traced.module, traced.local(param.param))).any(1)
-    return {channel for channel in range(region.group.size) if not heard[channel] or channel in constants}
-
-
 # ------------------------------------------------------------------------------------------------- alike
 
 
-def _alike(
-    traced: Traced, group: ChannelGroup, region: Region | None, tolerance: float
-) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.float64]]]:
-    """For each channel the number of the set that it is like, and how large it is in that set."""
-    same, ones = duplicates(group, traced), np.ones(group.size)
-    if region is not None and region.scaling:
-        rows, fixed = _made_rows(traced, region)
-        strength = rows.norm(dim=1).numpy()
-        limit = max(tolerance, 64 * torch.finfo(_dtype(traced, region)).eps)
-        unit = torch.cat([rows / torch.from_numpy(strength).clamp(min=1e-300)[:, None], fixed], 1)
-        return _joined(same, unit, strength, limit)
+def _same(traced: Traced, group: ChannelGroup, tolerance: float, silent: set[int]) -> dict[int, int]:
+    """For each channel that is identical to an earlier one of its block, or within the tolerance, that one."""
+    same, found = duplicates(group, traced), dict[int, int]()
+    rows = None
     if tolerance > 0:
-        rows = torch.from_numpy(own_rows(group, traced))
-        return _joined(same, rows / rows.norm(dim=1).max().clamp(min=1e-300), ones, tolerance)
-    return same, ones
-
-
-def _joined(
-    same: IntArray, rows: Tensor, strength: np.ndarray[Any, np.dtype[np.float64]], limit: float
-) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Sets of channels whose rows lie no further than `limit` from those of the first; equal ones stay together."""
-    found = np.full(len(rows), -1)
-    sizes = strength.copy()
-    for channel in range(len(rows)):
-        if found[channel] < 0:
-            near = ((rows - rows[channel]).norm(dim=1) <= limit).numpy() & (found < 0) & (strength > 0)
-            near |= same == same[channel]
-            found[near & (found < 0)] = channel
-    for channel in range(len(rows)):
-        if same[channel] == same[found[channel]]:
-            sizes[channel] = sizes[found[channel]]  # what is equal is so to the last bit
-    sizes[sizes == 0] = 1.0
-    return found, sizes
-
-
-def _dtype(traced: Traced, region: Region) -> torch.dtype:
-    return get_tensor(traced.module, region.makers[0].name).dtype
-
-
-def _made_rows(traced: Traced, region: Region) -> tuple[Tensor, Tensor]:
-    """What scales with a channel, its kernels and shifts with the batch norms behind them; and what has to be equal."""
-    scaled, fixed, taken = [], [], set[str]()
-    by_name = {traced.local(param.param): param for param in region.group.params if param.role != "consumer"}
-
-    def rows(name: str) -> Tensor:
-        taken.add(name)
-        return rows_of(by_name[name], region.group, get_tensor(traced.module, name))
-
-    for layer in region.makers:
-        kernel = rows(layer.name)
-        shift = torch.zeros(len(kernel), 1, dtype=torch.float64) if layer.bias is None else rows(str(layer.bias.target))
-        norm = norm_behind(layer.node)
-        if norm is not None:
-            args = arguments_of(norm)
-            scale = torch.rsqrt(rows(str(args["running_var"].target)) + args["eps"])
-            scale = scale if args["weight"] is None else scale * rows(str(args["weight"].target))
-            shift = (shift - rows(str(args["running_mean"].target))) * scale
-            shift = shift if args["bias"] is None else shift + rows(str(args["bias"].target))
-            kernel = kernel * scale
-        scaled += [kernel, shift]
-    fixed = [rows(name) for name in by_name if name not in taken]
-    empty = torch.zeros(region.group.size, 0, dtype=torch.float64)
-    return torch.cat(scaled, 1), torch.cat([empty, *fixed], 1)
+        own = torch.from_numpy(own_rows(group, traced))
+        rows = own / own.norm(dim=1).max().clamp(min=1e-300)
+    for block in group.blocks:
+        first: dict[int, int] = {}
+        for channel in (each for each in block if each not in silent):
+            keeper = first.get(int(same[channel]))
+            if keeper is None and rows is not None:
+                apart = ((rows[channel] - rows[each]).norm() for each in first.values())
+                near = (bool(each <= tolerance) for each in apart)
+                keeper = next((each for each, is_near in zip([*first.values()], near, strict=True) if is_near), None)
+            if keeper is None:
+                first[int(same[channel])] = channel
+            else:
+                found[channel] = keeper
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -210,20 +221,21 @@ def reparametrized(traced: Traced, found: Redundant) -> None:
     group = found.group
     followers, keepers = ([*each] for each in (found.follows.keys(), found.follows.values()))
     for channel in followers:
-        if found.kinds[channel] == "constant":
-            for layer, held in found.constants[channel].items():
-                _absorb(traced, layer, _columns(found, layer)[channel], held)
-    silent = {"dead", "constant"}
-    factors = [0.0 if found.kinds[channel] in silent else found.factors[channel] for channel in followers]
+        for layer, held in found.constants.get(channel, {}).items():
+            _absorb(traced, layer, _columns(found, layer)[channel], held)
+    silent = np.array([found.kinds[channel] in {"dead", "constant"} for channel in followers])
     for param in group.params:
         name = traced.local(param.param)
         value = get_tensor(traced.module, name).detach().double().clone()
         indices = param.indices.reshape(group.size, -1)
         if param.role == "consumer":
-            _scale(value, param.dim, param.groups, indices[followers], factors)
+            factors = found.factors.get(name, np.ones(group.size))[followers]
+            _scale(value, param.dim, param.groups, indices[followers], np.where(silent, 0.0, factors))
         else:
             slices = value.movedim(param.dim, 0)
-            slices[indices[followers].ravel()] = slices[indices[keepers].ravel()]
+            ours, theirs = indices[followers].ravel(), indices[keepers].ravel()
+            there = (ours >= 0) & (theirs >= 0)
+            slices[ours[there]] = slices[theirs[there]]
         put(traced, name, value)
 
 
@@ -232,14 +244,14 @@ def _columns(found: Redundant, layer: Layer) -> IntArray:
     return next(columns for reader, columns in found.region.readers if reader is layer)
 
 
-def _scale(value: Tensor, dim: int, groups: int, columns: IntArray, factors: Sequence[float]) -> None:
+def _scale(value: Tensor, dim: int, groups: int, columns: IntArray, factors: Numbers) -> None:
     """Multiply slices of a weight along a dimension, of which every group of a convolution has its own, in place."""
     size = value.shape[dim]
     parts = value.view(groups, -1, *value.shape[1:]).movedim(dim + 1, 1) if groups > 1 else value.movedim(dim, 0)[None]
     row, slot = np.nonzero(columns >= 0)
     number = columns[row, slot]
     which, inside = (number // size, number % size) if groups > 1 else (np.zeros_like(number), number)
-    scale = torch.tensor(factors, dtype=value.dtype)[torch.from_numpy(row)]
+    scale = torch.from_numpy(factors).to(value.dtype)[torch.from_numpy(row)]
     places = torch.from_numpy(which), torch.from_numpy(inside)
     parts[places] = parts[places] * scale.reshape(-1, *[1] * (parts.dim() - 2))
 
