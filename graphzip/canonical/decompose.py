@@ -14,6 +14,7 @@ from graphzip.canonical.fills import LIKE, fills_apart
 from graphzip.canonical.norms import NORMS
 from graphzip.canonical.synonyms import SYNONYMS
 from graphzip.graph.builder import Builder, rank_of, shape_of, size_of
+from graphzip.graph.operators import arguments_of
 from graphzip.numeric.grouped_mm import grouped_mm
 
 __all__ = ["decompose"]
@@ -87,6 +88,19 @@ def _places(build: Builder, mask: fx.Node) -> None:
         assert part.target is operator.getitem
         place = part.args[1]
         part.replace_all_uses_with(build.known(part.meta["val"], aten.select.int, found, 1, place))
+        build.graph.erase_node(part)
+    build.graph.erase_node(build.place)
+
+
+def _singles(build: Builder, x: fx.Node, *_: Any, **__: Any) -> None:
+    """`split` and `chunk` into single positions: each is cut out on its own."""
+    dim = arguments_of(build.place)["dim"] % rank_of(x)
+    if any(not isinstance(part.shape[dim], int) or part.shape[dim] != 1 for part in build.place.meta["val"]):
+        return
+    for part in list(build.place.users):
+        assert part.target is operator.getitem
+        place: Any = part.args[1]
+        part.replace_all_uses_with(build.known(part.meta["val"], aten.slice.Tensor, x, dim, place, place + 1))
         build.graph.erase_node(part)
     build.graph.erase_node(build.place)
 
@@ -273,6 +287,9 @@ _RULES: dict[Any, Callable[..., fx.Node | None]] = {
     aten._grouped_mm.default: _grouped_mm,
     aten.where.default: _places,
     aten.nonzero_numpy.default: _places,
+    aten.split.Tensor: _singles,
+    aten.split_with_sizes.default: _singles,
+    aten.chunk.default: _singles,
     aten.reshape_as.default: _reshape_as,
     aten.view_as.default: _reshape_as,
     aten.broadcast_to.default: _broadcast_to,

@@ -71,7 +71,7 @@ def _unique_position(site: Site, axes: Axes, dim: int) -> Axes:
     """Taking one position along an axis of its own would let the choice depend on what is merged."""
     alone = [axis for axis in axes if support(axis) == (dim,)]
     for axis in alone:
-        if site.node.target is aten.select.int and is_gate(site.node):
+        if site.node.target in {aten.select.int, aten.slice.Tensor} and is_gate(site.node):
             site.pick(axis, 1)
         else:
             site.pin(axis, "picks single channels")
@@ -123,6 +123,9 @@ def patch_slice(patch: Patch) -> None:
         return
     if same_size(source.meta["val"].shape[dim], patch.node.meta["val"].shape[dim]) and patch.args.get("step", 1) == 1:
         patch.replace(aten.slice.Tensor, (source, dim, 0, sys.maxsize))
+        return
+    if same_size(patch.node.meta["val"].shape[dim], 1) and is_gate(patch.node):
+        patch_gate(patch)
         return
     size = patch.before(source, dim)
     if "length" in patch.args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphzip.labels import support
+from graphzip.labels import IntArray, support
 from graphzip.ops.rules import align, at_numbers, meet, mixing, moved
 from graphzip.ops.site import Site
 from graphzip.ops.spec import Axes, OpSpec, Patch, Result
@@ -157,6 +157,9 @@ def write_rows(site: Site) -> Result:
 def scatter(site: Site) -> Result:
     """`out[index[i, j], j] = src[i, j]`: passes where the same index is used for all channels."""
     dim = site.dim(site.args["dim"])
+    numbered = site.labels_numbered(site.args["index"])
+    if numbered is not None:
+        return _scatter_at(site, dim, numbered)
     operands = []
     for name in ("self", "index", "src"):
         value = site.args.get(name)
@@ -167,6 +170,20 @@ def scatter(site: Site) -> Result:
     if any(sizes != operands[0][1] for _, sizes in operands):
         return _pinned(site, tuple(axis for axes, _ in operands for axis in axes), "writes some of the positions")
     return meet(site, operands)
+
+
+def _scatter_at(site: Site, dim: int, numbered: IntArray) -> Result:
+    """What is written at numbers of channels: weights of those that were chosen, among zeros."""
+    base, index, source = site.args["self"], site.args["index"], site.args.get("src")
+    along = [axis for axis in site.axes(base) if support(axis) == (dim,) and axis.size == numbered.size]
+    rest = tuple(axis for axis in site.axes(base) if not any(axis is other for other in along))
+    written = site.axes(source) if isinstance(source, fx.Node) else ()
+    _pinned(site, (*rest, *written, *site.axes(index)), "is written at places that are computed")
+    if not along:
+        site.pin(numbered, "writes positions that are fixed")
+        return ()
+    site.unify(along[0].ravel(), numbered)
+    return (along[0],)
 
 
 def masked_scatter(site: Site) -> Result:

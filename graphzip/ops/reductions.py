@@ -69,17 +69,35 @@ def reduction(site: Site) -> Result:
 
 
 def choice(site: Site) -> Result:
-    """`argmax`, `max` with indices, `prod`: the answer depends on where channels stand or how many there are."""
+    """`prod`, `median`: the answer depends on where channels stand or how many there are."""
     source = site.tensors()[0]
     dims = _reduced(site.args, len(site.shape(source)))
     axes = mixing(site, site.axes(source), dims, "tells positions or counts of channels apart")
     return _each(site, _without(site, axes, dims))
 
 
+def place(site: Site) -> Result:
+    """`argmax`, `argmin`: the place of one channel, of those that are told apart by nothing but their values."""
+    return _placed(site, 0)
+
+
 def extreme(site: Site) -> Result:
     """`max` and `min` with indices: where nobody reads these, all positions count alike."""
     indices_read = any(user.args[1] != 0 and user.users for user in site.node.users)
-    return choice(site) if indices_read else reduction(site)
+    return _placed(site, 1) if indices_read else reduction(site)
+
+
+def _placed(site: Site, output: int) -> Result:
+    """The numbers in an output are places along `dim`; what is read by them may lose channels together with them."""
+    source = site.tensors()[0]
+    dims = [] if site.args.get("dim") is None else _reduced(site.args, len(site.shape(source)))
+    picked = [axis for axis in site.axes(source) if support(axis) == tuple(dims)]
+    if not picked:
+        return choice(site)
+    site.pick(picked[0], 1)
+    site.numbers[output] = picked[0].ravel()
+    others = mixing(site, tuple(axis for axis in site.axes(source) if axis is not picked[0]), dims, "picks positions")
+    return _each(site, _without(site, others, dims))
 
 
 def _without(site: Site, axes: Axes, dims: list[int]) -> Axes:
@@ -323,9 +341,10 @@ SPECS = (
         patch=patch_variance,
     ),
     OpSpec(
-        (aten.argmax.default, aten.argmin.default, aten.prod.dim_int, aten.median.dim),
+        (aten.prod.dim_int, aten.median.dim),
         choice,
     ),
+    OpSpec((aten.argmax.default, aten.argmin.default), place),
     OpSpec((aten.max.dim, aten.min.dim), extreme),
     OpSpec((aten.grid_sampler.default,), sampling_at_points),
     OpSpec((aten.softmax.int, aten.log_softmax.int), softmax, patch=patch_softmax),

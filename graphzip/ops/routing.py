@@ -75,14 +75,18 @@ def _are_terms(readers: list[fx.Node]) -> bool:
 
 
 def patch_gate(patch: Patch) -> None:
-    """`select` of one position: where that is gone the term is zero."""
-    source = patch.args["self"]
+    """`select` of one position, or a `slice` of it: where that is gone the term is zero."""
+    source, keeps = patch.args["self"], "start" in patch.args
     dim = int(patch.args["dim"]) % len(source.meta["val"].shape)
     if not patch.shrinks(source, dim):
         return
-    index = int(patch.args["index"]) % patch.before(source, dim)
+    index = int(patch.args["start" if keeps else "index"] or 0) % patch.before(source, dim)
     place = np.flatnonzero(patch.kept(source, dim) == index)
-    patch.set("index", int(place[0]) if place.size else 0)
+    found = int(place[0]) if place.size else 0
+    if keeps:
+        patch.replace(aten.slice.Tensor, (source, dim, found, found + 1))
+    else:
+        patch.set("index", found)
     if not place.size:
         patch.vanish(patch.then(aten.mul.Scalar, 0))
 

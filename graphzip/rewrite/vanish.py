@@ -21,6 +21,8 @@ _PASSES = {
     aten.view.default,
     aten.reshape.default,
     aten.expand.default,
+    aten.select.int,
+    aten.slice.Tensor,
     aten.permute.default,
     aten.transpose.int,
     aten.to.dtype,
@@ -63,8 +65,11 @@ def leave_out(graph: fx.Graph, zeros: Iterable[fx.Node]) -> None:
                 node.replace_all_uses_with(args["self"])
         elif node.target is aten.index_put.default:
             args = arguments_of(node)
-            if not nowhere.isdisjoint(args["indices"]):
+            masks = {each for each in args["indices"] if each in zero and each.meta["val"].dtype is torch.bool}
+            if masks or not nowhere.isdisjoint(args["indices"]):
                 node.replace_all_uses_with(args["self"])
+        elif node.target is aten.where.self and source in zero and _looks_like(node.args[2], node):
+            node.replace_all_uses_with(node.args[2])
 
 
 def _leave_out_of_sum(node: fx.Node, zero: set[fx.Node]) -> None:

@@ -55,6 +55,42 @@ def marked(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
     return out
 
 
+def cut(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """All experts, weighted by columns that are cut out."""
+    weights = scores.sigmoid()
+    weights = weights / weights.sum(-1, keepdim=True)
+    return sum(weights[:, k : k + 1] * expert(x) for k, expert in enumerate(model.experts))
+
+
+def split(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """All experts, weighted by columns that the weights are split into."""
+    columns = scores.softmax(-1).split(1, -1)
+    return sum(column * expert(x) for column, expert in zip(columns, model.experts, strict=True))
+
+
+def written(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """The weights of those that were chosen, among zeros."""
+    best, chosen = scores.topk(2, -1)
+    weights = torch.zeros_like(scores).scatter(-1, chosen, best.softmax(-1))
+    return sum(weights[:, k, None] * expert(x) for k, expert in enumerate(model.experts))
+
+
+def hidden(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """The scores of those that were not chosen are hidden from the softmax."""
+    best, chosen = scores.topk(2, -1)
+    weights = torch.full_like(scores, -torch.inf).scatter(-1, chosen, best).softmax(-1)
+    return sum(weights[:, k : k + 1] * expert(x) for k, expert in enumerate(model.experts))
+
+
+def switched(model: Listed, x: Tensor, scores: Tensor) -> Tensor:
+    """One expert each, told by its number."""
+    weights = scores.softmax(-1)
+    chosen, out = weights.argmax(-1, keepdim=True), torch.zeros_like(x)
+    for k, expert in enumerate(model.experts):
+        out = torch.where(chosen == k, expert(x), out)
+    return out * weights.amax(-1, keepdim=True)
+
+
 class Listed(nn.Module):
     """Four experts behind a router, mixed in as `mix` says."""
 
@@ -70,7 +106,9 @@ class Listed(nn.Module):
 
 
 FORMS = pytest.mark.parametrize(
-    "mix", [weighted, weighted_by_channel, masked, found, marked], ids=lambda mix: mix.__name__
+    "mix",
+    [weighted, weighted_by_channel, masked, found, marked, cut, split, written, hidden, switched],
+    ids=lambda mix: mix.__name__,
 )
 
 
@@ -101,7 +139,9 @@ def test_an_expert_that_nothing_chooses_goes_without_loss(mix: Any, inputs: tupl
             assert relative(model(each), compiled.module(each)) <= 1e-12
 
 
-@pytest.mark.parametrize("mix", [weighted, weighted_by_channel, found], ids=lambda mix: mix.__name__)
+@pytest.mark.parametrize(
+    "mix", [weighted, weighted_by_channel, found, cut, written, switched], ids=lambda mix: mix.__name__
+)
 def test_half_of_the_experts_are_exported_and_saved(mix: Any, inputs: tuple[Tensor, ...], tmp_path: Path) -> None:
     compiled = gz.compile(Listed(mix), gz.Plan([gz.PruneChannels(keep=0.5)]), inputs)
     shapes = {name: tuple(value.shape) for name, value in compiled.module.named_parameters()}

@@ -131,12 +131,14 @@ CASES.together("orders over positions", {
     "cumsum": (2,), "cumprod": (2,), "argsort": (2,), "sort": first("sort", 2), "topk": first("topk", 3, 2),
     "sort.stable": lambda m, x: aten.sort.stable(x, stable=True, dim=2)[0],
 }, **MAPS)  # fmt: skip
-CASES.each({"argmax": (1,), "argmin": (1,), "prod.dim_int": (1,)}, name="over channels", out=None, why=APART)
+CASES.each({"argmax": (1,), "argmin": (1,)}, name="over channels", out=None, why="is an output of the model")
+CASES.add(aten.prod.dim_int, lambda m, x: aten.prod.dim_int(x, 1), name="over channels", out=None, why=APART)
 CASES.each({"cumsum": (1,), "cumprod": (1,), "argsort": (1,)}, name="over channels", why=ORDER)
 CASES.add(aten.median.dim, first("median.dim", 1), name="over channels", out=None, why=APART)
 for name in ("max.dim", "min.dim"):
     CASES.add(overload(name), first(name, 1), name="over channels", out=None)
-    CASES.add(overload(name), places(name, 1), name="places over channels", out=None, why=APART)
+    CASES.add(overload(name), places(name, 1), name="places over channels", out=None,
+              why="is an output of the model")  # fmt: skip
 CASES.add(aten.sort.default, first("sort", 1), name="over channels", why=ORDER)
 CASES.add(aten.topk.default, first("topk", 3, 1), name="over channels", why=ORDER)
 CASES.add(aten.sort.stable, lambda m, x: aten.sort.stable(x, stable=True, dim=1)[1], name="over channels", why=ORDER)
