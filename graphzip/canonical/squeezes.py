@@ -12,11 +12,11 @@ from torch import fx
 from graphzip.graph.branches import Branch
 from graphzip.graph.meta import meta_of
 
-__all__ = ["open_sizes", "ranks_open", "squeezed", "squeezed_dims"]
+__all__ = ["SQUEEZES", "open_sizes", "ranks_open", "squeezed", "squeezed_dims"]
 
 aten = torch.ops.aten
 
-_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
 def squeezed_dims(node: fx.Node) -> list[int]:
@@ -30,7 +30,7 @@ def squeezed_dims(node: fx.Node) -> list[int]:
 
 
 def _open_dims(node: fx.Node) -> list[int]:
-    if node.target not in _SQUEEZES or meta_of(node).get("never_one"):
+    if node.target not in SQUEEZES or meta_of(node).get("never_one"):
         return []
     source = node.args[0]
     assert isinstance(source, fx.Node)

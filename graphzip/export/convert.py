@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from graphzip.errors import ExportError
 from graphzip.export.capture import Captured, first_line, renamed
 from graphzip.export.optional_packages import require
-from graphzip.export.program_forms import with_four_dimensions, with_sums_as_convolutions
+from graphzip.export.program_forms import with_four_dimensions, with_sums_as_convolutions, without_idle_squeezes
 from graphzip.export.runs import has_bfloat16
 from graphzip.files import companion
 from graphzip.numeric.grouped_mm import grouped_mm
@@ -52,6 +52,7 @@ def convert(captured: Captured, *, version: FileVersion, shared: Collection[str]
     Inputs, outputs and free sizes have the names that they have in `captured`. Raises `ExportError` for an operator
     that cannot be converted, and for a version that cannot be written.
     """
+    without_idle_squeezes(captured.program)
     with_four_dimensions(captured.program)
     with_sums_as_convolutions(captured.program)
     model = _convert(captured.program, version.opset, shared)

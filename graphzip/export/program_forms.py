@@ -18,12 +18,14 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from graphzip.canonical.squeezes import SQUEEZES, squeezed_dims
 from graphzip.graph.builder import Builder, rank_of, shape_of
 from graphzip.graph.inputs import concrete_shape
 from graphzip.graph.operators import CONVOLUTIONS, argument_of, arguments_of, set_argument
 from graphzip.graph.randomness import drop_dead
+from graphzip.graph.sizes import is_open, number
 
-__all__ = ["with_four_dimensions", "with_sums_as_convolutions"]
+__all__ = ["with_four_dimensions", "with_sums_as_convolutions", "without_idle_squeezes"]
 
 aten = torch.ops.aten
 
@@ -74,6 +76,22 @@ def _moved(build: Builder, node: fx.Node, there: _Move, back: _Move) -> fx.Node:
     args = arguments_of(node)
     query, key, value = (there(args.pop(name)) for name in ("query", "key", "value"))
     return back(build(node.target, query, key, value, args.pop("attn_mask"), **args))
+
+
+def without_idle_squeezes(program: ExportedProgram) -> None:
+    """Let squeezes name only dimensions that go, in place: ONNX takes one of another size for an error."""
+    for node in list(program.graph.nodes):
+        if node.target not in SQUEEZES:
+            continue
+        source = node.args[0]
+        sizes = source.meta["val"].shape
+        gone = [dim for dim in squeezed_dims(node) if sizes and not is_open(sizes[dim]) and number(sizes[dim]) == 1]
+        if gone == squeezed_dims(node) or rank_of(node) != len(sizes) - len(gone):
+            continue
+        made = Builder.before(node)(aten.squeeze.dims, source, gone) if gone else source
+        node.replace_all_uses_with(made)
+        program.graph_signature.replace_all_uses(node.name, made.name)
+        program.graph.erase_node(node)
 
 
 def with_sums_as_convolutions(program: ExportedProgram) -> None:

@@ -1,4 +1,4 @@
-"""Channels that are added up in front of a convolution are added up by one in the file."""
+"""Forms that a file needs or runtimes are fast at: sums of channels as convolutions, squeezes that do something."""
 
 from __future__ import annotations
 
@@ -68,3 +68,22 @@ def test_sums_in_front_of_other_layers_stay_as_they_are(tmp_path: Path) -> None:
         node for node in onnx.load(tmp_path / "files" / "a.onnx").graph.node if node.op_type in ("Gemm", "MatMul")
     ]
     assert len(products) == 3
+
+
+class Squeezed(nn.Module):
+    """Squeezes of a dimension that is none, of two of which one is, and of one whose size is open."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.squeeze(1).squeeze((1, 2)) if x.shape[2] == 1 else x.squeeze(1)
+        return x * 2
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 3, 4), (2, 1, 4)])
+def test_squeezes_that_do_nothing(shape: tuple[int, ...], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(shape[-1], shape[-1]), Squeezed()).eval()
+    x = torch.randn(*shape)
+    report = gz.compile(model, gz.Plan([]), (x,)).export(tmp_path / "model.onnx")
+    assert report.verified
+    file = onnx.load(tmp_path / "model.onnx")
+    (shaped,) = [[size.dim_value for size in each.type.tensor_type.shape.dim[1:]] for each in file.graph.output]
+    assert shaped == [*model(x).shape[1:]]
