@@ -312,3 +312,25 @@ def test_convolutions_in_a_row(layers: Rows, joins: bool) -> None:
     compiled = gz.compile(model, gz.Plan([gz.Minimize()]), (x,))
     assert compiled.report.passes[0]["minimize"]["joined"] == ([["0", "1"]] if joins else [])
     assert relative(model(x), compiled.module(x)) < 1e-12
+
+
+def test_what_stands_beside_a_constant_does_not_grow() -> None:
+    def stacked(net: Any, x: Tensor) -> Tensor:
+        made = net.stem(x).relu()
+        found: Tensor = net.head(torch.stack([made, torch.ones_like(made)], 1).sum(1).relu())
+        return found
+
+    net = prepared(Net(stacked, stem=nn.Linear(6, 8), head=nn.Linear(8, 3)), lambda net: copy_row(net.stem, 1, 5, 2.0))
+    assert_found(net, vectors(3, 6), {})
+
+
+def test_a_number_that_a_padded_kernel_reads_stays_at_every_size() -> None:
+    """On the example there is a single place, and all of it is border."""
+
+    def plant(net: Any) -> None:
+        silence(net[0], 3, 0.5)
+
+    layers = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)
+    net = prepared(nn.Sequential(*layers), plant)
+    compiled = gz.compile(net, gz.Plan([gz.Minimize()]), (vectors(2, 3, 1, 1),), dynamic_shapes="height,width")
+    assert compiled.report.passes[0]["minimize"]["channels"] == {}

@@ -186,7 +186,8 @@ class _Flow:
     def _alone(self, node: fx.Node, held: _Held) -> _Held:
         """Of operators of one operand."""
         name = str(node.target)
-        if not _is_floating(node):
+        others = [each for each in node.all_input_nodes if each not in self.known and _is_floating(each)]
+        if not _is_floating(node) or (node.target in MOVES and others):
             return self._any(node, [held])
         if node.target in MOVES and "pad" not in name and len(node.all_input_nodes) == 1:
             return held
@@ -374,4 +375,4 @@ class _Flow:
 
 def _is_floating(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, tuple | list) or value.is_floating_point()  # type: ignore[union-attr]
+    return isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.is_floating_point())

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from graphzip.analysis.layers import layer_of
+from graphzip.analysis.layers import Layer, layer_of
 from graphzip.graph.operators import arguments_of
 from graphzip.graph.state import get_tensor
 from graphzip.graph.traced import Traced
@@ -66,8 +66,7 @@ class _Walk:
             return self._all(False)
         layer = layer_of(node)
         if layer is not None:
-            deaf = self._silent(layer.weight)
-            return deaf | self._of(layer.input, node) if layer.depthwise else deaf
+            return self._made(layer)
         if node.target is operator.getitem:
             return self._of(node.all_input_nodes[0], node)
         args = arguments_of(node)
@@ -82,6 +81,16 @@ class _Walk:
                 if each in self.known and self.known[each].any():
                     found = found | (self.known[each] & self.zero(each))
         return found
+
+    def _made(self, layer: Layer) -> Flags:
+        """By a layer; what a padded kernel makes of a number ends at the border, wherever that is."""
+        found = self._silent(layer.weight)
+        if not layer.depthwise:
+            return found
+        still = self._of(layer.input, layer.node)
+        if still.any() and (layer.transposed or any(layer.window.pads)):
+            still = still & self.zero(layer.input) if layer.input in self.known else self._all(False)
+        return found | still
 
     def _normed(self, node: fx.Node, args: Mapping[str, Any]) -> Flags:
         source = args["input"]
