@@ -159,6 +159,7 @@ class _Source:
         given: Call = separate(call_of(model, example_inputs))
         if scope:
             skeleton, given = _enter_scope(model, skeleton, scope, given)
+        _check_source(skeleton, scope or "")
         _check_names(skeleton)
         mark_cumulative(skeleton)
         return cls(skeleton, given, scope or "")
@@ -225,6 +226,16 @@ def _skeleton(model: nn.Module) -> nn.Module:
         return in_mode(model, False)
     except Exception as error:
         raise TraceError(why_not_copied(type(model).__name__, error)) from error
+
+
+def _check_source(skeleton: nn.Module, scope: str) -> None:
+    """Raises `TraceError` where a part of what is traced has no source in Python."""
+    for name, module in skeleton.named_modules(prefix=scope):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{name!r} is TorchScript, which hides its source; put the nn.Module it is from in its place, or compile "
+                "a part of the model beside it (scope='name.of.submodule')"
+            )
 
 
 def _enter_scope(model: nn.Module, skeleton: nn.Module, scope: str, given: Call) -> tuple[nn.Module, Call]:

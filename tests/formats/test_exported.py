@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,14 @@ def test_torchscript_is_refused_with_what_to_do(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "model.pt")])
     assert result.exit_code == 2
     assert "TorchScript hides it" in result.stderr
+
+
+def test_a_part_in_torchscript_is_named_and_may_stand_beside_what_is_compiled() -> None:
+    x = (torch.randn(2, 3),)
+    script = torch.jit.script(nn.Linear(3, 4))
+    parts = {"script": script, "own": nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))}
+    whole = nn.Sequential(OrderedDict(parts))
+    with pytest.raises(gz.TraceError, match=r"'script' is TorchScript, which hides its source; put the nn\.Module"):
+        gz.channel_groups(whole, x)
+    part = gz.compile(whole, HALF, x, scope="own")
+    assert part.module.own[0].out_features == 4
