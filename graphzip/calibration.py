@@ -223,13 +223,17 @@ def drift(
     calibration: Iterable[Any],
     signature: Signature,
     processes: Processes = ALONE,
-) -> float:
+) -> float | None:
     """Largest difference of outputs relative to the largest output, both in eval mode; of those that `after` gives.
 
-    NaN where an output is not finite; infinity where one has another shape, which only outputs do whose values decide
-    how many there are. Of several `processes` each has a share of the data.
+    NaN where an output is not finite; infinity where one has another shape or is another number of tensors, which only
+    outputs do whose values decide how many there are; `None` where no tensors come out. Of several `processes` each has
+    a share of the data.
     """
-    found = processes.gathered(_apart(before, after, calibration, signature, may_be_empty=processes.size > 1))
+    every = processes.gathered(_apart(before, after, calibration, signature, may_be_empty=processes.size > 1))
+    found = [each for each in every if each is not None]
+    if not found:
+        return None
     worst = max((apart for apart, _ in found), key=lambda apart: math.inf if math.isnan(apart) else apart)
     scale = max(size for _, size in found)
     return worst / scale if scale and math.isfinite(worst) else worst
@@ -237,23 +241,24 @@ def drift(
 
 def _apart(
     before: nn.Module, after: nn.Module, calibration: Iterable[Any], signature: Signature, *, may_be_empty: bool
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """The largest difference, NaN or infinity, and the largest output."""
     old, new = eval_copy(before), eval_copy(after)
-    worst = scale = 0.0
+    worst, scale, compared = 0.0, 0.0, False
     for batch in each_batch(calibration, may_be_empty=may_be_empty):
         call = signature.call(batch)
         expected = tensors_by_way(run_batch(old, *call))
         for way, value in tensors_by_way(run_batch(new, *placed(call, place_of(old), place_of(new)))).items():
-            left, right = expected[way].double(), value.double()
-            if left.shape != right.shape:
+            known, compared = expected.get(way), True
+            if known is None or known.shape != value.shape:
                 return math.inf, scale
+            left, right = known.double(), value.double()
             if left.numel():
                 apart, size = float((left - right.to(left.device)).abs().max()), float(left.abs().max())
                 if not math.isfinite(apart):
                     return math.nan, scale
                 worst, scale = max(worst, apart), max(scale, size)
-    return worst, scale
+    return (worst, scale) if compared else None
 
 
 def check_calibration(

@@ -158,6 +158,8 @@ class Compiled:
     ) -> ExportReport:
         """Write an ONNX file to `path` and check it against `module`: graph, weights, and outputs in onnxruntime.
 
+        With a `scope` it is the whole model; where that cannot be exported, the scope alone, which the report says.
+
         The batch and the sizes that were asked to be dynamic are free in the file. Where the graph fixes the batch, the
         file has it fixed and the report says so; with `dynamic_batch=False` it is that of the example. `opset` is by
         default what the exporter recommends, and so is `ir_version`, that of ONNX's format, which old runtimes may need
@@ -245,14 +247,23 @@ class Compiled:
                 same_input=self._graph() if same_input else None,
                 **options,
             )
-        return export_onnx(
-            eval_form(self.module),
-            example.args,
-            path,
-            example_kwargs=example.kwargs,
-            free=None if self.traced.scope else free_sizes(self.traced),
-            **options,
-        )
+        free = None if self.traced.scope else free_sizes(self.traced)
+        try:
+            return export_onnx(
+                eval_form(self.module), example.args, path, example_kwargs=example.kwargs, free=free, **options
+            )
+        except ExportError as error:
+            if not self.traced.scope:
+                raise
+            found = self._part()._exported(path, options, per_task=False, same_input=False)
+            note = f"the file holds {self.traced.scope!r} alone, for the whole model cannot be exported: {error}"
+            return replace(found, notes=(*found.notes, note))
+
+    def _part(self) -> Compiled:
+        """What is in the scope, as if it alone had been compiled."""
+        traced = replace(self._graph(), scope="")
+        example = Call(traced.example_inputs, traced.example_kwargs)
+        return Compiled(self.module.get_submodule(self.traced.scope), self.report, traced, example)
 
     @public
     def verify(self, path: str | os.PathLike[str]) -> ExportReport:
@@ -268,7 +279,12 @@ class Compiled:
         if self.tasks:
             return check_joint(self.module, self._graph(), self.example_inputs, path)
         example = self._example()
-        return check_onnx(self.module, example.args, path, example_kwargs=example.kwargs)
+        try:
+            return check_onnx(self.module, example.args, path, example_kwargs=example.kwargs)
+        except ExportError:
+            if not self.traced.scope:
+                raise
+            return self._part().verify(path)
 
     def _task_models(self) -> dict[str, TaskModel]:
         free = self._free_by_task()

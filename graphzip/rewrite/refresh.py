@@ -48,21 +48,32 @@ def refresh(traced: Traced, *, rewritten: bool = False) -> None:
     )
     before = {node: node.meta.get("val") for node in traced.graph.nodes}
     run = _Run(before, mode.shape_env, _known(traced, mode, rewritten=rewritten))
-    values: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, Any] = {
+        node: run.like_known(get_tensor(traced.module, str(node.target)), lambda each: _fake(mode, each))
+        for node in traced.graph.find_nodes(op="get_attr")
+    }
     settled = _nothing_decided(mode.shape_env) if rewritten else nullcontext()
     with mode, enable_python_dispatcher(), torch.no_grad(), settled:
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 values[node] = node.meta["val"]
-            elif node.op == "get_attr":
-                tensor = get_tensor(traced.module, str(node.target))
-                values[node] = run.like_known(tensor, lambda each: mode.from_tensor(each, static_shapes=True))
             elif node.op == "call_function":
                 like = _like(node, before)
                 values[node] = run.call(node, values) if like is None else values[like]
                 if rewritten:
                     _check_sizes(node, before[node], values[node])
             node.meta["val"] = values.get(node)
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """The fake value of a tensor. Of one that was moved in place the mode remembers what it was before."""
+    found: torch.Tensor = mode.from_tensor(tensor, static_shapes=True)
+    if (found.dtype, found.device) == (tensor.dtype, tensor.device):
+        return found
+    alike = tensor.data  # and not a view of it, which would be told by what it views
+    again = torch.nn.Parameter(alike, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else alike
+    found = mode.from_tensor(again, static_shapes=True)
+    return found
 
 
 def _known(traced: Traced, mode: FakeTensorMode, *, rewritten: bool) -> dict[Any, Any]:

@@ -233,8 +233,8 @@ def _check_source(skeleton: nn.Module, scope: str) -> None:
     for name, module in skeleton.named_modules(prefix=scope):
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
-                f"{name!r} is TorchScript, which hides its source; put the nn.Module it is from in its place, or compile "
-                "a part of the model beside it (scope='name.of.submodule')"
+                f"{name!r} is TorchScript, which hides its source; put the nn.Module it is from in its place, or "
+                "compile a part of the model beside it (scope='name.of.submodule')"
             )
 
 

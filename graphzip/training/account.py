@@ -34,6 +34,7 @@ Evaluate = Callable[[nn.Module], float] | Mapping[str, Callable[[nn.Module], flo
 """A score of a module, or one of the module of each task."""
 
 _NOT_FINITE = "outputs on the calibration data are not finite, so how far they moved is unknown"
+_NO_TENSORS = "outputs on the calibration data are no tensors, so how far they moved is unknown"
 
 
 @dataclass
@@ -104,7 +105,8 @@ class Account:
     def report(self, traced: Traced, moves: Moves, origin: Origin) -> Report:
         """The report of a model of which this is the graph and whose outputs moved this far."""
         moved = moves.largest
-        finite = math.isfinite(moved)
+        finite = moved is not None and math.isfinite(moved)
+        unknown = _NO_TENSORS if moved is None else _NOT_FINITE if math.isnan(moved) else None
         told = [] if random_nodes(traced.graph) else moves.losses  # two runs of the original differ, too
         losses = list(dict.fromkeys([*self.losses, *told]))
         return Report(
@@ -114,7 +116,7 @@ class Account:
             changed=self.changed,
             lossless=not losses,
             drift=moved if finite and moves.has_data else None,
-            notes=(*traced.notes, _NOT_FINITE) if math.isnan(moved) and moves.has_data else traced.notes,
+            notes=(*traced.notes, unknown) if unknown is not None and moves.has_data else traced.notes,
             passes=tuple(self.passes),
             tasks={
                 name: TaskChange(self.before_tasks[name], cost, moves.by_task[name] if moves.has_data else None)
@@ -132,10 +134,11 @@ class Account:
 @dataclass(frozen=True)
 class Moves:
     """How far the outputs of each task moved, of a single model under an empty name, relative to the largest output:
-    on the calibration data where the model `has_data`, else on the example inputs. `eps` is that of the coarsest type.
+    on the calibration data where the model `has_data`, else on the example inputs; `None` where no tensors come out.
+    `eps` is that of the coarsest type.
     """
 
-    by_task: Mapping[str, float]
+    by_task: Mapping[str, float | None]
     has_data: bool
     eps: float
 
@@ -160,14 +163,15 @@ class Moves:
         return cls(found, data is not None, max((torch.finfo(kind).eps for kind in kinds), default=0.0))
 
     @property
-    def largest(self) -> float:
+    def largest(self) -> float | None:
         """Of all tasks; NaN where one of them is."""
-        return max(self.by_task.values(), key=lambda value: math.inf if math.isnan(value) else value)
+        known = (value for value in self.by_task.values() if value is not None)
+        return max(known, key=lambda value: math.inf if math.isnan(value) else value, default=None)
 
     @property
     def losses(self) -> list[str]:
         """That outputs moved by more than rounding explains; an output that is not finite says nothing."""
-        if not self.largest > math.sqrt(self.eps):
+        if self.largest is None or not self.largest > math.sqrt(self.eps):
             return []
         where = "calibration data" if self.has_data else "example inputs"
         if math.isinf(self.largest):

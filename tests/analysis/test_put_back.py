@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import nn
@@ -88,3 +89,45 @@ def test_a_submodule_is_distilled_alone(x: torch.Tensor) -> None:
         gz.distill(student, model, batches, labels=0.5, scope="body")
     with pytest.raises(gz.ExampleInputError, match=r"'body\.0' gives other outputs in the student"):
         gz.distill(student, model, batches, scope="body.0")
+
+
+class Chooses(nn.Module):
+    """Gives numbers, as many as the values decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> list[float]:
+        return [value for value in self.backbone(x).mean((1, 2, 3)).tolist() if value > 0]
+
+
+def test_a_part_of_what_cannot_be_exported_is_exported_alone(tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 8, 8)
+    compiled = gz.compile(
+        Chooses().eval(), HALF, (images,), scope="backbone", calibration=[images], dynamic_shapes="height,width"
+    )
+    assert compiled.report.drift is None
+    assert "outputs on the calibration data are no tensors, so how far they moved is unknown" in compiled.report.notes
+    for kind in (torch.float32, torch.bfloat16, torch.float32):
+        compiled.module.to(kind)
+        report = compiled.export(tmp_path / "part.onnx")
+        assert report.verified
+        said = "the file holds 'backbone' alone, for the whole model cannot be exported: Chooses returns no tensor"
+        assert any(note.startswith(said) for note in report.notes)
+        assert compiled.verify(tmp_path / "part.onnx").verified
+    session = onnxruntime.InferenceSession(str(tmp_path / "part.onnx"), providers=["CPUExecutionProvider"])
+    assert [isinstance(size, str) for size in session.get_inputs()[0].shape] == [True, False, True, True]
+
+
+def test_results_that_are_another_number_of_tensors_are_told_of() -> None:
+    class Rows(Chooses):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
+            found = self.backbone(x).mean((1, 2, 3))
+            return [
+                value for value in found if value > found.mean() * self.backbone.get_submodule("0").out_channels / 8
+            ]
+
+    images = torch.randn(6, 3, 8, 8)
+    report = gz.compile(Rows().eval(), HALF, (images,), scope="backbone", calibration=[images]).report
+    assert not report.lossless

@@ -96,4 +96,4 @@ def test_a_part_in_torchscript_is_named_and_may_stand_beside_what_is_compiled() 
     with pytest.raises(gz.TraceError, match=r"'script' is TorchScript, which hides its source; put the nn\.Module"):
         gz.channel_groups(whole, x)
     part = gz.compile(whole, HALF, x, scope="own")
-    assert part.module.own[0].out_features == 4
+    assert part.module.get_submodule("own.0").out_features == 4
