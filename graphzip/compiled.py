@@ -158,9 +158,8 @@ class Compiled:
     ) -> ExportReport:
         """Write an ONNX file to `path` and check it against `module`: graph, weights, and outputs in onnxruntime.
 
-        With a `scope` it is the whole model; where that cannot be exported, the scope alone, which the report says.
-
-        The batch and the sizes that were asked to be dynamic are free in the file. Where the graph fixes the batch, the
+        With a `scope` it is the whole model; where that cannot be exported, the scope alone, which the report says. The
+        batch and the sizes that were asked to be dynamic are free in the file. Where the graph fixes the batch, the
         file has it fixed and the report says so; with `dynamic_batch=False` it is that of the example. `opset` is by
         default what the exporter recommends, and so is `ir_version`, that of ONNX's format, which old runtimes may need
         lower; `verify=False` writes without a check. What could not be checked is in the report, too, whose `verified`
