@@ -158,12 +158,11 @@ class Compiled:
     ) -> ExportReport:
         """Write an ONNX file to `path` and check it against `module`: graph, weights, and outputs in onnxruntime.
 
-        With a `scope` it is the whole model; where that cannot be exported, the scope alone, which the report says. The
-        batch and the sizes that were asked to be dynamic are free in the file. Where the graph fixes the batch, the
-        file has it fixed and the report says so; with `dynamic_batch=False` it is that of the example. `opset` is by
-        default what the exporter recommends, and so is `ir_version`, that of ONNX's format, which old runtimes may need
-        lower; `verify=False` writes without a check. What could not be checked is in the report, too, whose `verified`
-        is then false.
+        With a `scope` it is the whole model, or, where that cannot be exported, the scope alone. The batch and sizes
+        that were asked to be dynamic are free in the file. Where the graph fixes the batch, the file has it fixed, too;
+        with `dynamic_batch=False` it is that of the example. `opset` is by default what the exporter recommends, and so
+        is `ir_version`, that of ONNX's format, which old runtimes may need lower; `verify=False` writes without a
+        check. All this is in the report, and what could not be checked, of which `verified` is false.
 
         Of several models it is one graph that stores what they share once; inputs and outputs are named after the
         tasks, `a_x` and `a_output`. With `per_task` the path is a directory, made if its parent exists, with
