@@ -128,14 +128,13 @@ class _Flow:
         alive = np.logical_and.reduce([strength != 0 for _, strength in self.kernels.values()])
         alive[list(silent)] = False
         bound = self.limit * np.sqrt(len(self.kernels))
-        basis = torch.randn(unit.shape[1], _SKETCH, generator=torch.Generator().manual_seed(0), dtype=unit.dtype)
-        sketch = (unit @ torch.linalg.qr(basis).Q).numpy() if unit.shape[1] > _SKETCH else unit.numpy()
+        sketch = _sketch(unit)
         found = []
         for block in self.region.group.blocks:
             left = np.array([channel for channel in block if alive[channel]], dtype=int)
             while left.size > 1:
-                near = np.linalg.norm(sketch[left] - sketch[left[0]], axis=1) <= bound
-                places = left[near]
+                near = (sketch[left] - sketch[left[0]]).norm(dim=1) <= bound
+                places = left[near.numpy()]
                 apart = (unit[places] - unit[places[0]]).norm(dim=1).numpy()
                 members = places[apart <= bound]
                 if members.size > 1:
@@ -371,6 +370,15 @@ class _Flow:
     def _unknown(self) -> _Held:
         """Of what is no layer: each channel is in proportion to itself alone."""
         return _Held(np.where(self.keeper == np.arange(self.keeper.size), 1.0, np.nan), self._all(0.0), self._all(1.0))
+
+
+def _sketch(rows: Tensor) -> Tensor:
+    """A few numbers for each row, no further apart than the rows are: sums of parts of it with random signs."""
+    width = -(-rows.shape[1] // _SKETCH)
+    signs = torch.randint(2, (rows.shape[1],), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    signed = torch.nn.functional.pad(rows * signs, (0, width * _SKETCH - rows.shape[1]))
+    found: Tensor = signed.reshape(len(rows), _SKETCH, width).sum(2) / width**0.5
+    return found
 
 
 def _is_floating(node: fx.Node) -> bool:

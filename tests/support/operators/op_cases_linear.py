@@ -223,7 +223,7 @@ CASES.add(aten.embedding.default, lambda m, x: aten.embedding.default(x[0], m.in
           name="of computed rows", parts=lambda: {"index": torch.tensor([3, 1, 1])})  # fmt: skip
 CASES.add(aten.embedding.default, lambda m, x: aten.embedding.default(m.table, x[:, 0].argmax(1)), **WIDE, out=1,
           name="by channels", parts=lambda: {"table": param(6, 4)}, free={"table": 4},
-          why="tells positions or counts of channels apart")  # fmt: skip
+          why="reads the places of channels as numbers")  # fmt: skip
 
 
 # --- rows sorted by the matrix they are multiplied with --------------------------------------------------------------
