@@ -183,13 +183,13 @@ class _Restorer:
         pieces, state = dict[str, tuple[Assembly, tuple[str, ...]]](), dict[str, torch.Tensor]()
         for leaf in _STATE:
             value = args.get(leaf)
-            if value in found and "val" in value.meta:
+            if value in found:
                 assembly, fetched, _ = found[value]
                 names = [str(each.target) for each in fetched]
                 if not all(name.startswith(f"{owner}.") for name in names):
                     return None
                 pieces[leaf] = assembly, tuple(inside(name, owner) for name in names)
-                state[leaf] = torch.empty(concrete_shape(value.meta["val"]), device="meta")
+                state[leaf] = assembly.built([get_tensor(self.module, name).detach().to("meta") for name in names])
             elif isinstance(value, fx.Node):
                 if str(value.target) != f"{owner}.{leaf}":
                     return None

@@ -116,6 +116,15 @@ def test_a_state_dict_has_the_names_and_shapes_of_the_model_that_was_given(zippe
             assert torch.equal(given(DATA[name][0]), task(DATA[name][0]))
 
 
+def test_a_file_that_is_read_again_has_the_same_layers(zipped: gz.Compiled, tmp_path: Path) -> None:
+    zipped.save(tmp_path / "zipped.graphzip")
+    again = gz.load(tmp_path / "zipped.graphzip").module
+    assert again.state_dict().keys() == zipped.module.state_dict().keys()
+    assert {name for name, each in again.named_modules() if isinstance(each, Pieced)} == {
+        name for name, each in zipped.module.named_modules() if isinstance(each, Pieced)
+    }
+
+
 def test_layers_and_parameters_are_found_where_they_were(zipped: gz.Compiled) -> None:
     task = zipped.task("a")
     layer = task.get_submodule("3")
