@@ -278,6 +278,26 @@ def test_every_reader_has_a_factor_of_its_own() -> None:
     assert_found(net, vectors(2, 3, 7, 7), {"stem": {"proportional": 1}})
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_sum_of_channels_in_proportion_but_for_their_shifts(sign: float) -> None:
+    """A shift that only one of the terms has is no proportion; one that the terms have between them is none."""
+
+    def plant(net: Any) -> None:
+        for layer in (net.left, net.right):
+            copy_row(layer, 1, 5, 2.0)
+            copy_row(layer, 2, 6, 2.0)
+        net.left.bias[5] += 0.5
+        net.left.bias[6] += 0.5
+        net.right.bias[6] -= sign * 0.5
+
+    def added(net: Any, x: Tensor) -> Tensor:
+        found: Tensor = net.head((net.left(x) + net.right(x) if sign > 0 else net.left(x) - net.right(x)).relu())
+        return found
+
+    net = Net(added, left=nn.Linear(6, 8), right=nn.Linear(6, 8), head=nn.Linear(8, 3))
+    assert_found(prepared(net, plant), vectors(3, 6), {"left": {"proportional": 1}})
+
+
 def test_a_mean_over_channels_in_proportion_is_another_one() -> None:
     def mean(net: Any, x: Tensor) -> Tensor:
         made = net.stem(x).relu()

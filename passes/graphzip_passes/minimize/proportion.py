@@ -266,15 +266,13 @@ class _Flow:
         if a is None or b is None:  # it adds the same to all
             held = self._settled(a or b or self._unknown())
             return self._where(self._close(held.ratio, 1.0), held)
-        for one, other, part in ((a, b, right), (b, a, left)):
-            if self._is_parameter(part):
-                sign = _SUMS[node.target] * float(args.get("alpha", 1)) if part is right else 1.0
-                turned = -1.0 if part is left and _SUMS[node.target] < 0 else 1.0
-                if turned > 0:
-                    return self._scaled(one, self._all(1.0), sign * self._numbers(part))
-                return self._any(node, [one, other])
-        fits = self._close(a.ratio, b.ratio)
-        return self._where(fits, _Held(a.ratio, self._settled(a).offset + self._settled(b).offset, a.size + b.size))
+        sign = _SUMS[node.target] * float(args.get("alpha", 1))
+        if self._is_parameter(right):
+            return self._scaled(a, self._all(1.0), sign * self._numbers(right))
+        if self._is_parameter(left):
+            return self._scaled(b, self._all(sign), self._numbers(left))
+        found = _Held(a.ratio, a.offset + sign * b.offset, a.size + b.size)
+        return self._where(self._close(a.ratio, b.ratio), found)
 
     def _product(self, left: Any, right: Any, power: int) -> _Held:
         a, b = self._term(left), self._term(right)

@@ -121,21 +121,20 @@ class _Walk:
 
     def _silent(self, weight: fx.Node) -> Flags:
         """Channels whose slices of a parameter are zero."""
-        param = self.params.get(str(weight.target)) if weight.op == "get_attr" else None
-        if param is None:
-            return self._all(False)
-        rows = rows_of(param, self.region.group, get_tensor(self.traced.module, str(weight.target)))
-        found: Flags = ~rows.any(1).numpy()
-        return found
+        rows = self._rows(weight)
+        return self._all(False) if rows is None else ~rows.any(1).numpy()
 
     def _alike(self, weight: fx.Node) -> Flags:
         """Channels that hold one number in every word of a table."""
+        rows = self._rows(weight)
+        return self._all(False) if rows is None else (rows == rows[:, :1]).all(1).numpy()
+
+    def _rows(self, weight: fx.Node) -> Tensor | None:
+        """The slices of the channels of a parameter that is one of their own."""
         param = self.params.get(str(weight.target)) if weight.op == "get_attr" else None
         if param is None:
-            return self._all(False)
-        rows = rows_of(param, self.region.group, get_tensor(self.traced.module, str(weight.target)))
-        found: Flags = (rows == rows[:, :1]).all(1).numpy()
-        return found
+            return None
+        return rows_of(param, self.region.group, get_tensor(self.traced.module, str(weight.target)))
 
     def _all(self, flag: bool) -> Flags:
         return np.full(self.region.group.size, flag)
