@@ -31,6 +31,14 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+def gated() -> Net:
+    def run(net: Any, x: Tensor) -> Tensor:
+        found: Tensor = net.down(F.silu(net.gate(x)) * net.up(x))
+        return found
+
+    return Net(run, gate=nn.Linear(6, 8), up=nn.Linear(6, 8), down=nn.Linear(8, 6))
+
+
 def prepared(model: nn.Module, plant: Callable[[Any], Any]) -> nn.Module:
     model = model.double().eval()
     randomize_(model, 0)
@@ -85,12 +93,7 @@ def test_a_factor_of_zero() -> None:
         silence(net.gate, 5)  # silu(0) is zero
         silence(net.gate, 6, 0.5)  # silu(0.5) is not
 
-    def gated(net: Any, x: Tensor) -> Tensor:
-        found: Tensor = net.down(F.silu(net.gate(x)) * net.up(x))
-        return found
-
-    net = Net(gated, gate=nn.Linear(6, 8), up=nn.Linear(6, 8), down=nn.Linear(8, 6))
-    assert_found(prepared(net, plant), vectors(3, 6), {"gate": {"constant": 2}})
+    assert_found(prepared(gated(), plant), vectors(3, 6), {"gate": {"constant": 2}})
 
 
 def test_a_depthwise_kernel_of_zeros() -> None:
@@ -239,12 +242,7 @@ def test_factors_of_products_multiply() -> None:
         copy_row(net.gate, 2, 6, 2.0)  # silu does not commute with it
         copy_row(net.up, 2, 6)
 
-    def gated(net: Any, x: Tensor) -> Tensor:
-        found: Tensor = net.down(F.silu(net.gate(x)) * net.up(x))
-        return found
-
-    net = Net(gated, gate=nn.Linear(6, 8), up=nn.Linear(6, 8), down=nn.Linear(8, 6))
-    assert_found(prepared(net, plant), vectors(3, 6), {"gate": {"proportional": 1}})
+    assert_found(prepared(gated(), plant), vectors(3, 6), {"gate": {"proportional": 1}})
 
 
 def test_opposite_channels_where_all_is_linear() -> None:

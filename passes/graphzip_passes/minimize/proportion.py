@@ -198,9 +198,8 @@ class _Flow:
             return settled
         if node.target is aten.prelu.default:
             slopes = arguments_of(node)["weight"]
-            alike = self._numbers(slopes) if slopes in self.known else None
-            same = self._all(1.0) if slopes not in self.known else self._equal(alike)
-            return self._where((settled.ratio > 0) & (same == 1.0), settled)
+            numbers = self._numbers(slopes) if slopes in self.known else self._all(1.0)
+            return self._where((settled.ratio > 0) & (numbers == numbers[self.keeper]), settled)
         if node.target in _POSITIVE or (node.target in WINDOWS and "max_pool" in name):
             return self._where(settled.ratio > 0, settled)
         if node.target is aten.abs.default:
@@ -211,14 +210,10 @@ class _Flow:
         """Of operators with which numbers do not commute: all that they read has to be the same."""
         rule = OPS[node.target].propagate if node.target in OPS else None
         if rule not in {rules.same, rules.pointwise} and node.target not in MOVES:
-            same = np.logical_and.reduce([each.ratio == 1.0 for each in operands])
-            return self._where(same & self._exact(operands), operands[0])
+            same = np.logical_and.reduce([(each.ratio == 1.0) & (each.offset == 0.0) for each in operands])
+            return self._where(same, operands[0])
         fits = np.logical_and.reduce([self._close(self._settled(each).ratio, 1.0) for each in operands])
         return self._where(fits, _Held(self._all(1.0), self._all(0.0), operands[0].size))
-
-    def _exact(self, operands: list[_Held]) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = np.logical_and.reduce([each.offset == 0.0 for each in operands])
-        return found
 
     def _layer(self, layer: Layer) -> _Held:
         _, strength = self.kernels[layer.name]
@@ -344,11 +339,6 @@ class _Flow:
         """The quotient with what the keeper has; 1 where both have nothing."""
         kept = values[self.keeper]
         return np.where((values == kept), 1.0, values / kept)
-
-    def _equal(self, values: Numbers | None) -> Numbers:
-        if values is None:
-            return self._all(np.nan)
-        return np.where(values == values[self.keeper], 1.0, np.nan)
 
     def _settled(self, held: _Held) -> _Held:
         """Without `d`, which is no more than rounding or there is no proportion."""
